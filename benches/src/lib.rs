@@ -1,0 +1,1 @@
+//! Microbenchmarks (issue: GPU kernels). Nothing here yet but the place.

@@ -1,0 +1,2 @@
+//! The driver path without libcuda and the bootable image (issue: runtime-uk). Nothing here yet but the place.
+#![no_std]
