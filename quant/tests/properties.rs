@@ -1,0 +1,218 @@
+//! What every block format promises, over random and hostile input.
+//!
+//! * any bytes decode without a panic, and the group form keeps its contract (codes, scales, offsets, values);
+//! * any floats encode without a panic, NaN and infinities included, with and without importance;
+//! * values come back within the format's bound; zeros come back as zeros.
+
+use proptest::prelude::*;
+use quant::format::{Encode, GROUP};
+use quant::table::FORMATS;
+use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, QuantError, Visitor, row, with_format};
+
+/// A row that every format's block length divides.
+const COLS: usize = 512;
+
+/// Formats the crate can encode, with whether they need importance.
+fn encodable() -> Vec<(FormatId, bool)> {
+    struct Encodes;
+    impl Visitor for Encodes {
+        type Output = Encode;
+        fn block<F: BlockFormat>(self) -> Encode {
+            F::ENCODE
+        }
+        fn float<F: FloatFormat>(self) -> Encode {
+            Encode::No
+        }
+    }
+    let formats = FORMATS.iter().filter_map(|info| match with_format(info.id, Encodes)? {
+        Encode::Yes => Some((info.id, false)),
+        Encode::WithImportance => Some((info.id, true)),
+        Encode::No => None,
+    });
+    formats.collect()
+}
+
+fn round_trip(format: FormatId, x: &[f32], importance: Option<&[f32]>) -> Vec<f32> {
+    let mut bytes = vec![0xaa; row::row_bytes(format, x.len()).unwrap()];
+    row::encode(format, x, importance, &mut bytes).unwrap();
+    let mut out = vec![f32::NAN; x.len()];
+    row::decode(format, &bytes, &mut out).unwrap();
+    out
+}
+
+/// Decodes blocks out of `bytes` and checks the contract of [`BlockFormat`].
+struct Contract<'a> {
+    bytes: &'a [u8],
+}
+
+impl Visitor for Contract<'_> {
+    type Output = ();
+
+    fn block<F: BlockFormat>(self) {
+        let name = F::ID;
+        let mut acts = [ActGroup::ZERO; 8];
+        let x: [f32; 256] = core::array::from_fn(|i| (i % 32) as f32 - 11.5);
+        ActGroup::quantise(F::ACT, &x, &mut acts);
+        let act = acts[0];
+        for bytes in self.bytes.chunks_exact(size_of::<F>()).take(8) {
+            let block: F = bytemuck::pod_read_unaligned(bytes);
+            let mut out = vec![f32::NAN; F::ELEMS];
+            block.decode(&mut out);
+            for (g, out) in out.chunks_exact(GROUP).enumerate() {
+                let group = block.unpack_group(g);
+                if F::SCALE_ELEMS != 16 {
+                    assert_eq!(group.scale[0].to_bits(), group.scale[1].to_bits(), "{name}: scales differ");
+                    assert_eq!(
+                        group.offset[0].to_bits(),
+                        group.offset[1].to_bits(),
+                        "{name}: offsets differ"
+                    );
+                }
+                if !F::HAS_OFFSET {
+                    assert_eq!(group.offset, [0.0; 2], "{name}: offset");
+                }
+                for (i, &out) in out.iter().enumerate() {
+                    assert!(group.code(i) <= F::CODE_MAX, "{name}: code {}", group.code(i));
+                    let mut value = group.scale[i / 16] * (group.code(i) as i32 - F::BIAS) as f32;
+                    if F::HAS_OFFSET {
+                        value += group.offset[i / 16];
+                    }
+                    assert!(value == out || (value.is_nan() && out.is_nan()), "{name}: {value} is not {out}");
+                }
+                let finite = group.scale.iter().chain(&group.offset).all(|v| v.abs() < 1e30);
+                assert!(!finite || block.dot_group(g, &act, 0.5).is_finite(), "{name}: dot");
+            }
+        }
+    }
+
+    fn float<F: FloatFormat>(self) {
+        for bytes in self.bytes.chunks_exact(size_of::<F>()) {
+            let value = bytemuck::pod_read_unaligned::<F>(bytes).to_f32();
+            let again = F::from_f32(value).to_f32();
+            assert!(
+                value == again || (value.is_nan() && again.is_nan()),
+                "{}: {value} is not {again}",
+                F::ID
+            );
+        }
+    }
+}
+
+/// Floats of every kind, the awkward ones often.
+fn any_float() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        4 => any::<u32>().prop_map(f32::from_bits),
+        4 => -1.0f32..1.0,
+        1 => prop::sample::select(vec![
+            0.0,
+            -0.0,
+            f32::MAX,
+            f32::MIN,
+            f32::MIN_POSITIVE,
+            1e-45,
+            -1e-45,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            65504.0,
+            65520.0,
+        ]),
+    ]
+}
+
+/// Rows like weights: noise at some magnitude, with zeros and outliers. The magnitudes are those that NVFP4's 8-bit
+/// scales reach (the narrowest range of all formats).
+fn weights() -> impl Strategy<Value = Vec<f32>> {
+    let weight = prop_oneof![20 => -1.0f32..1.0, 1 => Just(0.0), 1 => -8.0f32..8.0];
+    (prop::collection::vec(weight, COLS), -2i32..8)
+        .prop_map(|(row, exponent)| row.iter().map(|v| v * 2f32.powi(exponent)).collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn any_bytes_decode(bytes in prop::collection::vec(any::<u8>(), 2400)) {
+        for info in FORMATS {
+            with_format(info.id, Contract { bytes: &bytes });
+        }
+    }
+
+    #[test]
+    fn any_floats_encode(
+        x in prop::collection::vec(any_float(), COLS),
+        importance in prop::collection::vec(any_float(), COLS),
+    ) {
+        for (format, needs_importance) in encodable() {
+            if !needs_importance {
+                round_trip(format, &x, None);
+            }
+            round_trip(format, &x, Some(&importance));
+        }
+    }
+
+    #[test]
+    fn weights_come_back_within_bound(
+        x in weights(),
+        importance in prop::collection::vec(0.01f32..4.0, COLS),
+    ) {
+        for (format, needs_importance) in encodable() {
+            let plain = (!needs_importance).then_some(None);
+            for importance in plain.into_iter().chain([Some(importance.as_slice())]) {
+                let out = round_trip(format, &x, importance);
+                let (mut error, mut energy) = (0.0f64, 0.0f64);
+                for (x, y) in x.iter().zip(&out) {
+                    error += (*x as f64 - *y as f64).powi(2);
+                    energy += (*x as f64).powi(2);
+                }
+                let rel = (error / energy).sqrt();
+                prop_assert!(rel <= bound(format), "{format}: relative RMS error {rel}");
+            }
+        }
+    }
+}
+
+/// Relative RMS error that no row of [`weights`] may exceed: about twice what it is on normal weights, since outliers
+/// cost range; below 1 the format still beats storing nothing.
+fn bound(format: FormatId) -> f64 {
+    match format.name() {
+        "Q8_0" | "Q8_1" | "Q8_K" => 0.02,
+        "Q6_K" => 0.05,
+        "Q5_0" | "Q5_1" | "Q5_K" => 0.1,
+        "Q4_0" | "Q4_1" | "Q4_K" | "MXFP4" | "NVFP4" | "IQ4_NL" | "IQ4_XS" => 0.25,
+        "Q3_K" | "IQ3_S" | "IQ3_XXS" => 0.45,
+        "Q2_K" | "IQ2_S" | "IQ2_XS" | "IQ2_XXS" => 0.7,
+        _ => 1.0,
+    }
+}
+
+#[test]
+fn zeros_come_back_as_zeros() {
+    for (format, needs_importance) in encodable() {
+        let importance = needs_importance.then_some([1.0f32; COLS].as_slice());
+        assert_eq!(round_trip(format, &[0.0; COLS], importance), vec![0.0; COLS], "{format}");
+        let tiny = round_trip(format, &[1e-42; COLS], importance);
+        assert!(tiny.iter().all(|v| v.abs() <= 1e-6), "{format}: {:?}", &tiny[..4]);
+    }
+}
+
+#[test]
+fn lengths_are_checked() {
+    let mut bytes = [0u8; 144];
+    assert_eq!(
+        row::encode(FormatId::Q4_K, &[0.0; 255], None, &mut bytes),
+        Err(QuantError::RowLength { format: FormatId::Q4_K, elems: 255, block: 256 })
+    );
+    assert_eq!(
+        row::encode(FormatId::Q4_K, &[0.0; 256], None, &mut bytes[1..]),
+        Err(QuantError::ByteLength { format: FormatId::Q4_K, expected: 144, got: 143 })
+    );
+    assert_eq!(
+        row::encode(FormatId::Q4_K, &[0.0; 256], Some(&[1.0; 255]), &mut bytes),
+        Err(QuantError::ImportanceLength { expected: 256, got: 255 })
+    );
+    assert_eq!(
+        row::decode(FormatId::I32, &[0; 4], &mut [0.0]),
+        Err(QuantError::Unsupported { format: FormatId::I32, what: "decode" })
+    );
+}
