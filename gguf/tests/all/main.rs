@@ -1,0 +1,13 @@
+//! Tests of the crate from outside, in one binary: `golden` (files others wrote), `roundtrip` (writer against reader),
+//! `hostile` (truncation, every field, mutations, the fuzz corpus), `cve` (published attacks on llama.cpp's reader) and
+//! `questions` (getters, splits, byte order).
+
+mod allocation;
+mod bytes;
+mod cve;
+#[path = "../../fuzz/drain.rs"]
+mod drain;
+mod golden;
+mod hostile;
+mod questions;
+mod roundtrip;
