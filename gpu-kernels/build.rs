@@ -1,0 +1,82 @@
+//! Embeds the kernels as PTX: a module per tier, deflated, and the names of its entries.
+//!
+//! With the feature `ptx` and a device compiler; else the table is empty, and with the feature one warning names the
+//! command that installs a compiler. The compiler's own files live in `target/ptx`, shared with xtask.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use ptx_build::{Compiler, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
+
+/// Names of tiers, separated by commas.
+const TIERS_VARIABLE: &str = "RUNIK_PTX_TIERS";
+
+fn main() {
+    for cfg in Tier::all_cfgs() {
+        println!("cargo::rustc-check-cfg=cfg({cfg})");
+    }
+    println!("cargo::rerun-if-changed=build.rs");
+    let out_dir = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let modules =
+        if std::env::var_os("CARGO_FEATURE_PTX").is_some() { modules(&out_dir) } else { Vec::new() };
+    let table = table(&out_dir, &modules).unwrap_or_else(|error| panic!("embed PTX: {error}"));
+    std::fs::write(out_dir.join("ptx_table.rs"), table).unwrap_or_else(|error| panic!("embed PTX: {error}"));
+}
+
+fn modules(out_dir: &Path) -> Vec<Module> {
+    println!("cargo::rerun-if-changed=src");
+    println!("cargo::rerun-if-changed=../quant/src");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace");
+    // OUT_DIR is target/PROFILE/build/NAME/out, with the target's name before PROFILE where one is given.
+    let build_dir = out_dir.ancestors().nth(4).unwrap_or(out_dir).join("ptx");
+    let cargo = PathBuf::from(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let build = || {
+        std::fs::create_dir_all(&build_dir)
+            .map_err(|source| PtxError::Io { what: format!("create {}", build_dir.display()), source })?;
+        let compiler = Compiler::find(&build_dir)?;
+        Kernels::prepare(&compiler, &cargo, root, &build_dir)?.build(&tiers())
+    };
+    match build() {
+        Ok(modules) => modules,
+        Err(error @ PtxError::NoCompiler { .. }) => {
+            println!("cargo::warning=built without GPU kernels ({error}); to have them: {INSTALL_COMMAND}");
+            Vec::new()
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The tiers to build: all, or for a quicker build those that the developer names.
+fn tiers() -> Vec<Tier> {
+    println!("cargo::rerun-if-env-changed={TIERS_VARIABLE}");
+    match std::env::var(TIERS_VARIABLE) {
+        Err(_) => TIERS.to_vec(),
+        Ok(names) => {
+            let tier = |name: &str| {
+                *Tier::named(name).unwrap_or_else(|| panic!("{TIERS_VARIABLE}: no tier {name:?}"))
+            };
+            names.split(',').map(tier).collect()
+        }
+    }
+}
+
+/// Source of the table, with each module's text deflated beside it.
+fn table(out_dir: &Path, modules: &[Module]) -> std::io::Result<String> {
+    let mut text = String::from("&[\n");
+    for Module { tier, ptx, kernels } in modules {
+        let file = format!("{}.ptx.deflate", tier.name);
+        std::fs::write(out_dir.join(&file), miniz_oxide::deflate::compress_to_vec(ptx.as_bytes(), 9))?;
+        let path = format!("concat!(env!(\"OUT_DIR\"), \"/{file}\")");
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "PtxModule {{ tier: {:?}, sm: {}, exact: {}, ptx_bytes: {}, deflated: include_bytes!({path}), kernels: &{kernels:?} }},",
+            tier.name,
+            tier.sm,
+            tier.exact,
+            ptx.len()
+        );
+    }
+    text.push(']');
+    Ok(text)
+}

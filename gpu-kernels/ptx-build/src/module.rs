@@ -1,0 +1,162 @@
+//! The finishing touches on a tier's PTX, and the rules it must keep.
+//!
+//! Finishing: rustc emits no launch bounds, so kernels carry them as a comment `// @launch .maxntid 256,1,1`, which is
+//! moved to the entry's header; rustc cannot align a parameter beyond 16 bytes, so `// @param_align INDEX ALIGN` raises
+//! it in the text; comments that mark inline assembly go.
+//!
+//! Rules: no external function (code of another crate that was not inlined), no local memory, and each canary kernel
+//! (`device/canary.rs`) holds exactly one barrier: LLVM or rustc copying it means that convergence is broken.
+
+use crate::error::PtxError;
+use crate::tier::Tier;
+
+/// Functions that the driver's linker provides.
+const DRIVER_FUNCTIONS: [&str; 4] = ["vprintf", "malloc", "free", "__assertfail"];
+const ENTRY: &str = ".visible .entry ";
+/// Kernels whose name starts so are there for the barrier rule alone.
+pub const CANARY: &str = "canary_";
+/// Kernels whose name starts so are there to show that instructions without a user assemble.
+pub const PROBE: &str = "probe_";
+
+/// PTX of one tier, ready for a driver.
+#[derive(Clone, Debug)]
+pub struct Module {
+    /// The tier.
+    pub tier: Tier,
+    /// PTX text.
+    pub ptx: String,
+    /// Names of the entries, sorted.
+    pub kernels: Vec<String>,
+}
+
+impl Module {
+    /// Finishes and checks the compiler's output.
+    pub fn finish(tier: Tier, raw: &str) -> Result<Module, PtxError> {
+        let lint = |kernel: &str, what: String| PtxError::Lint {
+            tier: tier.name.into(),
+            kernel: kernel.into(),
+            what,
+        };
+        let mut parts = split_at_entries(raw).into_iter();
+        let mut ptx = String::with_capacity(raw.len());
+        push_code(&mut ptx, parts.next().unwrap_or_default());
+        for line in raw.lines().filter(|line| line.starts_with(".extern .func")) {
+            if !DRIVER_FUNCTIONS.iter().any(|name| line.contains(name)) {
+                let what = format!("calls a function of another crate that was not inlined: {line}");
+                return Err(lint("module", what));
+            }
+        }
+        let mut kernels = Vec::new();
+        for entry in parts {
+            let name = entry_name(entry).ok_or_else(|| lint("module", "an entry without a name".into()))?;
+            if entry.contains("__local_depot") {
+                return Err(lint(name, "uses local memory (an array indexed at run time?)".into()));
+            }
+            let barriers = entry.lines().filter(|line| is_barrier(line)).count();
+            if name.starts_with(CANARY) && barriers != 1 {
+                return Err(lint(
+                    name,
+                    format!("{barriers} barriers where the source has one: convergence is broken"),
+                ));
+            }
+            push_code(&mut ptx, &hoist(entry, name).ok_or_else(|| lint(name, "malformed @ comment".into()))?);
+            kernels.push(name.to_string());
+        }
+        kernels.sort();
+        Ok(Module { tier, ptx, kernels })
+    }
+
+    /// The text of one entry.
+    pub fn entry(&self, kernel: &str) -> Option<&str> {
+        split_at_entries(&self.ptx).into_iter().skip(1).find(|entry| entry_name(entry) == Some(kernel))
+    }
+}
+
+fn is_barrier(line: &str) -> bool {
+    let line = line.trim_start();
+    line.starts_with("bar.sync") || line.starts_with("barrier.sync") || line.starts_with("barrier.cta.sync")
+}
+
+/// The text before the first entry, then one part per entry.
+fn split_at_entries(text: &str) -> Vec<&str> {
+    let mut starts: Vec<usize> = text.match_indices(ENTRY).map(|(at, _)| at).collect();
+    starts.insert(0, 0);
+    starts.push(text.len());
+    starts.windows(2).map(|range| &text[range[0]..range[1]]).collect()
+}
+
+fn entry_name(entry: &str) -> Option<&str> {
+    entry.strip_prefix(ENTRY)?.split(['(', '\n']).next().map(str::trim).filter(|name| !name.is_empty())
+}
+
+/// Moves what the `@` comments say to where PTX wants it.
+fn hoist(entry: &str, name: &str) -> Option<String> {
+    let mut text = entry.to_string();
+    for line in entry.lines() {
+        let Some(note) = line.trim_start().strip_prefix("// @") else { continue };
+        let (kind, rest) = note.split_once(' ')?;
+        match kind {
+            "launch" => text = text.replacen("\n)\n{", &format!("\n)\n{}\n{{", rest.trim()), 1),
+            "param_align" => {
+                let (index, align) = rest.trim().split_once(' ')?;
+                let param = format!(".b8 {name}_param_{index}[");
+                text = text.replacen(&format!(".align 16 {param}"), &format!(".align {align} {param}"), 1);
+            }
+            _ => return None,
+        }
+    }
+    Some(text)
+}
+
+/// Appends lines that are code.
+fn push_code(out: &mut String, text: &str) {
+    for line in text.lines() {
+        let code = line.trim();
+        if !code.is_empty() && !code.starts_with("//") {
+            out.push_str(line.split_once("// ").map_or(line, |(code, _)| code).trim_end());
+            out.push('\n');
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tier::TIERS;
+
+    fn entry(name: &str, body: &str) -> String {
+        format!("{ENTRY}{name}(\n\t.param .align 16 .b8 {name}_param_0[128]\n)\n{{\n{body}\n\tret;\n}}\n")
+    }
+
+    fn finish(text: &str) -> Result<Module, PtxError> {
+        Module::finish(TIERS[0], &format!("// made by LLVM\n.version 6.3\n{text}"))
+    }
+
+    #[test]
+    fn comments_become_directives() {
+        let body = "\t// begin inline asm\n\t// @launch .maxntid 64,1,1\n\t// end inline asm\n\t// @param_align 0 64";
+        let module = finish(&entry("k", body)).unwrap();
+        assert!(module.ptx.starts_with(".version 6.3\n"));
+        assert!(module.ptx.contains(")\n.maxntid 64,1,1\n{"));
+        assert!(module.ptx.contains(".align 64 .b8 k_param_0[128]"));
+        assert!(!module.ptx.contains("//"));
+        assert_eq!(module.kernels, ["k"]);
+        assert!(module.entry("k").is_some_and(|text| text.contains(".maxntid")));
+        assert_eq!(module.entry("other"), None);
+    }
+
+    #[test]
+    fn every_rule_can_fail() {
+        let broken = [
+            (".extern .func (.param .b32 r) fmaf\n".to_string() + &entry("k", ""), "not inlined"),
+            (entry("k", "\t.local .align 4 .b8 __local_depot0[64];"), "local memory"),
+            (entry("canary_branch", "\tbarrier.sync 0;\n\tbarrier.sync 0;"), "2 barriers"),
+            (entry("k", "\t// @unknown 1"), "malformed"),
+        ];
+        for (text, what) in broken {
+            assert!(finish(&text).unwrap_err().to_string().contains(what), "{what}");
+        }
+        finish(&entry("canary_branch", "\tbar.sync 0;")).unwrap();
+        finish(&(".extern .func (.param .b32 r) vprintf\n".to_string() + &entry("k", ""))).unwrap();
+    }
+}

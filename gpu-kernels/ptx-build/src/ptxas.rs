@@ -1,0 +1,147 @@
+//! NVIDIA's assembler as a checker: every entry must assemble without spills and without a stack.
+//!
+//! ptxas comes from a Python wheel that xtask fetches; only tests and reports need it, never a build.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+use crate::compiler::run;
+use crate::elf;
+use crate::error::PtxError;
+use crate::module::Module;
+use crate::tier::Tier;
+
+/// What one kernel takes on one tier.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// Kernel.
+    pub kernel: String,
+    /// Registers per thread.
+    pub registers: u32,
+    /// Static shared memory, bytes.
+    pub smem_bytes: u32,
+    /// Stack per thread, bytes.
+    pub stack_bytes: u32,
+    /// Bytes spilled to local memory and read back.
+    pub spill_bytes: u32,
+    /// Machine instructions, the padding at the end included.
+    pub instructions: usize,
+}
+
+/// Assembles a module below `build_dir`; a kernel with a stack or spills is an error.
+pub fn assemble(ptxas: &Path, module: &Module, build_dir: &Path) -> Result<Vec<Resources>, PtxError> {
+    let tier = module.tier;
+    let ptx = build_dir.join(format!("{}.ptx", tier.name));
+    let cubin = build_dir.join(format!("{}.cubin", tier.name));
+    std::fs::write(&ptx, &module.ptx).map_err(PtxError::path("write", &ptx))?;
+    let mut command = Command::new(ptxas);
+    command.args(["-v", "-arch", tier.name]).arg(&ptx).arg("-o").arg(&cubin);
+    // The report of -v is on stderr.
+    let output = command.output().map_err(PtxError::path("start", ptxas))?;
+    let report = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !output.status.success() {
+        let purpose = format!("assemble {}", tier.name);
+        return Err(PtxError::Command { program: "ptxas".into(), purpose, stderr: report });
+    }
+    let bytes = std::fs::read(&cubin).map_err(PtxError::path("read", &cubin))?;
+    let sizes = elf::code_sizes(&cubin, &bytes)?;
+    let mut rows = parse(&report);
+    for row in &mut rows {
+        let size = sizes.iter().find(|(kernel, _)| *kernel == row.kernel).map_or(0, |(_, size)| *size);
+        row.instructions = instructions(tier, size);
+        if row.stack_bytes != 0 || row.spill_bytes != 0 {
+            let what = format!("{} bytes of stack, {} bytes spilled", row.stack_bytes, row.spill_bytes);
+            return Err(PtxError::Lint { tier: tier.name.into(), kernel: row.kernel.clone(), what });
+        }
+    }
+    rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
+    if rows.iter().map(|row| &row.kernel).ne(&module.kernels) {
+        let what = format!("{} kernels reported, {} in the PTX", rows.len(), module.kernels.len());
+        return Err(PtxError::Output { program: "ptxas -v".into(), what });
+    }
+    Ok(rows)
+}
+
+/// Instructions in this many bytes of code: 16 bytes each from sm_70 on; before, 8 bytes, with one word of scheduling
+/// hints for every three.
+fn instructions(tier: Tier, code_bytes: usize) -> usize {
+    if tier.sm >= 70 { code_bytes / 16 } else { code_bytes / 8 * 3 / 4 }
+}
+
+/// Rows of `ptxas -v`.
+fn parse(report: &str) -> Vec<Resources> {
+    let mut rows: Vec<Resources> = Vec::new();
+    for line in report.lines() {
+        if let Some(kernel) =
+            line.split("Compiling entry function '").nth(1).and_then(|rest| rest.split('\'').next())
+        {
+            rows.push(Resources { kernel: kernel.into(), ..Resources::default() });
+        }
+        let Some(row) = rows.last_mut() else { continue };
+        let number = |before: &str| -> Option<u32> {
+            line.split(before).next()?.trim_end().rsplit([' ', ':']).next()?.parse().ok()
+        };
+        if line.contains("bytes stack frame") {
+            row.stack_bytes = number("bytes stack frame").unwrap_or(0);
+            row.spill_bytes =
+                number("bytes spill stores").unwrap_or(0) + number("bytes spill loads").unwrap_or(0);
+        }
+        if line.contains("registers") {
+            row.registers = number("registers").unwrap_or(0);
+            row.smem_bytes = if line.contains("bytes smem") { number("bytes smem").unwrap_or(0) } else { 0 };
+        }
+    }
+    rows
+}
+
+/// The table that is diffed in review: one line per kernel and tier.
+pub fn table(tiers: &[(Tier, Vec<Resources>)]) -> String {
+    let mut text = format!(
+        "{:<8} {:<32} {:>9} {:>10} {:>12}\n",
+        "tier", "kernel", "registers", "smem_bytes", "instructions"
+    );
+    for (tier, rows) in tiers {
+        for row in rows {
+            let Resources { kernel, registers, smem_bytes, instructions, .. } = row;
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "{:<8} {kernel:<32} {registers:>9} {smem_bytes:>10} {instructions:>12}",
+                tier.name
+            );
+        }
+    }
+    text
+}
+
+/// Version of the assembler, in its own words.
+pub fn version(ptxas: &Path) -> Result<String, PtxError> {
+    let text = run(Command::new(ptxas).arg("--version"), "say its version")?;
+    Ok(text.lines().find_map(|line| line.split(", ").nth(1)).unwrap_or("unknown").to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parse_reads_both_shapes_of_the_report() {
+        let report = "ptxas info    : 0 bytes gmem\n\
+            ptxas info    : Compiling entry function 'a' for 'sm_80'\n\
+            ptxas info    : Function properties for a\n    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n\
+            ptxas info    : Used 38 registers, used 1 barriers, 128 bytes smem, 376 bytes cmem[0]\n\
+            ptxas info    : Compiling entry function 'b' for 'sm_80'\n\
+            ptxas info    : Used 10 registers, used 0 barriers\n";
+        let a = Resources {
+            kernel: "a".into(),
+            registers: 38,
+            smem_bytes: 128,
+            stack_bytes: 16,
+            spill_bytes: 12,
+            instructions: 0,
+        };
+        let b = Resources { kernel: "b".into(), registers: 10, ..Resources::default() };
+        assert_eq!(parse(report), [a, b]);
+    }
+}

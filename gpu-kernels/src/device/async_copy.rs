@@ -1,0 +1,51 @@
+//! Copies from global to shared memory that run beside the thread (sm_80). Before, the same calls copy at once through
+//! registers, so kernels need no second form.
+//!
+//! The bytes are there for the thread that copied after [`wait`], for others after a barrier behind that.
+
+#[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+use core::arch::asm;
+
+use super::{Glb, Smem, U32x4};
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emu::lane;
+
+/// Starts copying 16 bytes: element `j` of `source` to element `i` of `target`. Cached in L2 only
+/// (`cp.async.cg.shared.global.L2::128B`).
+#[inline(always)]
+#[track_caller]
+pub fn copy16(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32) {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    // SAFETY: the launch gave arrays that hold both elements; 16-byte alignment is the type's.
+    unsafe {
+        asm!("cp.async.cg.shared.global.L2::128B [{}],[{}],16;", in(reg32) target.address(i), in(reg64) source.address(j), options(nostack, preserves_flags))
+    }
+    #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
+    target.st(i, source.ld_nc(j));
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::async_copy(target.address(i), source.address(j));
+}
+
+/// Ends a group of copies (`cp.async.commit_group`).
+#[inline(always)]
+pub fn commit() {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    // SAFETY: bookkeeping of this thread's copies.
+    unsafe {
+        asm!("cp.async.commit_group;", options(nostack, preserves_flags))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::async_commit();
+}
+
+/// Waits until at most `PENDING` of this thread's latest groups are under way (`cp.async.wait_group`).
+#[inline(always)]
+pub fn wait<const PENDING: u32>() {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    // SAFETY: waits for this thread's copies.
+    unsafe {
+        asm!("cp.async.wait_group {};", const PENDING, options(nostack, preserves_flags))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::async_wait(PENDING as usize);
+}

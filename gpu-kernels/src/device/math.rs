@@ -1,0 +1,157 @@
+//! Arithmetic that PTX has instructions for and core does not, or not under our control.
+
+#[cfg(target_arch = "nvptx64")]
+use super::intrinsics;
+
+/// log2(e).
+pub const LOG2_E: f32 = core::f32::consts::LOG2_E;
+
+twin! {
+    /// `n`, unknown to the compiler: a loop up to it stays rolled.
+    pub fn opaque(n: u32) -> u32 {
+        ptx {
+            let mut n = n;
+            // SAFETY: a comment, no instruction.
+            unsafe { core::arch::asm!("// {}", inout(reg32) n, options(pure, nomem, nostack, preserves_flags)) }
+            n
+        }
+        host { n }
+    }
+}
+
+twin! {
+    /// `a * b`, never fused with an addition that follows (`mul.rn`).
+    pub fn mul(a: f32, b: f32) -> f32 {
+        ptx {
+            // SAFETY: arithmetic.
+            unsafe { intrinsics::mul(a, b) }
+        }
+        host { a * b }
+    }
+}
+
+twin! {
+    /// `a * b + c`, rounded once (`fma.rn`).
+    pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+        ptx { core::intrinsics::fmaf32(a, b, c) }
+        host { libm::fmaf(a, b, c) }
+    }
+}
+
+twin! {
+    /// 2 to the `x`, relative error 2^-22; denormals flushed (`ex2.approx.ftz`).
+    pub fn ex2(x: f32) -> f32 {
+        ptx {
+            // SAFETY: arithmetic.
+            unsafe { intrinsics::ex2(x) }
+        }
+        host { libm::exp2f(x) }
+    }
+}
+
+twin! {
+    /// `1 / x`, within 1 ulp; denormals flushed (`rcp.approx.ftz`).
+    pub fn rcp(x: f32) -> f32 {
+        ptx {
+            // SAFETY: arithmetic.
+            unsafe { intrinsics::rcp(x) }
+        }
+        host { 1.0 / x }
+    }
+}
+
+twin! {
+    /// `1 / sqrt(x)`, relative error 2^-22.4; denormals flushed (`rsqrt.approx.ftz`).
+    pub fn rsqrt(x: f32) -> f32 {
+        ptx {
+            // SAFETY: arithmetic.
+            unsafe { intrinsics::rsqrt(x) }
+        }
+        host { 1.0 / libm::sqrtf(x) }
+    }
+}
+
+twin! {
+    /// The larger; a NaN loses against a number (`max.f32`).
+    pub fn fmax(a: f32, b: f32) -> f32 {
+        ptx {
+            // SAFETY: arithmetic.
+            unsafe { intrinsics::fmax(a, b) }
+        }
+        host { a.max(b) }
+    }
+}
+
+twin! {
+    /// The smaller; a NaN loses against a number (`min.f32`).
+    pub fn fmin(a: f32, b: f32) -> f32 {
+        ptx {
+            // SAFETY: arithmetic.
+            unsafe { intrinsics::fmin(a, b) }
+        }
+        host { a.min(b) }
+    }
+}
+
+twin! {
+    /// `|x|` (`abs.f32`).
+    pub fn fabs(x: f32) -> f32 {
+        ptx { f32::from_bits(x.to_bits() & 0x7fff_ffff) }
+        host { x.abs() }
+    }
+}
+
+twin! {
+    /// Nearest integer, ties to even (`cvt.rni.f32.f32`).
+    pub fn round_even(x: f32) -> f32 {
+        ptx { core::intrinsics::round_ties_even_f32(x) }
+        host { libm::rintf(x) }
+    }
+}
+
+twin! {
+    /// Four bytes out of the eight of `a` (0..4) and `b` (4..8): nibble `i` of `selector` names byte `i` (`prmt`).
+    pub fn prmt(a: u32, b: u32, selector: u32) -> u32 {
+        ptx {
+            // SAFETY: arithmetic.
+            unsafe { intrinsics::prmt(a, b, selector) }
+        }
+        host {
+            let bytes = (u64::from(b) << 32 | u64::from(a)).to_le_bytes();
+            u32::from_le_bytes(core::array::from_fn(|i| {
+                let nibble = (selector >> (4 * i)) as usize & 15;
+                let byte = bytes[nibble & 7];
+                // The nibble's top bit asks for the byte's sign, eight times.
+                if nibble & 8 != 0 { (byte as i8 >> 7) as u8 } else { byte }
+            }))
+        }
+    }
+}
+
+/// Sum of `c` and the four products of unsigned bytes of `a` with signed bytes of `b`: `dp4a.u32.s32`, from sm_61 on;
+/// before, a byte at a time.
+#[inline(always)]
+pub fn dp4a_us(a: u32, b: u32, c: i32) -> i32 {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_61))]
+    // SAFETY: arithmetic.
+    return unsafe { intrinsics::dp4a_us(a, b, c) };
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_61)))]
+    {
+        let product = |i: u32| (a >> (8 * i) & 0xff) as i32 * ((b << (24 - 8 * i)) as i32 >> 24);
+        c.wrapping_add(product(0)).wrapping_add(product(1)).wrapping_add(product(2)).wrapping_add(product(3))
+    }
+}
+
+/// Sum of `c` and the four products of signed bytes: `dp4a.s32.s32`, from sm_61 on; before, a byte at a time.
+#[inline(always)]
+pub fn dp4a(a: u32, b: u32, c: i32) -> i32 {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_61))]
+    // SAFETY: arithmetic.
+    return unsafe { intrinsics::dp4a_ss(a, b, c) };
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_61)))]
+    {
+        let byte = |v: u32, i: u32| (v << (24 - 8 * i)) as i32 >> 24;
+        let product = |i: u32| byte(a, i) * byte(b, i);
+        c.wrapping_add(product(0)).wrapping_add(product(1)).wrapping_add(product(2)).wrapping_add(product(3))
+    }
+}

@@ -1,0 +1,136 @@
+//! Matrix fragments of a warp and the tensor-core products on them.
+//!
+//! Lane layouts are those of PTX's `mma` ("Matrix Fragments for mma.m16n8k16" and following): with `g = lane / 4` and
+//! `t = lane % 4`, an accumulator holds `C[g][2t]`, `C[g][2t+1]`, `C[g+8][2t]`, `C[g+8][2t+1]`. A is row-major, B column-major.
+//! [`load_x4`] brings 8×8 tiles of 16-bit elements from shared memory into that layout; for bytes, two columns count as
+//! one element.
+
+#[cfg(target_arch = "nvptx64")]
+use super::intrinsics;
+use super::{Smem, U32x4};
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emu::lane;
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emu::lane::Collective;
+#[cfg(all(target_arch = "nvptx64", sm_ge_75))]
+use core::arch::asm;
+
+/// A of m16n8k16 (pairs of f16 or bf16) or of m16n8k32 (four bytes a word).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FragmentA(pub [u32; 4]);
+/// B of the same products.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FragmentB(pub [u32; 2]);
+/// C and D in f32.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FragmentF32(pub [f32; 4]);
+/// C and D in i32.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FragmentI32(pub [i32; 4]);
+
+/// Four 8×8 tiles of 16-bit elements: lane `8k + r` gives the address of row `r` of tile `k`, 16 bytes long; every lane
+/// gets of each tile the elements `2t` and `2t + 1` of row `g` (`ldmatrix.x4`, sm_75).
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
+#[inline(always)]
+#[track_caller]
+pub fn load_x4(rows: Smem<U32x4>, i: u32) -> [u32; 4] {
+    let address = rows.address(i);
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (x, y, z, w): (u32, u32, u32, u32);
+        intrinsics::anchor();
+        // SAFETY: the layout that the launch was sized by holds row `i`.
+        unsafe {
+            asm!("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{},{},{},{}}},[{}];",
+                out(reg32) x, out(reg32) y, out(reg32) z, out(reg32) w, in(reg32) address,
+                options(nostack, readonly, preserves_flags))
+        }
+        [x, y, z, w]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::load_matrix(address, false)
+}
+
+/// [`load_x4`] with each tile transposed: a lane gets the elements `2t` and `2t + 1` of column `g`.
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
+#[inline(always)]
+#[track_caller]
+pub fn load_x4_transposed(rows: Smem<U32x4>, i: u32) -> [u32; 4] {
+    let address = rows.address(i);
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (x, y, z, w): (u32, u32, u32, u32);
+        intrinsics::anchor();
+        // SAFETY: the layout that the launch was sized by holds row `i`.
+        unsafe {
+            asm!("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{},{},{},{}}},[{}];",
+                out(reg32) x, out(reg32) y, out(reg32) z, out(reg32) w, in(reg32) address,
+                options(nostack, readonly, preserves_flags))
+        }
+        [x, y, z, w]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::load_matrix(address, true)
+}
+
+/// `c += a · b` on f16, accumulated in f32 (`mma.m16n8k16`, sm_80).
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+#[inline(always)]
+#[track_caller]
+pub fn mma_f16(c: &mut FragmentF32, a: FragmentA, b: FragmentB) {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let FragmentA([a0, a1, a2, a3]) = a;
+        let FragmentB([b0, b1]) = b;
+        let [mut c0, mut c1, mut c2, mut c3] = c.0;
+        intrinsics::anchor();
+        // SAFETY: registers only.
+        unsafe {
+            asm!("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{0},{1},{2},{3}}},{{{4},{5},{6},{7}}},{{{8},{9}}},{{{0},{1},{2},{3}}};",
+                inout(reg32) c0, inout(reg32) c1, inout(reg32) c2, inout(reg32) c3,
+                in(reg32) a0, in(reg32) a1, in(reg32) a2, in(reg32) a3, in(reg32) b0, in(reg32) b1,
+                options(nomem, nostack, preserves_flags))
+        }
+        c.0 = [c0, c1, c2, c3];
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        c.0 = lane::mma(Collective::MmaF16, a.0, b.0, c.0.map(f32::to_bits)).map(f32::from_bits);
+    }
+}
+
+/// `c += a · b` on bf16, accumulated in f32 (`mma.m16n8k16`, sm_80).
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+#[inline(always)]
+#[track_caller]
+pub fn mma_bf16(c: &mut FragmentF32, a: FragmentA, b: FragmentB) {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (a, b, [c0, c1, c2, c3]) = (a.0, b.0, c.0);
+        // SAFETY: registers only.
+        let d = unsafe { intrinsics::mma_m16n8k16_bf16(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3) };
+        c.0 = [d.0, d.1, d.2, d.3];
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        c.0 = lane::mma(Collective::MmaBf16, a.0, b.0, c.0.map(f32::to_bits)).map(f32::from_bits);
+    }
+}
+
+/// `c += a · b` on signed bytes (`mma.m16n8k32`, sm_80).
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+#[inline(always)]
+#[track_caller]
+pub fn mma_s8(c: &mut FragmentI32, a: FragmentA, b: FragmentB) {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (a, b, [c0, c1, c2, c3]) = (a.0, b.0, c.0);
+        // SAFETY: registers only.
+        let d = unsafe { intrinsics::mma_m16n8k32_s8(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3) };
+        c.0 = [d.0, d.1, d.2, d.3];
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        c.0 = lane::mma(Collective::MmaS8, a.0, b.0, c.0.map(|c| c as u32)).map(|c| c as i32);
+    }
+}

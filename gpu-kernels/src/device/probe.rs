@@ -1,0 +1,70 @@
+//! One kernel that calls every instruction of the device layer that no kernel uses yet, so that each tier's PTX proves
+//! that it compiles and assembles. Never launched.
+
+use super::sync;
+#[cfg(sm_ge_80)]
+use super::sync::Mbarrier;
+use super::{Glb, Smem, U32x4, async_copy, atomic, math, mma, thread, warp};
+
+kernels! {
+    PROBE: threads(64);
+    fn (memory: Glb<u32>, x: u32);
+    "probe_device_layer" => probe;
+}
+
+#[inline(always)]
+fn probe(memory: Glb<u32>, x: u32) {
+    let words = Smem::<u32>::dynamic(0, 64);
+    let vectors = Smem::<U32x4>::dynamic(256, 64);
+    let lane = thread::lane_id();
+    let mut value = x + thread::block_idx_z() + thread::grid_dim_y();
+
+    value += warp::shfl_up(value, 1) + warp::shfl_down(value, 2) + warp::ballot(value > 3);
+    value = value.wrapping_add(warp::sum_i32(value as i32) as u32);
+    value ^= math::prmt(value, x, 0x5140) ^ math::dp4a(value, x, 1) as u32;
+    value ^= math::fmin(f32::from_bits(value), math::rcp(f32::from_bits(x))).to_bits();
+    #[cfg(sm_ge_70)]
+    {
+        value ^= warp::match_any(value);
+    }
+
+    value ^= atomic::add_global(memory, 0, value) ^ atomic::max_global(memory, 1, value);
+    value ^= atomic::compare_swap_global(memory, 2, x, value);
+    atomic::add_global_f32(memory.cast(), 3, f32::from_bits(value));
+    words.st(lane, value);
+    warp::sync_warp();
+    value ^= atomic::add_shared(words, lane ^ 1, 1);
+
+    async_copy::copy16(vectors, lane, memory.cast(), lane);
+    async_copy::commit();
+    async_copy::wait::<0>();
+    sync::sync_threads();
+    if thread::warp_id() == 0 {
+        sync::barrier_arrive::<1>(64);
+    } else {
+        sync::barrier::<1>(64);
+    }
+
+    #[cfg(sm_ge_75)]
+    {
+        let [a, b, ..] = mma::load_x4(vectors, lane);
+        let [.., c, d] = mma::load_x4_transposed(vectors, lane);
+        value ^= a ^ b ^ c ^ d;
+    }
+    #[cfg(sm_ge_80)]
+    {
+        let (a, b) = (mma::FragmentA([value, x, value, x]), mma::FragmentB([x, value]));
+        let (mut floats, mut ints) = (mma::FragmentF32::default(), mma::FragmentI32::default());
+        mma::mma_f16(&mut floats, a, b);
+        mma::mma_bf16(&mut floats, a, b);
+        mma::mma_s8(&mut ints, a, b);
+        value ^= floats.0[0].to_bits() ^ floats.0[3].to_bits() ^ (ints.0[1] ^ ints.0[2]) as u32;
+
+        let barrier = Mbarrier::at(words.cast(), 0);
+        barrier.init(64);
+        sync::sync_threads();
+        barrier.arrive();
+        barrier.wait(0);
+    }
+    memory.st(thread::index_1d(), value);
+}

@@ -1,0 +1,112 @@
+//! Barriers of a CTA: the plain one, named ones, and mbarriers in shared memory.
+
+#[cfg(target_arch = "nvptx64")]
+use super::intrinsics;
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+use crate::device::smem::Smem;
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emu::lane;
+#[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+use core::arch::asm;
+
+twin! {
+    /// Waits for every thread of the CTA; what they wrote before is visible after (`barrier.sync 0`).
+    pub fn sync_threads() {
+        ptx {
+            // SAFETY: convergence is the kernel's contract; the emulator checks it.
+            unsafe { intrinsics::barrier_all(0) }
+        }
+        host { lane::barrier(0, None) }
+    }
+}
+
+twin! {
+    /// Named barrier `ID` (1..16) of `threads` threads, a multiple of 32 (`barrier.sync ID, threads`).
+    pub fn barrier<const ID: u32>(threads: u32) {
+        ptx {
+            // SAFETY: as for `sync_threads`.
+            unsafe { intrinsics::barrier_count(ID, threads) }
+        }
+        host { lane::barrier(ID, Some(threads)) }
+    }
+}
+
+twin! {
+    /// Arrives at named barrier `ID` and goes on (`barrier.arrive ID, threads`): the producer's half.
+    pub fn barrier_arrive<const ID: u32>(threads: u32) {
+        ptx {
+            // SAFETY: as for `sync_threads`.
+            unsafe { intrinsics::barrier_arrive(ID, threads) }
+        }
+        host { lane::barrier_arrive(ID, threads) }
+    }
+}
+
+/// A barrier object in shared memory (sm_80): phases alternate in parity, a phase ends when `count` threads arrived.
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+#[derive(Clone, Copy)]
+pub struct Mbarrier {
+    address: u32,
+}
+
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+impl Mbarrier {
+    /// The barrier in element `i`. One thread must [`Mbarrier::init`] it, followed by a CTA barrier.
+    #[inline(always)]
+    #[track_caller]
+    pub fn at(words: Smem<u64>, i: u32) -> Mbarrier {
+        Mbarrier { address: words.address(i) }
+    }
+
+    /// Shared address of the object.
+    #[inline(always)]
+    pub fn address(self) -> u32 {
+        self.address
+    }
+
+    /// Starts phase 0, which `count` arrivals end.
+    #[inline(always)]
+    #[track_caller]
+    pub fn init(self, count: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the object lies in the CTA's layout.
+        unsafe {
+            asm!("mbarrier.init.shared.b64 [{}],{};", in(reg32) self.address, in(reg32) count, options(nostack, preserves_flags))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::mbarrier_init(self.address, count)
+    }
+
+    /// Counts one arrival of the current phase; what the thread wrote before is visible to those who wait for it.
+    #[inline(always)]
+    #[track_caller]
+    pub fn arrive(self) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the object lies in the CTA's layout.
+        unsafe {
+            asm!("{{ .reg .b64 s; mbarrier.arrive.shared.b64 s,[{}]; }}", in(reg32) self.address, options(nostack, preserves_flags))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::mbarrier_arrive(self.address)
+    }
+
+    /// Waits until the phase of this parity (0 for the first) has ended.
+    #[inline(always)]
+    #[track_caller]
+    pub fn wait(self, parity: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        loop {
+            let done: u32;
+            // SAFETY: the object lies in the CTA's layout.
+            unsafe {
+                asm!("{{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p,[{}],{}; selp.u32 {},1,0,p; }}",
+                    in(reg32) self.address, in(reg32) parity, out(reg32) done, options(nostack, preserves_flags))
+            }
+            if done != 0 {
+                break;
+            }
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::mbarrier_wait(self.address, parity)
+    }
+}

@@ -1,0 +1,152 @@
+//! A CTA's shared memory with its shadow: per word, who wrote and read last, and which bytes were ever written.
+
+use std::format;
+use std::string::String;
+use std::vec;
+use std::vec::Vec;
+
+use super::clock::Clock;
+use super::memory::Kind;
+
+/// An access by one thread at one of its times. Time 0: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Access {
+    pub(super) thread: u16,
+    /// Bytes of the word.
+    pub(super) mask: u8,
+    /// By an atomic operation: no conflict with another.
+    pub(super) atomic: bool,
+    pub(super) time: u32,
+}
+
+/// The latest accesses to a word. Two readers are kept, so that a write is checked against a reader other than the
+/// writer; a write of other bytes of the word by another thread replaces the mark of the first, which can hide a race but
+/// never invent one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Word {
+    pub(super) write: Access,
+    pub(super) reads: [Access; 2],
+    init: u8,
+    /// Bytes that an asynchronous copy has yet to bring.
+    pending: u8,
+}
+
+impl Word {
+    /// Marks an access; says what it conflicts with.
+    pub(super) fn access(
+        &mut self,
+        me: usize,
+        clock: &Clock,
+        mask: u8,
+        kind: Kind,
+    ) -> Option<(&'static str, u16)> {
+        let atomic = kind == Kind::Atomic;
+        let conflict = |other: Access| {
+            other.time != 0
+                && other.mask & mask != 0
+                && !(atomic && other.atomic)
+                && !clock.after(me, other.thread.into(), other.time)
+        };
+        let found = if conflict(self.write) {
+            Some(("write", self.write.thread))
+        } else if kind != Kind::Read {
+            self.reads.iter().find(|&&read| conflict(read)).map(|read| ("read", read.thread))
+        } else {
+            None
+        };
+        let mine = Access { thread: me as u16, mask, atomic, time: clock.own };
+        if kind != Kind::Read {
+            self.write = mine;
+            self.reads = [Access::default(); 2];
+        } else {
+            if self.reads[0].thread != mine.thread {
+                self.reads[1] = self.reads[0];
+            }
+            self.reads[0] = mine;
+        }
+        found
+    }
+}
+
+/// A copy under way.
+#[derive(Clone, Debug)]
+pub(super) struct Copy16 {
+    pub(super) to: u32,
+    pub(super) bytes: [u8; 16],
+}
+
+pub(super) struct SharedMemory {
+    bytes: Vec<u8>,
+    words: Vec<Word>,
+}
+
+/// What a check found, without the place.
+pub(super) type Check = Result<(), String>;
+
+impl SharedMemory {
+    pub(super) fn new(bytes: u32) -> SharedMemory {
+        // Filled with a pattern: a kernel that uses what it did not write fails its comparison too.
+        let len = bytes as usize;
+        SharedMemory { bytes: vec![0xcd; len], words: vec![Word::default(); len.div_ceil(4)] }
+    }
+
+    pub(super) fn bounds(&self, at: u32, size: u32) -> Check {
+        if at as u64 + u64::from(size) > self.bytes.len() as u64 {
+            let len = self.bytes.len();
+            return Err(format!("shared memory: {size} bytes at {at} are out of the CTA's {len}"));
+        }
+        if !at.is_multiple_of(size) {
+            return Err(format!("shared memory: {size} bytes at {at} are misaligned"));
+        }
+        Ok(())
+    }
+
+    /// Checks and marks an access that is in bounds.
+    pub(super) fn access(&mut self, at: u32, size: u32, kind: Kind, me: usize, clock: &Clock) -> Check {
+        for word in at / 4..(at + size).div_ceil(4) {
+            let from = at.max(4 * word) - 4 * word;
+            let to = (at + size).min(4 * word + 4) - 4 * word;
+            let mask = (0xfu32 << from) as u8 & (0xf >> (4 - to)) as u8;
+            let cell = &mut self.words[word as usize];
+            let what = if kind == Kind::Write { "writes" } else { "reads" };
+            let place = format_args!("shared memory at {}: thread {me} {what}", 4 * word + from);
+            if cell.pending & mask != 0 {
+                return Err(format!("{place} before the asynchronous copy to it was waited for"));
+            }
+            if kind != Kind::Write && cell.init & mask != mask {
+                return Err(format!("{place} uninitialised memory"));
+            }
+            if let Some((how, other)) = cell.access(me, clock, mask, kind) {
+                return Err(format!("race: {place} without a barrier after the {how} of thread {other}"));
+            }
+            if kind != Kind::Read {
+                cell.init |= mask;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn load(&self, at: u32, to: &mut [u8]) {
+        to.copy_from_slice(&self.bytes[at as usize..][..to.len()]);
+    }
+
+    pub(super) fn store(&mut self, at: u32, from: &[u8]) {
+        self.bytes[at as usize..][..from.len()].copy_from_slice(from);
+    }
+
+    /// The target of a copy is unusable from now on.
+    pub(super) fn begin_copy(&mut self, at: u32) {
+        for word in &mut self.words[at as usize / 4..][..4] {
+            word.pending = 0xf;
+        }
+    }
+
+    /// The copy has arrived, as a write of the thread that waited for it.
+    pub(super) fn end_copy(&mut self, copy: &Copy16, me: usize, clock: &Clock) {
+        self.store(copy.to, &copy.bytes);
+        for word in &mut self.words[copy.to as usize / 4..][..4] {
+            let write = Access { thread: me as u16, mask: 0xf, atomic: false, time: clock.own };
+            *word = Word { write, init: 0xf, ..Word::default() };
+        }
+    }
+}

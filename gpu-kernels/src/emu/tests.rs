@@ -1,0 +1,422 @@
+//! Every kind of bug planted once; each must be found, and the right form of the same kernel must pass.
+
+use std::format;
+use std::string::{String, ToString};
+
+use super::{Emulator, Entry, Options};
+use crate::device::sync::{self, Mbarrier};
+use crate::device::thread::{self, thread_idx_x};
+use crate::device::{Glb, Smem, U32x4, async_copy, atomic, mma, warp};
+use crate::driver::{Driver, DriverError, MemKind, StreamId};
+use crate::launch::{DevicePtr, Launch, Params};
+
+smem! {
+    struct Shared {
+        words: [u32; 128],
+        vectors: [U32x4; 32],
+        barrier: [u64; 1],
+    }
+}
+
+const BYTES: u64 = 4096;
+
+/// Runs a kernel of two arguments, memory and whether to misbehave, on two CTAs of 64 threads.
+fn run(entry: &Entry, bug: u32) -> Result<(), String> {
+    run_on(entry, bug, 2, 1)
+}
+
+fn run_on(entry: &Entry, bug: u32, ctas: u32, seed: u64) -> Result<(), String> {
+    let emulator = Emulator::new(Options { seed, ..Options::default() });
+    let memory = emulator.alloc(MemKind::Device, BYTES).unwrap();
+    // The first half is written, the second is not.
+    emulator.fill(memory, 1, BYTES / 2, StreamId::DEFAULT).unwrap();
+    let launch = Launch {
+        entry: entry.name,
+        grid: [ctas, 1, 1],
+        cta: 64,
+        cluster: 1,
+        smem_bytes: Shared::BYTES,
+        params: Params::new().with(memory).with(bug),
+    };
+    emulator.run(entry, &launch).map_err(|error| error.to_string())
+}
+
+/// The bug is found, described so, with this file's name; without it the kernel passes, in any order of threads.
+fn planted(entry: &Entry, what: &str) {
+    for seed in 0..4 {
+        run_on(entry, 0, 2, seed).unwrap_or_else(|error| panic!("{} without its bug: {error}", entry.name));
+    }
+    let error = run(entry, 1).expect_err(entry.name);
+    assert!(error.contains(what), "{}: {error}", entry.name);
+    assert!(error.contains("emu/tests.rs:"), "{}: no place: {error}", entry.name);
+}
+
+/// Shared words that may be read, so that only the order of accesses can be wrong.
+fn initialised() -> Smem<u32> {
+    Shared::words().st(thread_idx_x(), 0);
+    sync::sync_threads();
+    Shared::words()
+}
+
+/// A test for one kernel: `bug` is 1 to misbehave.
+macro_rules! plant {
+    ($name:ident, $what:literal, |$memory:ident, $bug:ident| $body:block) => {
+        #[test]
+        fn $name() {
+            fn kernel($memory: Glb<u32>, $bug: u32) $body
+            kernels! {
+                TABLE: threads(64);
+                fn (memory: Glb<u32>, bug: u32);
+                stringify!($name) => kernel;
+            }
+            planted(&TABLE[0], $what);
+        }
+    };
+}
+
+plant!(shared_race_after_a_write, "race: shared memory", |_memory, bug| {
+    let (words, t) = (initialised(), thread_idx_x());
+    words.st(t, t);
+    if bug == 0 {
+        sync::sync_threads();
+    }
+    words.ld(t ^ 1);
+});
+
+plant!(shared_race_after_a_read, "after the read of thread", |_memory, bug| {
+    let (words, t) = (Shared::words(), thread_idx_x());
+    words.st(t, t);
+    sync::sync_threads();
+    let value = words.ld((t + 1) % 64);
+    if bug == 0 {
+        sync::sync_threads();
+    }
+    words.st(t, value);
+});
+
+plant!(a_shuffle_orders_no_memory, "race: shared memory", |_memory, bug| {
+    let (words, t) = (Shared::words(), thread_idx_x());
+    words.st(t, t);
+    if bug == 0 {
+        warp::sync_warp();
+    } else {
+        warp::shfl_xor(t, 1);
+    }
+    words.ld(t ^ 1);
+});
+
+plant!(global_race_within_a_cta, "race: global memory", |memory, bug| {
+    let (memory, t) = (memory.offset(64 * thread::block_idx_x() as usize), thread_idx_x());
+    memory.st(t, t);
+    if bug == 0 {
+        sync::sync_threads();
+    }
+    memory.ld(t ^ 1);
+});
+
+plant!(global_race_between_ctas, "of CTA", |memory, bug| {
+    let element = if bug == 0 { thread::block_idx_x() } else { 0 };
+    if thread_idx_x() == 0 {
+        memory.st(element, 7);
+    }
+});
+
+plant!(plain_write_beside_an_atomic, "race: global memory", |memory, bug| {
+    if bug == 1 && thread_idx_x() == 5 {
+        memory.st(0, 1);
+    } else {
+        atomic::add_global(memory, 0, 1);
+    }
+});
+
+plant!(uninitialised_shared_memory, "uninitialised", |_memory, bug| {
+    let t = thread_idx_x();
+    if bug == 0 {
+        Shared::words().st(t, 1);
+    }
+    Shared::words().ld(t);
+});
+
+plant!(uninitialised_global_memory, "never written", |memory, bug| {
+    memory.ld(if bug == 0 { 511 } else { 512 });
+});
+
+plant!(global_out_of_bounds, "not within an allocation", |memory, bug| {
+    if bug == 0 {
+        memory.ld(0);
+    } else {
+        memory.st(1024, 1);
+    }
+});
+
+plant!(global_misaligned, "misaligned", |memory, bug| {
+    memory.cast::<u8>().offset(bug as usize).cast::<u32>().ld(0);
+});
+
+plant!(shared_array_out_of_bounds, "element 128 of an array of 128", |_memory, bug| {
+    // Within the CTA's memory, but in the neighbouring array.
+    let t = thread_idx_x();
+    if t == 0 {
+        Shared::words().st(127 + bug, 1);
+    }
+});
+
+plant!(shared_memory_too_small, "out of the CTA's", |_memory, bug| {
+    if thread_idx_x() == 0 {
+        Smem::<u32>::dynamic(if bug == 0 { 0 } else { Shared::BYTES }, 1).st(0, 1);
+    }
+});
+
+plant!(barrier_in_one_branch, "divergent warp", |_memory, bug| {
+    let t = thread_idx_x();
+    if bug == 0 || t < 40 {
+        sync::sync_threads();
+    }
+    warp::shfl(t, 0);
+});
+
+plant!(barrier_that_some_never_reach, "deadlock", |_memory, bug| {
+    if bug == 0 || thread_idx_x() < 32 {
+        sync::sync_threads();
+    }
+});
+
+plant!(barrier_at_two_places, "reached at two places", |memory, bug| {
+    if bug == 1 && thread_idx_x() % 2 == 1 {
+        memory.ld(0);
+        sync::sync_threads();
+    } else {
+        sync::sync_threads();
+    }
+});
+
+plant!(collective_at_two_places, "divergent warp", |_memory, bug| {
+    let t = thread_idx_x();
+    if bug == 1 && t % 2 == 1 {
+        warp::shfl_xor(t, 2);
+    } else {
+        warp::shfl_xor(t, 4);
+    }
+});
+
+plant!(collective_that_a_lane_left, "has left the kernel", |_memory, bug| {
+    let t = thread_idx_x();
+    if bug == 1 && t == 33 {
+        return;
+    }
+    warp::ballot(true);
+});
+
+plant!(async_copy_read_early, "asynchronous copy", |memory, bug| {
+    let (vectors, t) = (Shared::vectors(), thread_idx_x());
+    if t < 32 {
+        async_copy::copy16(vectors, t, memory.cast(), t);
+        async_copy::commit();
+        if bug == 0 {
+            async_copy::wait::<0>();
+        } else {
+            async_copy::wait::<1>();
+        }
+        assert_eq!(vectors.ld(t).0, [0x0101_0101; 4]);
+    }
+});
+
+plant!(async_copy_of_another_thread, "race: shared memory", |memory, bug| {
+    let (vectors, t) = (Shared::vectors(), thread_idx_x());
+    if t < 32 {
+        vectors.st(t, U32x4([0; 4]));
+        warp::sync_warp();
+        async_copy::copy16(vectors, t, memory.cast(), t);
+        async_copy::commit();
+        async_copy::wait::<0>();
+        if bug == 0 {
+            warp::sync_warp();
+        }
+        vectors.ld(t ^ 1);
+    }
+});
+
+plant!(mbarrier_not_waited_for, "race: shared memory", |_memory, bug| {
+    let (words, t) = (initialised(), thread_idx_x());
+    let full = Mbarrier::at(Shared::barrier(), 0);
+    if t == 0 {
+        full.init(32);
+    }
+    sync::sync_threads();
+    if t < 32 {
+        words.st(t, 3 * t);
+        full.arrive();
+    } else {
+        if bug == 0 {
+            full.wait(0);
+        }
+        words.ld(t - 32);
+    }
+});
+
+plant!(mbarrier_with_too_few_arrivals, "deadlock", |_memory, bug| {
+    let t = thread_idx_x();
+    let full = Mbarrier::at(Shared::barrier(), 0);
+    if t == 0 {
+        full.init(32 + bug);
+    }
+    sync::sync_threads();
+    if t < 32 {
+        full.arrive();
+    } else {
+        full.wait(0);
+    }
+});
+
+plant!(named_barrier_not_waited_for, "race: shared memory", |_memory, bug| {
+    let (words, t) = (initialised(), thread_idx_x());
+    if t < 32 {
+        words.st(t, t);
+        sync::barrier_arrive::<3>(64);
+    } else {
+        if bug == 0 {
+            sync::barrier::<3>(64);
+        }
+        words.ld(t - 32);
+    }
+    sync::sync_threads();
+    if bug == 1 && t >= 32 {
+        sync::barrier::<3>(64);
+    }
+});
+
+#[test]
+fn a_panic_in_a_kernel_is_a_finding() {
+    fn kernel(_memory: Glb<u32>, bug: u32) {
+        assert!(bug == 0 || thread_idx_x() != 7, "seven");
+    }
+    kernels! {
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "panics" => kernel;
+    }
+    run(&TABLE[0], 0).unwrap();
+    let error = run(&TABLE[0], 1).unwrap_err();
+    assert!(error.contains("seven") && error.contains("thread 7"), "{error}");
+}
+
+#[test]
+fn bytes_of_a_word_are_apart() {
+    fn kernel(memory: Glb<u32>, _bug: u32) {
+        let bytes = memory.cast::<u8>().offset(64 * thread::block_idx_x() as usize);
+        bytes.st(thread_idx_x(), thread_idx_x() as u8);
+    }
+    kernels! {
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "bytes" => kernel;
+    }
+    run_on(&TABLE[0], 0, 4, 3).unwrap();
+}
+
+#[test]
+fn atomics_lose_no_count() {
+    fn kernel(memory: Glb<u32>, _bug: u32) {
+        let words = Shared::words();
+        if thread_idx_x() == 0 {
+            words.st(0, 0);
+        }
+        sync::sync_threads();
+        atomic::add_shared(words, 0, 1);
+        sync::sync_threads();
+        if thread_idx_x() == 0 {
+            atomic::add_global(memory, 0, words.ld(0));
+        }
+    }
+    kernels! {
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "counts" => kernel;
+    }
+    let emulator = Emulator::new(Options::default());
+    let memory = emulator.alloc(MemKind::Device, 4).unwrap();
+    emulator.fill(memory, 0, 4, StreamId::DEFAULT).unwrap();
+    let params = Params::new().with(memory).with(0u32);
+    let launch =
+        Launch { entry: "counts", grid: [10, 5, 2], cta: 64, cluster: 1, smem_bytes: Shared::BYTES, params };
+    emulator.run(&TABLE[0], &launch).unwrap();
+    let mut count = [0; 4];
+    emulator.read(&mut count, memory, StreamId::DEFAULT).unwrap();
+    assert_eq!(u32::from_le_bytes(count), 6400);
+}
+
+/// A[16×32] · B[32×8] on bytes: fragments loaded as the layout says, B through `ldmatrix`.
+#[test]
+fn a_matrix_product_has_ptxs_layout() {
+    let a = |row: u32, k: u32| ((row * 7 + k * 3) % 13) as i8 - 6;
+    let b = |k: u32, col: u32| ((k * 5 + col * 11) % 17) as i8 - 8;
+    fn word(f: impl Fn(u32) -> i8) -> u32 {
+        u32::from_le_bytes([f(0), f(1), f(2), f(3)].map(|byte| byte as u8))
+    }
+    let kernel = move || {
+        let (lane, vectors) = (thread_idx_x() % 32, Shared::vectors());
+        if thread::warp_id() != 0 {
+            return;
+        }
+        // Tile 0 and 1 hold B's columns as rows: 16 bytes of k each; 2 and 3 repeat them.
+        let (col, half) = (lane % 8, lane / 8 % 2);
+        vectors.st(lane, U32x4(core::array::from_fn(|w| word(|j| b(16 * half + 4 * w as u32 + j, col)))));
+        warp::sync_warp();
+        let [b0, b1, ..] = mma::load_x4(vectors, lane);
+        let (g, t) = (lane / 4, lane % 4);
+        let part = |row: u32, k: u32| word(|j| a(row, k + j));
+        let fragment = [part(g, 4 * t), part(g + 8, 4 * t), part(g, 4 * t + 16), part(g + 8, 4 * t + 16)];
+        let mut c = mma::FragmentI32([1; 4]);
+        mma::mma_s8(&mut c, mma::FragmentA(fragment), mma::FragmentB([b0, b1]));
+        for (r, got) in c.0.into_iter().enumerate() {
+            let (row, col) = (g + 8 * (r as u32 / 2), 2 * t + r as u32 % 2);
+            let expected: i32 = (0..32).map(|k| i32::from(a(row, k)) * i32::from(b(k, col))).sum();
+            assert_eq!(got, expected + 1, "row {row}, column {col}");
+        }
+    };
+    fn entry(_memory: Glb<u32>, _bug: u32) {
+        PRODUCT.with(|kernel| kernel.borrow().as_ref().expect("set by the test")());
+    }
+    std::thread_local! {
+        static PRODUCT: core::cell::RefCell<Option<std::boxed::Box<dyn Fn()>>> = const { core::cell::RefCell::new(None) };
+    }
+    PRODUCT.set(Some(std::boxed::Box::new(kernel)));
+    kernels! {
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "product" => entry;
+    }
+    // One CTA, so on this thread, which holds the closure.
+    run_on(&TABLE[0], 0, 1, 1).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn launches_that_no_gpu_takes_are_refused() {
+    fn kernel(_memory: Glb<u32>, _bug: u32) {}
+    kernels! {
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "nothing" => kernel;
+    }
+    let good = Launch {
+        entry: "nothing",
+        grid: [1; 3],
+        cta: 64,
+        cluster: 1,
+        smem_bytes: 0,
+        params: Params::new().with(DevicePtr::NULL).with(0u32),
+    };
+    let emulator = Emulator::new(Options::default());
+    emulator.run(&TABLE[0], &good).unwrap();
+    let bad = [
+        Launch { cta: 65, ..good },
+        Launch { cta: 128, ..good },
+        Launch { smem_bytes: 1 << 20, ..good },
+        Launch { grid: [1, 0, 1], ..good },
+        Launch { params: Params::new(), ..good },
+    ];
+    for launch in bad {
+        let error = emulator.run(&TABLE[0], &launch);
+        assert!(matches!(error, Err(DriverError::Launch { .. })), "{}", format!("{launch:?}"));
+    }
+}

@@ -1,0 +1,299 @@
+//! Activations for the integer kernels: f32 to signed bytes, 32 to a group, bit-equal to `quant::ActGroup`, so that GPU
+//! and CPU round alike.
+//!
+//! Which rounding is the weights' affair (`BlockFormat::ACT`): per group with an f16 scale ([`quant::ActKind::Q8_0`], and
+//! [`quant::ActKind::Q8_1`] with an f16 product of scale and sum), or per super-block of 256 with an f32 scale
+//! ([`quant::ActKind::Q8K`]).
+//!
+//! * Shapes: `x` [n_cols, k] f32, 16-byte aligned, k a multiple of 32 (Q8K: 256). Output in two arrays, so that both are
+//!   read with full-width coalesced loads: `q` [n_cols, k] bytes, 16-byte aligned; `scales` [n_cols, k / 32] of
+//!   [`ActScale`]. Nothing overlaps.
+//! * Geometry: 256 threads per CTA. Q8_0, Q8_1: 8 lanes per group, a float4 each. Q8K: a warp per super-block, lane l takes
+//!   the float4s l and l + 32.
+//! * Bytes: 5.25 per element. FLOPs: 4 per element.
+//! * Tolerance: exact.
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::*;
+
+const THREADS: u32 = 256;
+
+/// Scale of one group and what goes with it: 8 bytes, one load.
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(8))]
+pub struct ActScale {
+    /// Scale.
+    pub d: f32,
+    /// For Q8_1, whose formats have no bias: what the offset multiplies, as f32 bits. Else the sums of q[0..16] (low
+    /// half, signed) and of q[16..32] (high half): at most 2032 in size each.
+    pub extra: u32,
+}
+
+impl ActScale {
+    /// Packs the two sums.
+    #[inline(always)]
+    pub fn with_sums(d: f32, sums: [i32; 2]) -> ActScale {
+        ActScale { d, extra: sums[0] as u32 & 0xffff | (sums[1] as u32) << 16 }
+    }
+
+    /// The two sums, unless the kind is Q8_1.
+    #[inline(always)]
+    pub fn sums(self) -> [i32; 2] {
+        [(self.extra << 16) as i32 >> 16, self.extra as i32 >> 16]
+    }
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod gpu {
+    use super::{ActScale, THREADS};
+    use crate::device::{F32x4, Glb, U32x2, math, thread, warp};
+    use quant::bits::{f16_to_f32, f32_to_f16, round_half_away};
+
+    /// Sum over the `lanes` neighbours (a power of two) that share a result.
+    #[inline(always)]
+    #[track_caller]
+    fn sum_of(mut v: i32, lanes: u32) -> i32 {
+        let mut step = lanes / 2;
+        while step > 0 {
+            v += warp::shfl_xor(v as u32, step) as i32;
+            step /= 2;
+        }
+        v
+    }
+
+    /// Stores four codes, and once per group its scale; eight neighbouring lanes have a group.
+    #[inline(always)]
+    #[track_caller]
+    fn store(
+        q: Glb<u32>,
+        scales: Glb<U32x2>,
+        i: u32,
+        codes: [i32; 4],
+        inside: bool,
+        scale: impl Fn([i32; 2]) -> ActScale,
+    ) {
+        // Each half of the group is four lanes.
+        let sum = sum_of(codes[0] + codes[1] + codes[2] + codes[3], 4);
+        let other_half = warp::shfl_xor(sum as u32, 4) as i32;
+        if inside {
+            let byte = |j: usize| (codes[j] as u32 & 0xff) << (8 * j);
+            q.st(i, byte(0) | byte(1) | byte(2) | byte(3));
+            if i.is_multiple_of(8) {
+                let ActScale { d, extra } = scale([sum, other_half]);
+                scales.st(i / 8, U32x2([d.to_bits(), extra]));
+            }
+        }
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn per_group(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32, offset_value: bool) {
+        let i = thread::index_1d();
+        // Lanes past the end work on the last vector, for the shuffles, and store nothing.
+        let F32x4(v) = x.ld_nc(if i < n4 { i } else { n4 - 1 });
+        let abs = v.map(math::fabs);
+        let mut amax = math::fmax(math::fmax(abs[0], abs[1]), math::fmax(abs[2], abs[3]));
+        unroll!(S in 0..4 {
+            if S < 3 {
+                amax = math::fmax(amax, f32::from_bits(warp::shfl_xor(amax.to_bits(), 4 >> S)));
+            }
+        });
+        let d = amax / 127.0;
+        let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
+        // Rounded apart from the sum in `round_half_away`: the CPU does not fuse them.
+        let codes = v.map(|v| round_half_away(math::mul(v, inverse)).clamp(-127, 127));
+        store(q, scales, i, codes, i < n4, |sums| {
+            let stored = f16_to_f32(f32_to_f16(d));
+            if offset_value {
+                let value = f16_to_f32(f32_to_f16(d * (sums[0] + sums[1]) as f32));
+                ActScale { d: stored, extra: value.to_bits() }
+            } else {
+                ActScale::with_sums(stored, sums)
+            }
+        });
+    }
+
+    #[inline(always)]
+    fn q8_0(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+        per_group(x, q, scales, n4, false);
+    }
+
+    #[inline(always)]
+    fn q8_1(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+        per_group(x, q, scales, n4, true);
+    }
+
+    /// The value of larger magnitude; of equal ones the one that comes first in the super-block.
+    #[inline(always)]
+    fn larger(a: (f32, u32), b: (f32, u32)) -> (f32, u32) {
+        let (x, y) = (math::fabs(a.0), math::fabs(b.0));
+        if y > x || (y == x && b.1 < a.1) { b } else { a }
+    }
+
+    #[inline(always)]
+    fn q8k(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+        let (lane, first) = (thread::lane_id(), (thread::index_1d() - thread::lane_id()) * 2);
+        // A whole warp leaves: n4 is a multiple of 64.
+        if first >= n4 {
+            return;
+        }
+        const { assert!(THREADS.is_multiple_of(32)) };
+        let mut v = [[0.0f32; 4]; 2];
+        // NaN counts as nothing, as on the CPU.
+        let mut max = (0.0f32, u32::MAX);
+        unroll!(H in 0..2 {
+            let F32x4(values) = x.ld_nc(first + 32 * H as u32 + lane);
+            v[H] = values;
+            unroll!(J in 0..4 {
+                let here = (if values[J].is_nan() { 0.0 } else { values[J] }, 128 * H as u32 + 4 * lane + J as u32);
+                max = larger(max, here);
+            });
+        });
+        let mut step = 16;
+        while step > 0 {
+            let other = f32::from_bits(warp::shfl_xor(max.0.to_bits(), step));
+            max = larger(max, (other, warp::shfl_xor(max.1, step)));
+            step /= 2;
+        }
+        let inverse = if max.0 != 0.0 { -127.0 / max.0 } else { 0.0 };
+        let d = if max.0 != 0.0 { 1.0 / inverse } else { 0.0 };
+        unroll!(H in 0..2 {
+            let codes = v[H].map(|v| math::round_even(math::mul(inverse, v)).clamp(-127.0, 127.0) as i32);
+            store(q, scales, first + 32 * H as u32 + lane, codes, true, |sums| ActScale::with_sums(d, sums));
+        });
+    }
+
+    kernels! {
+        pub(super) ENTRIES: threads(256);
+        fn (x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32);
+        "quantise_act_Q8_0" => q8_0;
+        "quantise_act_Q8_1" => q8_1;
+        "quantise_act_Q8K" => q8k;
+    }
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod host {
+    use alloc::{boxed::Box, vec, vec::Vec};
+
+    use quant::ActGroup;
+    use quant::act::{ActKind, SUPER_BLOCK};
+
+    use super::{ActScale, THREADS};
+    use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+
+    /// The definition: codes and scales of a row.
+    pub fn reference(kind: ActKind, x: &[f32]) -> (Vec<i8>, Vec<ActScale>) {
+        let mut groups = vec![ActGroup::ZERO; x.len() / 32];
+        ActGroup::quantise(kind, x, &mut groups);
+        let scale = |g: &ActGroup| match kind {
+            ActKind::Q8_1 => ActScale { d: g.d, extra: g.values[2].to_bits() },
+            ActKind::Q8_0 | ActKind::Q8K => ActScale::with_sums(g.d, g.sums),
+        };
+        (groups.iter().flat_map(|g| g.q).collect(), groups.iter().map(scale).collect())
+    }
+
+    /// Arguments; see the contract.
+    #[derive(Clone, Copy, Debug)]
+    #[allow(missing_docs)] // the contract's names
+    pub struct Args {
+        pub kind: ActKind,
+        pub x: DevicePtr,
+        pub q: DevicePtr,
+        pub scales: DevicePtr,
+        pub n_cols: usize,
+        pub k: usize,
+    }
+
+    /// One launch for all columns.
+    pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
+        let check = Check(QuantiseAct::NAME);
+        let (entry, vectors_per_thread) = match args.kind {
+            ActKind::Q8_0 => ("quantise_act_Q8_0", 1),
+            ActKind::Q8_1 => ("quantise_act_Q8_1", 1),
+            ActKind::Q8K => ("quantise_act_Q8K", 2),
+        };
+        match args.kind {
+            ActKind::Q8K => check.multiple("k", args.k, SUPER_BLOCK, "a multiple of 256")?,
+            _ => check.multiple("k", args.k, 32, "a multiple of 32")?,
+        }
+        check.size("k", args.k)?;
+        let n4 = check.size("n_cols * k", args.n_cols.saturating_mul(args.k))? / 4;
+        for (what, at, align) in [("x", args.x, 16), ("q", args.q, 16), ("scales", args.scales, 16)] {
+            check.aligned(what, at, align)?;
+        }
+        Ok(Launch {
+            entry,
+            grid: [n4.div_ceil(THREADS * vectors_per_thread), 1, 1],
+            cta: THREADS,
+            cluster: 1,
+            smem_bytes: 0,
+            params: Params::new().with(args.x).with(args.q).with(args.scales).with(n4),
+        })
+    }
+
+    /// The row in the registry.
+    #[derive(Debug)]
+    pub struct QuantiseAct;
+
+    /// One case.
+    #[derive(Clone, Copy, Debug)]
+    #[allow(missing_docs)] // the contract's names
+    pub struct Case {
+        pub kind: ActKind,
+        pub n_cols: usize,
+        pub k: usize,
+    }
+
+    impl Kernel for QuantiseAct {
+        const NAME: &'static str = "quantise_act";
+        type Case = Case;
+        const CASES: &'static [Case] = &[
+            Case { kind: ActKind::Q8_0, n_cols: 1, k: 32 },
+            Case { kind: ActKind::Q8_1, n_cols: 3, k: 576 },
+            Case { kind: ActKind::Q8_0, n_cols: 1, k: 1024 },
+            Case { kind: ActKind::Q8_1, n_cols: 1, k: 1056 },
+            Case { kind: ActKind::Q8_0, n_cols: 8, k: 256 },
+            Case { kind: ActKind::Q8K, n_cols: 1, k: 256 },
+            Case { kind: ActKind::Q8K, n_cols: 3, k: 768 },
+            Case { kind: ActKind::Q8K, n_cols: 1, k: 2304 },
+        ];
+        const NMSE_MAX: f64 = 0.0;
+        #[cfg(feature = "emu")]
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
+
+        fn problem(case: &Case, random: &mut Random) -> Problem {
+            let Case { kind, n_cols, k } = *case;
+            let mut x = random.values(n_cols * k);
+            // A group of zeros, and one so small that its scale's inverse overflows.
+            x[..32].fill(0.0);
+            if let Some(group) = x.get_mut(64..96) {
+                group.iter_mut().for_each(|v| *v *= 1e-38);
+            }
+            // Two of equal magnitude, the largest: the first decides the sign.
+            if kind == ActKind::Q8K {
+                (x[40], x[200]) = (-99.0, 99.0);
+            }
+            let (q, scales) = reference(kind, &x);
+            Problem {
+                buffers: vec![
+                    Buffer::Input(bytes_of(&x)),
+                    Buffer::Output(Expected::Exact(bytes_of(&q))),
+                    Buffer::Output(Expected::Exact(bytes_of(&scales))),
+                ],
+                launches: Box::new(move |at| {
+                    Ok(vec![launch(&Args { kind, x: at[0], q: at[1], scales: at[2], n_cols, k })?])
+                }),
+            }
+        }
+
+        fn bytes(case: &Case) -> u64 {
+            (case.n_cols * case.k) as u64 * 21 / 4
+        }
+
+        fn flops(case: &Case) -> u64 {
+            4 * (case.n_cols * case.k) as u64
+        }
+    }
+}

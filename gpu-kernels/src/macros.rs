@@ -1,0 +1,102 @@
+//! The macros kernels are written with: [`unroll`], [`kernels`], [`smem`], and `twin` for the device layer.
+
+/// A function with two bodies: `ptx` for the device, `host` for the emulator.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+macro_rules! twin {
+    ($(#[$meta:meta])* pub fn $name:ident $(<$(const $C:ident : $CT:ty),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)?
+        { ptx $ptx:block host $host:block }) => {
+        $(#[$meta])*
+        #[inline(always)]
+        #[track_caller]
+        pub fn $name $(<$(const $C: $CT),+>)? ($($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "nvptx64")]
+            $ptx
+            #[cfg(not(target_arch = "nvptx64"))]
+            $host
+        }
+    };
+}
+
+/// A loop unrolled in the source: the index is a constant in every copy, so arrays that it indexes stay in registers.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+macro_rules! unroll {
+    ($i:ident in 0..1 $body:block) => { unroll!(@ $i $body 0) };
+    ($i:ident in 0..2 $body:block) => { unroll!(@ $i $body 0 1) };
+    ($i:ident in 0..4 $body:block) => { unroll!(@ $i $body 0 1 2 3) };
+    ($i:ident in 0..8 $body:block) => { unroll!(@ $i $body 0 1 2 3 4 5 6 7) };
+    (@ $i:ident $body:block $($n:literal)*) => {{ $({ const $i: usize = $n; $body })* }};
+}
+
+/// Kernel entries: the threads per CTA (and, after a comma, the CTAs that an SM should hold), a signature, and
+/// the functions that have it.
+///
+/// On the device each becomes an `extern "ptx-kernel"` function of the given name with the launch bounds; for the
+/// emulator `$table` lists them with code that reads the arguments from a launch's parameters.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+macro_rules! kernels {
+    ($(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt;
+        fn $args:tt;
+        $($name:expr => $function:expr;)+) => {
+        $(kernels! { @device $bounds $args $name, $function })+
+
+        $(#[$meta])*
+        #[cfg(feature = "emu")]
+        $vis const $table: &[$crate::emu::Entry] = &[
+            $(kernels! { @host $bounds $args $name, $function }),+
+        ];
+    };
+    (@device ($threads:literal $(, $ctas:literal)?) ($($arg:ident : $ty:ty),* $(,)?) $name:expr, $function:expr) => {
+        #[cfg(target_arch = "nvptx64")]
+        const _: () = {
+            #[unsafe(export_name = $name)]
+            unsafe extern "ptx-kernel" fn entry($($arg: $ty),*) {
+                // SAFETY: a comment, no instruction; the PTX build turns it into a directive.
+                unsafe {
+                    core::arch::asm!(
+                        concat!("// @launch .maxntid ", $threads, ",1,1" $(, " .minnctapersm ", $ctas)?),
+                        options(nomem, nostack, preserves_flags)
+                    )
+                }
+                $function($($arg),*)
+            }
+        };
+    };
+    (@host ($threads:literal $(, $ctas:literal)?) ($($arg:ident : $ty:ty),* $(,)?) $name:expr, $function:expr) => {
+        $crate::emu::Entry {
+            name: $name,
+            max_threads: $threads,
+            run: |params| {
+                $(let $arg: $ty = params.take();)*
+                $function($($arg),*)
+            },
+            params_bytes: || {
+                let mut layout = $crate::launch::ParamLayout::default();
+                $(layout.add::<$ty>();)*
+                layout.bytes()
+            },
+        }
+    };
+}
+
+/// The layout of a CTA's dynamic shared memory: `smem! { struct Tile { a: [f32; 32], b: [U32x4; 64] } }` gives
+/// `Tile::BYTES` for the launcher and, for the kernel, `Tile::a()` and `Tile::b()`, arrays that do not overlap.
+macro_rules! smem {
+    ($(#[$meta:meta])* $vis:vis struct $name:ident { $($(#[$field_meta:meta])* $field:ident: [$ty:ty; $elems:expr]),* $(,)? }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        $vis struct $name { $($field: [$ty; $elems]),* }
+
+        impl $name {
+            /// Bytes of the whole layout.
+            $vis const BYTES: u32 = size_of::<$name>() as u32;
+            $(
+                $(#[$field_meta])*
+                #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+                #[inline(always)]
+                $vis fn $field() -> $crate::device::Smem<$ty> {
+                    $crate::device::Smem::dynamic(core::mem::offset_of!($name, $field) as u32, $elems as u32)
+                }
+            )*
+        }
+    };
+}
