@@ -1,0 +1,4 @@
+//! The backends.
+
+pub mod cpu;
+pub mod reference;

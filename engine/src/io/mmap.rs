@@ -1,0 +1,75 @@
+//! A file as bytes through the page cache: nothing is read until it is used, nothing is copied.
+
+use std::fs::File;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use crate::error::EngineError;
+use crate::weights::ByteSource;
+
+/// A mapped file.
+pub struct Mapped {
+    map: Mmap,
+}
+
+impl Mapped {
+    /// Maps a whole regular file, read-only.
+    #[allow(unsafe_code)]
+    pub fn open(path: &Path) -> Result<Mapped, EngineError> {
+        let error = |what: String| EngineError::Io { path: path.display().to_string(), what };
+        let file = File::open(path).map_err(|e| error(e.to_string()))?;
+        let metadata = file.metadata().map_err(|e| error(e.to_string()))?;
+        if metadata.is_dir() {
+            return Err(error(String::from("is a directory, expected a GGUF file")));
+        }
+        if !metadata.is_file() {
+            return Err(error(String::from("is not a regular file and cannot be mapped")));
+        }
+        // An empty mapping is an error on some systems; an empty file is no GGUF anyway.
+        if metadata.len() == 0 {
+            return Err(error(String::from("is empty, expected a GGUF file")));
+        }
+        // SAFETY: the mapping is read-only and private to this value, and its lifetime bounds every slice taken from
+        // it. What Rust cannot rule out is another process changing or truncating the file meanwhile. Weights are plain
+        // numbers, so changed bytes give wrong numbers; the header is parsed once into checked values with offsets
+        // bounded by the length mapped; truncation is a fault that ends the process (SIGBUS), as in every program
+        // that maps model files.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| error(e.to_string()))?;
+        Ok(Mapped { map })
+    }
+
+    /// Asks the system to start reading the whole file ahead; a hint, so that its failure does not matter.
+    pub fn read_ahead(&self) {
+        #[cfg(unix)]
+        let _ = self.map.advise(memmap2::Advice::WillNeed);
+    }
+}
+
+impl ByteSource for Mapped {
+    fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_what_is_there_and_says_what_is_not() {
+        let dir = std::env::temp_dir().join(format!("runik-mmap-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (full, empty) = (dir.join("full"), dir.join("empty"));
+        std::fs::write(&full, b"GGUF bytes").unwrap();
+        std::fs::write(&empty, b"").unwrap();
+        let mapped = Mapped::open(&full).unwrap();
+        mapped.read_ahead();
+        assert_eq!(mapped.bytes(), b"GGUF bytes");
+        let message = |p: &Path| Mapped::open(p).map(|_| ()).unwrap_err().to_string();
+        assert!(message(&empty).contains("is empty"));
+        assert!(message(&dir).contains("is a directory"));
+        assert!(message(&dir.join("none")).contains("none"));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,5 @@
+//! Where model bytes come from on a hosted system.
+
+mod mmap;
+
+pub use mmap::Mapped;

@@ -1,0 +1,91 @@
+//! Feed-forward parts: gated, and mixtures of gated experts.
+
+use alloc::format;
+
+use crate::models::Build;
+use crate::op::{Glu, MoeRouteParams};
+use crate::tensor::TensorId;
+
+/// Where the matrices of a gated feed-forward part lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FfnWeights {
+    /// `ffn_gate`, `ffn_up`, `ffn_down`.
+    Separate,
+    /// `ffn_up` holds gate and up, one after the other; `ffn_down`.
+    FusedUp,
+}
+
+/// How a router's logits become weights; see [`MoeRouteParams`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gating {
+    /// Softmax over the chosen logits only.
+    pub softmax_after: bool,
+    /// Divide by the sum.
+    pub normalise: bool,
+}
+
+/// `down(f(gate(x)) · up(x))`; `suffix` tells a variant of the names (`_shexp`).
+pub fn gated_ffn(
+    b: &mut Build<'_>,
+    il: usize,
+    x: TensorId,
+    act: Glu,
+    weights: FfnWeights,
+    suffix: &str,
+) -> TensorId {
+    let (gate, up) = match weights {
+        FfnWeights::Separate => {
+            (b.layer(il, &format!("ffn_gate{suffix}.weight")), b.layer(il, &format!("ffn_up{suffix}.weight")))
+        }
+        FfnWeights::FusedUp => {
+            let n_ff = b.hp.layers[il].n_ff;
+            (b.layer_rows(il, "ffn_up.weight", 0, n_ff), b.layer_rows(il, "ffn_up.weight", n_ff, n_ff))
+        }
+    };
+    let gate_bias = b.layer_opt(il, &format!("ffn_gate{suffix}.bias"));
+    let up_bias = b.layer_opt(il, &format!("ffn_up{suffix}.bias"));
+    let parts = b.g.matmul_many(x, &[(gate, gate_bias), (up, up_bias)]);
+    let h = b.g.glu(act, parts[0], parts[1]);
+    let down = b.layer(il, &format!("ffn_down{suffix}.weight"));
+    let down_bias = b.layer_opt(il, &format!("ffn_down{suffix}.bias"));
+    b.g.matmul(h, down, down_bias)
+}
+
+/// Mixture of gated experts, plus the shared expert where the model has one.
+pub fn moe_ffn(b: &mut Build<'_>, il: usize, x: TensorId, act: Glu, gating: Gating) -> TensorId {
+    let moe = b.hp.moe.expect("a mixture has expert hyperparameters");
+    let (n, n_embd) = (b.g.shape(x).rows(), b.hp.n_embd);
+    let router = b.layer(il, "ffn_gate_inp.weight");
+    let router_bias = b.layer_opt(il, "ffn_gate_inp.bias");
+    let logits = b.g.matmul(x, router, router_bias);
+    let params = MoeRouteParams {
+        n_used: moe.n_used,
+        softmax_after: gating.softmax_after,
+        normalise: gating.normalise,
+        scale: 1.0,
+    };
+    let (ids, weights) = b.g.moe_route(logits, params);
+    let x3 = b.g.reshape(x, &[n, 1, n_embd]);
+    let expert = |b: &mut Build<'_>, name: &str, x: TensorId| {
+        let w = b.layer(il, &format!("ffn_{name}_exps.weight"));
+        let bias = b.layer_opt(il, &format!("ffn_{name}_exps.bias"));
+        b.g.matmul_id(x, w, bias, ids)
+    };
+    let gate = expert(b, "gate", x3);
+    let up = expert(b, "up", x3);
+    let h = b.g.glu(act, gate, up);
+    let down = expert(b, "down", h);
+    let out = b.g.moe_combine(down, weights);
+    if moe.n_ff_shexp == 0 {
+        return out;
+    }
+    let shared = gated_ffn(b, il, x, act, FfnWeights::Separate, "_shexp");
+    let shared = match b.layer_opt(il, "ffn_gate_inp_shexp.weight") {
+        Some(w) => {
+            let gate = b.g.matmul(x, w, None);
+            b.g.row_gate(shared, gate)
+        }
+        None => shared,
+    };
+    b.g.add(out, shared)
+}

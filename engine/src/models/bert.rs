@@ -1,0 +1,109 @@
+//! bert: an encoder for embeddings. Learned positions, norms after each part, no causal mask.
+
+use super::{Arch, Build, TensorList};
+use crate::error::EngineError;
+use crate::graph::Output;
+use crate::hparams::{Hparams, Keys};
+use crate::op::{AttentionParams, Unary};
+use crate::tensor::{Input, TensorId};
+
+/// `general.architecture = bert`
+pub const BERT: Arch = Arch { name: "bert", hparams, tensors, build };
+
+fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
+    let mut hp = Hparams::read(keys, "attention.layer_norm_epsilon")?;
+    hp.causal = false;
+    Ok(hp)
+}
+
+fn tensors(hp: &Hparams) -> TensorList {
+    let n_embd = hp.n_embd;
+    let mut list = TensorList::default();
+    list.global("token_embd.weight", &[hp.n_vocab, n_embd]);
+    list.global("position_embd.weight", &[hp.n_ctx_train, n_embd]);
+    list.global_opt("token_types.weight", &[2, n_embd]);
+    list.global("token_embd_norm.weight", &[n_embd]);
+    list.global("token_embd_norm.bias", &[n_embd]);
+    for (il, layer) in hp.layers.iter().enumerate() {
+        let (q, kv) = (layer.n_head * hp.head_dim_k, layer.n_head_kv * hp.head_dim_k);
+        for (name, rows, cols) in [
+            ("attn_q", q, n_embd),
+            ("attn_k", kv, n_embd),
+            ("attn_v", layer.n_head_kv * hp.head_dim_v, n_embd),
+            ("attn_output", n_embd, layer.n_head * hp.head_dim_v),
+            ("ffn_up", layer.n_ff, n_embd),
+            ("ffn_down", n_embd, layer.n_ff),
+        ] {
+            list.layer(il, &alloc::format!("{name}.weight"), &[rows, cols]);
+            list.layer_opt(il, &alloc::format!("{name}.bias"), &[rows]);
+        }
+        for name in ["attn_output_norm", "layer_output_norm"] {
+            list.layer(il, &alloc::format!("{name}.weight"), &[n_embd]);
+            list.layer(il, &alloc::format!("{name}.bias"), &[n_embd]);
+        }
+    }
+    list
+}
+
+fn project(b: &mut Build<'_>, il: usize, name: &str) -> (TensorId, Option<TensorId>) {
+    (b.layer(il, &alloc::format!("{name}.weight")), b.layer_opt(il, &alloc::format!("{name}.bias")))
+}
+
+fn norm(b: &mut Build<'_>, il: usize, name: &str, x: TensorId) -> TensorId {
+    let (w, bias) = project(b, il, name);
+    b.g.layer_norm(x, Some(w), bias, b.hp.norm_eps)
+}
+
+fn build(b: &mut Build<'_>) {
+    let hp = b.hp;
+    let (n, n_outputs) = (b.shape.n_tokens, b.shape.n_outputs);
+    let tokens = b.g.input(Input::Tokens, n);
+    let positions = b.g.input(Input::Positions, n);
+    let token_table = b.weight("token_embd.weight");
+    let position_table = b.weight("position_embd.weight");
+    let mut x = b.g.get_rows(token_table, tokens);
+    if let Some(types) = b.weight_opt("token_types.weight") {
+        let types_in = b.g.input(Input::TokenTypes, n);
+        let t = b.g.get_rows(types, types_in);
+        x = b.g.add(x, t);
+    }
+    let p = b.g.get_rows(position_table, positions);
+    x = b.g.add(p, x);
+    let (w, bias) = (b.weight("token_embd_norm.weight"), b.weight("token_embd_norm.bias"));
+    x = b.g.layer_norm(x, Some(w), Some(bias), hp.norm_eps);
+    for (il, layer) in hp.layers.iter().enumerate() {
+        let parts = ["attn_q", "attn_k", "attn_v"].map(|name| project(b, il, name));
+        let qkv = b.g.matmul_many(x, &parts);
+        b.g.kv_store(qkv[1], qkv[2], il);
+        let params = AttentionParams {
+            il,
+            n_head: layer.n_head,
+            n_head_kv: layer.n_head_kv,
+            head_dim_k: hp.head_dim_k,
+            head_dim_v: hp.head_dim_v,
+            scale: hp.attn_scale,
+            softcap: 0.0,
+            window: 0,
+            causal: false,
+        };
+        let mut h = b.g.attention(qkv[0], None, params);
+        if il + 1 == hp.n_layer() && n_outputs < n {
+            let rows = b.g.input(Input::OutputRows, n_outputs);
+            h = b.g.get_rows(h, rows);
+            x = b.g.get_rows(x, rows);
+        }
+        let (wo, bo) = project(b, il, "attn_output");
+        let h = b.g.matmul(h, wo, bo);
+        let h = b.g.add(h, x);
+        x = norm(b, il, "attn_output_norm", h);
+        let (up, up_bias) = project(b, il, "ffn_up");
+        let (down, down_bias) = project(b, il, "ffn_down");
+        let h = b.g.matmul(x, up, up_bias);
+        let h = b.g.unary(Unary::Gelu, h);
+        let h = b.g.matmul(h, down, down_bias);
+        let h = b.g.add(h, x);
+        x = norm(b, il, "layer_output_norm", h);
+        b.g.tap("l_out", Some(il), x);
+    }
+    b.g.output(Output::Embeddings, x);
+}

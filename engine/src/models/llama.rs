@@ -1,0 +1,32 @@
+//! llama: Llama 2 and 3 (rope scaling, frequency factors), Mistral, SmolLM2, and the mixtures of that family (Mixtral).
+
+use super::{Arch, Build, TensorList};
+use crate::error::EngineError;
+use crate::hparams::{Hparams, Keys};
+use crate::layers::{Decoder, decoder, decoder_tensors};
+
+/// `general.architecture = llama`
+pub const LLAMA: Arch = Arch { name: "llama", hparams, tensors, build };
+
+fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
+    let mut hp = Hparams::read(keys, "attention.layer_norm_rms_epsilon")?;
+    hp.read_moe(keys)?;
+    Ok(hp)
+}
+
+fn tensors(hp: &Hparams) -> TensorList {
+    let mut list = TensorList::default();
+    decoder_tensors(hp, &mut list, Decoder::COMMON.ffn_norm);
+    let half = [hp.rope.n_dims / 2];
+    if hp.longrope {
+        list.global_opt("rope_factors_long.weight", &half);
+        list.global_opt("rope_factors_short.weight", &half);
+    } else {
+        list.global_opt("rope_freqs.weight", &half);
+    }
+    list
+}
+
+fn build(b: &mut Build<'_>) {
+    decoder(b, &Decoder::COMMON);
+}

@@ -1,0 +1,417 @@
+//! Every op on every backend against the reference, over shapes at and around the kernels' edges.
+
+use std::sync::Arc;
+
+use engine::backend::{Backend, Step, StepSequence};
+use engine::backends::cpu::{Cpu, Isa};
+use engine::backends::reference::Reference;
+use engine::graph::{Graph, GraphBuilder, Output};
+use engine::kv_cache::{KvLayer, KvLayout, PAGE};
+use engine::op::{AttentionParams, Glu, MoeRouteParams, RopeMode, RopeParams, Unary};
+use engine::plan::Plan;
+use engine::pool::Pool;
+use engine::tensor::{Input, TensorId};
+use engine::weights::{ByteSource, Weights};
+use quant::FormatId;
+
+/// Weights and a graph over them, filled as a case is built.
+struct Case {
+    name: String,
+    n: usize,
+    g: GraphBuilder,
+    weights: Vec<(FormatId, Vec<usize>, Vec<u8>)>,
+    seed: u64,
+    kv: Option<KvLayout>,
+}
+
+impl Case {
+    fn new(name: impl Into<String>, n: usize) -> Case {
+        let name = name.into();
+        let seed = name.bytes().fold(n as u64 + 1, |h, b| h.wrapping_mul(0x100000001b3) ^ b as u64);
+        Case { name, n, g: GraphBuilder::new(false), weights: Vec::new(), seed, kv: None }
+    }
+
+    /// Roughly normal values with an outlier now and then.
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        let mut next = || {
+            self.seed = self.seed.wrapping_add(0x9E3779B97F4A7C15);
+            let z = (self.seed ^ (self.seed >> 30)).wrapping_mul(0xBF58476D1CE4E5B9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94D049BB133111EB);
+            ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32
+        };
+        (0..n)
+            .map(|_| {
+                let x = next() + next() + next() + next() - 2.0;
+                if next() > 0.995 { x * 12.0 } else { x * 1.7 }
+            })
+            .collect()
+    }
+
+    fn weight(&mut self, format: FormatId, shape: &[usize]) -> TensorId {
+        let (rows, cols) = (shape[..shape.len() - 1].iter().product::<usize>(), *shape.last().unwrap());
+        let values = self.values(rows * cols);
+        let row_bytes = quant::row::row_bytes(format, cols).unwrap();
+        let mut bytes = vec![0u8; rows * row_bytes];
+        let importance = vec![1.0f32; cols];
+        for (x, out) in values.chunks_exact(cols).zip(bytes.chunks_exact_mut(row_bytes)) {
+            quant::row::encode(format, x, Some(&importance), out).unwrap();
+        }
+        self.weights.push((format, shape.to_vec(), bytes));
+        self.g.weight(self.weights.len() as u32 - 1, format, shape, 0)
+    }
+
+    /// An activation [n, cols] with values of its own.
+    fn x(&mut self, cols: usize) -> TensorId {
+        let table = self.weight(FormatId::F32, &[self.n, cols]);
+        let rows = self.g.input(Input::OutputRows, self.n);
+        self.g.get_rows(table, rows)
+    }
+
+    fn finish(self, out: TensorId) -> (Graph, Arc<Weights>, String, usize, Option<KvLayout>) {
+        let Case { name, n, mut g, weights, kv, .. } = self;
+        g.output(Output::Logits, out);
+        let sources: Vec<Arc<dyn ByteSource>> =
+            weights.iter().map(|w| Arc::new(w.2.clone()) as Arc<dyn ByteSource>).collect();
+        let mut all = Weights::new(sources);
+        for (i, (format, shape, bytes)) in weights.into_iter().enumerate() {
+            all.insert(&format!("w{i}"), format, shape, i, 0, bytes.len());
+        }
+        (g.finish(), Arc::new(all), name, n, kv)
+    }
+}
+
+/// Runs a graph: n tokens of two sequences, turn about, pages in scrambled order.
+fn run(backend: &mut dyn Backend, graph: Graph, n: usize, kv: &Option<KvLayout>) -> Vec<f32> {
+    if let Some(layout) = kv {
+        backend.create_kv(layout).unwrap();
+    }
+    let plan = Arc::new(Plan::new(graph));
+    for node in &plan.graph.nodes {
+        backend.supports(&plan.graph, node).unwrap();
+    }
+    let out = plan.output(Output::Logits).unwrap();
+    let id = backend.prepare(plan.clone()).unwrap();
+    let two = n >= 2;
+    let positions: Vec<i32> = (0..n).map(|i| if two { i as i32 / 2 } else { i as i32 }).collect();
+    let token_sequences: Vec<u32> = (0..n).map(|i| if two { i as u32 % 2 } else { 0 }).collect();
+    let lens = if two { [n.div_ceil(2), n / 2] } else { [n, 0] };
+    let pages_of = |len: usize| len.div_ceil(PAGE);
+    let first = [0, pages_of(lens[0])];
+    let n_pages = first[1] + pages_of(lens[1]);
+    let pages: Vec<u32> = (0..n_pages as u32).rev().collect();
+    let sequences: Vec<StepSequence> = (0..if two { 2 } else { 1 })
+        .map(|s| StepSequence { first_page: first[s] as u32, len: lens[s] as u32 })
+        .collect();
+    let cells: Vec<u32> = (0..n)
+        .map(|i| {
+            let (s, pos) = (token_sequences[i] as usize, positions[i] as usize);
+            pages[first[s] + pos / PAGE] * PAGE as u32 + (pos % PAGE) as u32
+        })
+        .collect();
+    let ids: Vec<i32> = (0..n as i32).collect();
+    let step = Step {
+        tokens: &ids,
+        positions: &positions,
+        output_rows: &ids,
+        token_sequences: &token_sequences,
+        cells: &cells,
+        sequences: &sequences,
+        pages: &pages,
+    };
+    let mut got = vec![f32::NAN; plan.graph.tensor(out).shape.elems()];
+    // Twice: a second run must not see the first one's leavings.
+    for _ in 0..2 {
+        backend.run(id, &step).unwrap();
+        backend.read(id, out, &mut got).unwrap();
+    }
+    got
+}
+
+fn nmse(got: &[f32], want: &[f32]) -> f64 {
+    let err: f64 = got.iter().zip(want).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum();
+    let norm: f64 = want.iter().map(|b| (*b as f64).powi(2)).sum();
+    if norm == 0.0 { err } else { err / norm }
+}
+
+/// Builds the case twice (graphs are consumed) and compares every backend with the reference.
+fn check(bound: f64, build: impl Fn() -> (Case, TensorId)) {
+    let (case, out) = build();
+    let (graph, weights, name, n, kv) = case.finish(out);
+    let want = run(&mut Reference::new(weights.clone()), graph.clone(), n, &kv);
+    assert!(want.iter().all(|v| v.is_finite()), "{name}: the reference is not finite");
+    let mut first: Option<Vec<f32>> = None;
+    for isa in Isa::available() {
+        for threads in [1, 3] {
+            let mut cpu = Cpu::new(weights.clone(), Arc::new(Pool::new(threads).unwrap()), isa);
+            let got = run(&mut cpu, graph.clone(), n, &kv);
+            let err = nmse(&got, &want);
+            assert!(
+                err <= bound,
+                "{name} n={n} on {} with {threads} threads: nmse {err:.2e} > {bound:.0e}",
+                isa.name()
+            );
+            let first = first.get_or_insert_with(|| got.clone());
+            assert!(*first == got, "{name} n={n}: {} with {threads} threads gives other bits", isa.name());
+        }
+    }
+}
+
+const BATCHES: &[usize] = &[1, 2, 5, 17, 70];
+
+#[test]
+fn norms() {
+    for &n in BATCHES {
+        for cols in [1, 7, 64, 576, 577] {
+            check(1e-12, || {
+                let mut c = Case::new(format!("rms_norm {cols}"), n);
+                let (x, w) = (c.x(cols), c.weight(FormatId::F32, &[cols]));
+                let y = c.g.rms_norm(x, Some(w), 1e-5);
+                (c, y)
+            });
+            check(1e-11, || {
+                let mut c = Case::new(format!("layer_norm {cols}"), n);
+                let (x, w, b) =
+                    (c.x(cols), c.weight(FormatId::F32, &[cols]), c.weight(FormatId::F32, &[cols]));
+                let y = c.g.layer_norm(x, Some(w), Some(b), 1e-5);
+                (c, y)
+            });
+        }
+    }
+}
+
+#[test]
+fn elementwise() {
+    for &n in BATCHES {
+        for cols in [1, 31, 96, 1537] {
+            for kind in [
+                Unary::Silu,
+                Unary::Gelu,
+                Unary::GeluErf,
+                Unary::Relu,
+                Unary::ReluSqr,
+                Unary::Tanh,
+                Unary::Sigmoid,
+            ] {
+                check(1e-11, || {
+                    let mut c = Case::new(format!("{kind:?} {cols}"), n);
+                    let x = c.x(cols);
+                    let y = c.g.unary(kind, x);
+                    (c, y)
+                });
+            }
+            for kind in [
+                Glu::Plain(Unary::Silu),
+                Glu::Plain(Unary::Gelu),
+                Glu::SwigluOai { alpha: 1.702, limit: 7.0 },
+            ] {
+                check(1e-11, || {
+                    let mut c = Case::new(format!("{kind:?} {cols}"), n);
+                    let (a, b) = (c.x(cols), c.x(cols));
+                    let y = c.g.glu(kind, a, b);
+                    (c, y)
+                });
+            }
+            check(1e-12, || {
+                let mut c = Case::new(format!("add, mul, scale, softcap {cols}"), n);
+                let (a, b, row) = (c.x(cols), c.x(cols), c.weight(FormatId::F32, &[cols]));
+                let y = c.g.add(a, b);
+                let z = c.g.mul(y, row);
+                let z = c.g.add(z, b);
+                let z = c.g.scale(z, 0.3);
+                let z = c.g.softcap(z, 3.0);
+                let z = c.g.add(z, y);
+                (c, z)
+            });
+        }
+    }
+}
+
+#[test]
+fn rope() {
+    let params = RopeParams {
+        n_dims: 48,
+        freq_base: 10000.0,
+        freq_scale: 0.25,
+        ext_factor: 1.0,
+        attn_factor: 1.1,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        n_ctx_orig: 64,
+    };
+    for &n in BATCHES {
+        for mode in [RopeMode::Norm, RopeMode::Neox] {
+            for factors in [false, true] {
+                check(1e-11, || {
+                    let mut c = Case::new(format!("rope {mode:?} {factors}"), n);
+                    let positions = c.g.input(Input::Positions, n);
+                    let factors = factors.then(|| {
+                        let f = c.weight(FormatId::F32, &[24]);
+                        for v in c.weights.last_mut().unwrap().2.chunks_exact_mut(4) {
+                            let x = f32::from_le_bytes(v.try_into().unwrap()).abs() + 1.0;
+                            v.copy_from_slice(&x.to_le_bytes());
+                        }
+                        f
+                    });
+                    let table = c.g.rope_table(positions, factors, params);
+                    let x = c.x(3 * 64);
+                    let x = c.g.reshape(x, &[n, 3, 64]);
+                    let y = c.g.rope(x, table, mode);
+                    (c, y)
+                });
+            }
+        }
+    }
+}
+
+/// Activations are quantised for block formats: the bound is what that costs.
+fn matmul_bound(format: FormatId) -> f64 {
+    match format {
+        FormatId::F32 | FormatId::F16 | FormatId::BF16 => 1e-11,
+        _ => 1e-3,
+    }
+}
+
+#[test]
+fn matmul_every_format() {
+    let formats = quant::table::FORMATS.iter().map(|f| f.id).filter(|id| {
+        !matches!(id, FormatId::I8 | FormatId::I16 | FormatId::I32 | FormatId::I64 | FormatId::F64)
+            && !matches!(id, FormatId::Q8_1 | FormatId::Q8_K)
+    });
+    for format in formats {
+        for &n in BATCHES {
+            check(matmul_bound(format), || {
+                let mut c = Case::new(format!("matmul {format}"), n);
+                let x = c.x(512);
+                let (w0, w1, w2) =
+                    (c.weight(format, &[33, 512]), c.weight(format, &[16, 512]), c.weight(format, &[1, 512]));
+                let b0 = c.weight(FormatId::F32, &[33]);
+                let y = c.g.matmul_many(x, &[(w0, Some(b0)), (w1, None), (w2, None)]);
+                let y0 = c.g.reshape(y[0], &[n * 33]);
+                let s = c.g.scale(y0, 1.0);
+                let y = c.g.reshape(s, &[n, 33]);
+                (c, y)
+            });
+        }
+    }
+}
+
+#[test]
+fn matmul_odd_shapes() {
+    for format in [FormatId::F32, FormatId::F16, FormatId::Q4_0, FormatId::Q8_0] {
+        let cols: &[usize] = if matches!(format, FormatId::F32 | FormatId::F16) {
+            &[1, 15, 33, 40, 576]
+        } else {
+            &[32, 96, 576]
+        };
+        for &cols in cols {
+            for rows in [1, 15, 17, 48, 100] {
+                for n in [1, 3, 9] {
+                    check(matmul_bound(format), || {
+                        let mut c = Case::new(format!("matmul {format} {rows}x{cols}"), n);
+                        let (x, w) = (c.x(cols), c.weight(format, &[rows, cols]));
+                        let y = c.g.matmul(x, w, None);
+                        (c, y)
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Two products in a row: a last-bit difference after the first may round to another f16 before the second.
+fn experts_bound(format: FormatId) -> f64 {
+    match format {
+        FormatId::F32 => 1e-11,
+        FormatId::F16 => 1e-8,
+        _ => 4e-3,
+    }
+}
+
+#[test]
+fn experts() {
+    for format in [FormatId::F32, FormatId::F16, FormatId::Q4_K, FormatId::MXFP4] {
+        for &n in BATCHES {
+            for (softmax_after, normalise) in [(false, true), (true, false), (false, false)] {
+                check(experts_bound(format), || {
+                    let mut c = Case::new(format!("experts {format} {softmax_after} {normalise}"), n);
+                    let x = c.x(256);
+                    let router = c.weight(FormatId::F32, &[6, 256]);
+                    let logits = c.g.matmul(x, router, None);
+                    let (ids, weights) = c.g.moe_route(
+                        logits,
+                        MoeRouteParams { n_used: 3, softmax_after, normalise, scale: 1.0 },
+                    );
+                    let up = c.weight(format, &[6, 256, 256]);
+                    let bias = c.weight(FormatId::F32, &[6, 256]);
+                    let x3 = c.g.reshape(x, &[n, 1, 256]);
+                    let h = c.g.matmul_id(x3, up, Some(bias), ids);
+                    let h = c.g.scale(h, 0.1);
+                    let down = c.weight(format, &[6, 40, 256]);
+                    let y = c.g.matmul_id(h, down, None, ids);
+                    let y = c.g.moe_combine(y, weights);
+                    let gate = c.x(1);
+                    let y = c.g.row_gate(y, gate);
+                    (c, y)
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn attention() {
+    let base = AttentionParams {
+        il: 0,
+        n_head: 4,
+        n_head_kv: 2,
+        head_dim_k: 64,
+        head_dim_v: 64,
+        scale: 0.125,
+        softcap: 0.0,
+        window: 0,
+        causal: true,
+    };
+    let variants = [
+        ("causal", base),
+        ("window", AttentionParams { window: 20, ..base }),
+        ("softcap", AttentionParams { softcap: 5.0, ..base }),
+        ("all", AttentionParams { causal: false, ..base }),
+        ("gqa 1", AttentionParams { n_head: 2, ..base }),
+        ("mqa", AttentionParams { n_head: 6, n_head_kv: 1, ..base }),
+        ("head 96/128", AttentionParams { head_dim_k: 96, head_dim_v: 128, ..base }),
+        ("head 24", AttentionParams { head_dim_k: 24, head_dim_v: 24, ..base }),
+        ("head 256", AttentionParams { head_dim_k: 256, head_dim_v: 256, ..base }),
+    ];
+    for (name, p) in variants {
+        for kv in [FormatId::F32, FormatId::F16, FormatId::BF16, FormatId::Q8_0, FormatId::Q4_0] {
+            if quant::row::row_bytes(kv, p.head_dim_k).is_err() {
+                continue;
+            }
+            for (n, with_sinks) in [(1, false), (2, true), (9, true), (150, false)] {
+                {
+                    check(1e-10, || {
+                        let mut c = Case::new(format!("attention {name} {kv} sinks {with_sinks}"), n);
+                        let layer = KvLayer {
+                            n_head_kv: p.n_head_kv,
+                            head_dim_k: p.head_dim_k,
+                            head_dim_v: p.head_dim_v,
+                        };
+                        c.kv = Some(KvLayout {
+                            n_pages: n.div_ceil(PAGE) + 2,
+                            type_k: kv,
+                            type_v: kv,
+                            layers: vec![layer],
+                        });
+                        let q = c.x(p.n_head * p.head_dim_k);
+                        let k = c.x(p.n_head_kv * p.head_dim_k);
+                        let v = c.x(p.n_head_kv * p.head_dim_v);
+                        let sinks = with_sinks.then(|| c.weight(FormatId::F32, &[p.n_head]));
+                        c.g.kv_store(k, v, 0);
+                        let y = c.g.attention(q, sinks, p);
+                        (c, y)
+                    });
+                }
+            }
+        }
+    }
+}
