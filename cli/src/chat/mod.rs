@@ -1,0 +1,201 @@
+//! Conversations: messages, the template that makes a prompt of them, and the prompt's tokens.
+
+pub mod builtin;
+pub mod template;
+#[cfg(test)]
+pub mod tests;
+
+use anyhow::{Context as _, Result, bail};
+use engine::Tokenizer;
+use engine::tokenizer::{EncodeOptions, TokenAttr};
+use minijinja::{Value, context};
+use serde::{Deserialize, Serialize};
+
+use template::{Blocks, Template};
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// Its text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message.
+    pub fn new(role: &str, content: impl Into<String>) -> Message {
+        Message { role: role.into(), content: content.into() }
+    }
+
+    fn value(&self) -> Value {
+        Value::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
+    }
+}
+
+/// Makes prompts of conversations.
+pub struct Format {
+    template: Template,
+    /// What it is, for people.
+    pub name: String,
+}
+
+impl Format {
+    /// The format of a model: `--chat-template` (a built-in name or Jinja source) before the file's own.
+    ///
+    /// Without either the answer is chatml, and `name` says that it is a guess.
+    pub fn choose(given: Option<&str>, of_file: Option<&str>) -> Result<Format> {
+        if let Some(given) = given {
+            if let Some(source) = builtin::source(given) {
+                return Format::compile(&source, Blocks::Verbatim, format!("built-in {given}"));
+            }
+            if !given.contains("{%") && !given.contains("{{") {
+                let names: Vec<_> = builtin::names().collect();
+                bail!("unknown chat template '{given}'; built in are: {}", names.join(", "));
+            }
+            return Format::compile(given, Blocks::Trimmed, "the one given".into());
+        }
+        match of_file {
+            Some(source) => Format::compile(source, Blocks::Trimmed, "the model's own".into()),
+            None => {
+                let source = builtin::source(FALLBACK).expect("a row of the table");
+                Format::compile(&source, Blocks::Verbatim, format!("built-in {FALLBACK} (a guess)"))
+            }
+        }
+    }
+
+    fn compile(source: &str, blocks: Blocks, name: String) -> Result<Format> {
+        let template = Template::new(source, blocks).with_context(|| format!("chat template ({name})"))?;
+        Ok(Format { template, name })
+    }
+
+    /// The text of a conversation, with what opens an answer if one is to follow.
+    pub fn render(&self, messages: &[Message], answer: bool, tokenizer: &Tokenizer) -> Result<String> {
+        let text = |id: Option<u32>| {
+            id.map_or(String::new(), |id| String::from_utf8_lossy(tokenizer.token(id).0).into_owned())
+        };
+        let vars = context! {
+            messages => messages.iter().map(Message::value).collect::<Vec<_>>(),
+            add_generation_prompt => answer,
+            bos_token => text(tokenizer.bos()),
+            eos_token => text(tokenizer.eos()),
+        };
+        self.template.render(vars).with_context(|| format!("chat template ({})", self.name))
+    }
+
+    /// The tokens of a conversation's prompt.
+    ///
+    /// Special tokens are those of the template only. Nearly always no message holds the text of one; then the whole
+    /// prompt is encoded at once, as llama.cpp does. Otherwise each message is rendered between marks that no message
+    /// contains, which tells the template's text from the messages'; special tokens are looked for in the former alone.
+    pub fn encode(&self, messages: &[Message], answer: bool, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let text = self.render(messages, answer, tokenizer)?;
+        let text = without_bos(&text, tokenizer);
+        let specials = special_texts(tokenizer);
+        let holds_special = |m: &Message| specials.iter().any(|s| m.content.contains(s.as_str()));
+        if !messages.iter().any(holds_special) {
+            return Ok(tokenizer
+                .encode(text.as_bytes(), EncodeOptions { add_special: true, parse_special: true })?);
+        }
+        let Some(foreign) = self.message_ranges(messages, answer, text, tokenizer)? else {
+            bail!(
+                "a message holds the text of a special token, and the chat template changes messages so that it cannot \
+                 be told from the template's own; use another --chat-template"
+            );
+        };
+        encode_pieces(text, &foreign, &specials, tokenizer)
+    }
+
+    /// Where in `text` (the rendered conversation) messages lie; `None` if the template changes them beyond trimming.
+    fn message_ranges(
+        &self,
+        messages: &[Message],
+        answer: bool,
+        text: &str,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<Vec<std::ops::Range<usize>>>> {
+        // Private-use characters in an order that no message contains.
+        let nonce = (0u32..)
+            .map(|n| format!("\u{F8F0}{n}\u{F8F1}"))
+            .find(|n| messages.iter().all(|m| !m.content.contains(n.as_str())) && !text.contains(n.as_str()));
+        let mark = nonce.unwrap_or_default();
+        let (open, close) = (format!("{mark}<"), format!("{mark}>"));
+        for change in [|s: &str| s.to_owned(), |s: &str| s.trim().to_owned()] {
+            let marked: Vec<Message> = messages
+                .iter()
+                .map(|m| Message::new(&m.role, format!("{open}{}{close}", change(&m.content))))
+                .collect();
+            let rendered = self.render(&marked, answer, tokenizer)?;
+            let (mut plain, mut ranges, mut rest) = (String::new(), Vec::new(), rendered.as_str());
+            while let Some((before, after)) = rest.split_once(&open) {
+                let Some((content, after)) = after.split_once(&close) else { return Ok(None) };
+                plain.push_str(before);
+                ranges.push(plain.len()..plain.len() + content.len());
+                plain.push_str(content);
+                rest = after;
+            }
+            plain.push_str(rest);
+            let stripped = without_bos(&plain, tokenizer);
+            if stripped == text {
+                let shift = plain.len() - stripped.len();
+                return Ok(Some(ranges.into_iter().map(|r| r.start - shift..r.end - shift).collect()));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The built-in format for files without one.
+const FALLBACK: &str = "chatml";
+
+/// The text without the beginning-of-sequence token that the tokenizer adds by itself.
+fn without_bos<'a>(text: &'a str, tokenizer: &Tokenizer) -> &'a str {
+    let bos = tokenizer.bos().filter(|_| tokenizer.add_bos()).map(|id| tokenizer.token(id).0);
+    bos.and_then(|bos| text.strip_prefix(std::str::from_utf8(bos).ok()?)).unwrap_or(text)
+}
+
+/// Texts of all tokens that are found only where special tokens are asked for, longest first.
+fn special_texts(tokenizer: &Tokenizer) -> Vec<String> {
+    let special = TokenAttr::CONTROL.with(TokenAttr::UNKNOWN);
+    let mut texts: Vec<String> = (0..tokenizer.n_vocab() as u32)
+        .map(|id| tokenizer.token(id))
+        .filter(|(text, attr)| attr.is_any(special) && !text.is_empty())
+        .filter_map(|(text, _)| String::from_utf8(text.to_vec()).ok())
+        .collect();
+    texts.sort_by_key(|t| std::cmp::Reverse(t.len()));
+    texts
+}
+
+/// Encodes text with special tokens found only outside the `foreign` ranges.
+fn encode_pieces(
+    text: &str,
+    foreign: &[std::ops::Range<usize>],
+    specials: &[String],
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    let mut flush = |piece: &str, parse_special: bool, first: bool| -> Result<()> {
+        if !piece.is_empty() || first {
+            ids.extend(
+                tokenizer.encode(piece.as_bytes(), EncodeOptions { add_special: first, parse_special })?,
+            );
+        }
+        Ok(())
+    };
+    let (mut start, mut at, mut first) = (0, 0, true);
+    while at < text.len() {
+        let rest = &text[at..];
+        let own = |len: usize| foreign.iter().all(|r| r.end <= at || r.start >= at + len);
+        match specials.iter().find(|s| rest.starts_with(s.as_str()) && own(s.len())) {
+            Some(special) => {
+                flush(&text[start..at], false, first)?;
+                flush(special, true, false)?;
+                at += special.len();
+                (start, first) = (at, false);
+            }
+            None => at += rest.chars().next().map_or(1, char::len_utf8),
+        }
+    }
+    flush(&text[start..], false, first)?;
+    Ok(ids)
+}

@@ -1,0 +1,475 @@
+//! Chat templates: Jinja as model files carry it, rendered by minijinja with what such templates expect of Python and
+//! of llama.cpp's engine.
+//!
+//! Differences from plain minijinja, each one a shim below:
+//! * `trim_blocks` and `lstrip_blocks` are on, as in every chat template engine;
+//! * what `{{ }}` prints follows llama.cpp: `True`, nothing for `None` and for mappings, the items of a list one after
+//!   the other, six decimals of a float. Python prints lists in brackets; no template can rely on both;
+//! * `tojson` keeps key order, escapes no HTML, separates with `", "` and `": "`, and takes Python's arguments;
+//! * lists made in a template can be appended to, `{% generation %}` blocks count as plain blocks, `none|default(x)` is
+//!   `x`, trimming is of ASCII white space, `strftime_now` and `raise_exception` exist.
+//!
+//! What llama.cpp's engine refuses (`//`, `**`, `raw`, `|sum` …) renders here as Jinja says.
+
+use std::borrow::Cow;
+use std::sync::{Arc, Mutex};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, Rest, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior};
+use regex_lite::Regex;
+
+/// Instructions and data (64 bytes each) a rendering may take: a template is part of a file from outside.
+const FUEL: u64 = 20_000_000;
+
+/// A compiled template.
+pub struct Template {
+    env: Environment<'static>,
+}
+
+/// Whether a block tag takes the newline after it and the indentation before it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Blocks {
+    /// As model files expect.
+    Trimmed,
+    /// Text as it stands.
+    Verbatim,
+}
+
+impl Template {
+    /// Compiles a template's source.
+    pub fn new(source: &str, blocks: Blocks) -> Result<Template, Error> {
+        let mut env = Environment::new();
+        let trimmed = blocks == Blocks::Trimmed;
+        env.set_syntax(SyntaxConfig::builder().trim_blocks(trimmed).lstrip_blocks(trimmed).build()?);
+        env.set_undefined_behavior(UndefinedBehavior::Chainable);
+        env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        env.set_fuel(Some(FUEL));
+        env.set_formatter(|out, _, value| {
+            let mut text = String::new();
+            print(value, &mut text);
+            Ok(out.write_str(&text)?)
+        });
+        env.set_unknown_method_callback(method);
+        env.add_filter("d", default);
+        env.add_filter("default", default);
+        env.add_filter("dictsort", dictsort);
+        env.add_filter("indent", indent);
+        env.add_filter("string", string);
+        env.add_filter("tojson", tojson);
+        env.add_filter("trim", trim);
+        env.add_test("sequence", is_sequence);
+        env.add_function("mutable_list", mutable_list);
+        env.add_function("raise_exception", raise_exception);
+        env.add_function("strftime_now", strftime_now);
+        // Python's spelling of the constants.
+        env.add_global("True", true);
+        env.add_global("False", false);
+        env.add_global("None", ());
+        env.add_template_owned("chat", rewrite(source))?;
+        Ok(Template { env })
+    }
+
+    /// Renders with these variables.
+    pub fn render(&self, vars: Value) -> Result<String, Error> {
+        self.env.get_template("chat")?.render(vars)
+    }
+}
+
+/// Makes what minijinja's language lacks into what it has: mutable lists and `generation` blocks.
+fn rewrite(source: &str) -> String {
+    let generation = Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").expect("a constant");
+    let mut text: Cow<'_, str> = generation.replace_all(source, |c: &regex_lite::Captures<'_>| {
+        let keyword = if c.get(2).is_some() { "endif" } else { "if true" };
+        format!("{}{keyword}{}", &c[1], &c[3])
+    });
+    let mutates = [".append(", ".pop(", ".extend(", ".insert("].iter().any(|m| text.contains(m));
+    if mutates {
+        let set =
+            Regex::new(r"(?s)(\{%[-+]?\s*set\s+[\w.]+\s*=\s*)(\[.*?\])(\s*[-+]?%\})").expect("a constant");
+        let in_call = Regex::new(r"([(,]\s*\w+\s*=\s*)\[\s*\](\s*[,)])").expect("a constant");
+        let with_set = set.replace_all(&text, "${1}mutable_list(${2})${3}").into_owned();
+        text = Cow::Owned(in_call.replace_all(&with_set, "${1}mutable_list([])${2}").into_owned());
+    }
+    text.into_owned()
+}
+
+/// Prints a value as llama.cpp's engine does.
+fn print(value: &Value, out: &mut String) {
+    match value.kind() {
+        ValueKind::Undefined | ValueKind::None | ValueKind::Map => {}
+        ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::Seq | ValueKind::Iterable => {
+            // What `dictsort` gives stands for a mapping, and mappings print nothing.
+            if value.downcast_object_ref::<SortedItems>().is_none() {
+                value.try_iter().into_iter().flatten().for_each(|item| print(&item, out));
+            }
+        }
+        ValueKind::Number if !value.is_integer() => match f64::try_from(value.clone()) {
+            Ok(number) => out.push_str(&float(number)),
+            Err(_) => out.push_str(&value.to_string()),
+        },
+        _ => out.push_str(&value.to_string()),
+    }
+}
+
+/// Six decimals, zeros at the end dropped but one kept.
+fn float(value: f64) -> String {
+    let mut text = format!("{value:.6}");
+    if text.contains('.') {
+        text.truncate(text.trim_end_matches('0').len());
+        if text.ends_with('.') {
+            text.push('0');
+        }
+    }
+    text
+}
+
+const ASCII_SPACE: &[char] = &[' ', '\t', '\n', '\r', '\x0b', '\x0c'];
+
+fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a str {
+    let given: Vec<char> = chars.map_or_else(|| ASCII_SPACE.to_vec(), |c| c.chars().collect());
+    let text = if left { text.trim_start_matches(&given[..]) } else { text };
+    if right { text.trim_end_matches(&given[..]) } else { text }
+}
+
+/// Methods of Python's types: our own where llama.cpp differs, the rest minijinja-contrib's.
+fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if let (Some(text), "strip" | "lstrip" | "rstrip") = (value.as_str(), name) {
+        let chars = args.first().and_then(Value::as_str);
+        return Ok(strip(text, chars, name != "rstrip", name != "lstrip").into());
+    }
+    if let Some(text) = value.as_str() {
+        let arg = args.first().and_then(Value::as_str);
+        match (name, arg) {
+            ("removeprefix", Some(prefix)) => return Ok(text.strip_prefix(prefix).unwrap_or(text).into()),
+            ("removesuffix", Some(suffix)) => return Ok(text.strip_suffix(suffix).unwrap_or(text).into()),
+            ("rsplit", None) => return Ok(text.split_whitespace().map(Value::from).collect()),
+            ("rsplit", Some(separator)) if !separator.is_empty() => {
+                let at_most =
+                    args.get(1).and_then(Value::as_usize).map_or(usize::MAX, |n| n.saturating_add(1));
+                let mut parts: Vec<Value> = text.rsplitn(at_most, separator).map(Value::from).collect();
+                parts.reverse();
+                return Ok(parts.into());
+            }
+            _ => {}
+        }
+    }
+    if value.kind() == ValueKind::Map && name == "get" {
+        // `None` where a default is missing, never undefined.
+        let (key, default) = (args.first(), args.get(1).cloned().unwrap_or(Value::from(())));
+        let found = key.map(|k| value.get_item(k)).transpose()?.filter(|v| !v.is_undefined());
+        return Ok(found.unwrap_or(default));
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// Python's strings and mappings are sequences to a template, as they are in llama.cpp's engine.
+fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Iterable)
+}
+
+fn default(value: Value, other: Option<Value>, boolean: Option<bool>) -> Value {
+    let missing = value.is_undefined() || value.is_none() || (boolean == Some(true) && !value.is_true());
+    if missing { other.unwrap_or_else(|| Value::from("")) } else { value }
+}
+
+fn trim(value: Value, chars: Option<&str>) -> String {
+    let text = match value.as_str() {
+        Some(text) => Cow::Borrowed(text),
+        None => Cow::Owned(value.to_string()),
+    };
+    strip(&text, chars, true, true).to_owned()
+}
+
+fn string(value: Value) -> Value {
+    match value.kind() {
+        ValueKind::String => value,
+        ValueKind::Bool => Value::from(if value.is_true() { "True" } else { "False" }),
+        ValueKind::None => Value::from("None"),
+        ValueKind::Undefined => Value::from(""),
+        ValueKind::Number => {
+            let mut text = String::new();
+            print(&value, &mut text);
+            Value::from(text)
+        }
+        _ => {
+            let mut text = String::new();
+            python_repr(&value, &mut text);
+            Value::from(text)
+        }
+    }
+}
+
+/// Python's `repr`, which is what a list or a mapping becomes as a string.
+fn python_repr(value: &Value, out: &mut String) {
+    match value.kind() {
+        ValueKind::String => {
+            let text = value.as_str().unwrap_or_default();
+            let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+            out.push(quote);
+            for c in text.chars() {
+                match c {
+                    '\n' => out.push_str("\\n"),
+                    '\t' => out.push_str("\\t"),
+                    '\r' => out.push_str("\\r"),
+                    '\\' => out.push_str("\\\\"),
+                    c if c == quote => out.extend(['\\', c]),
+                    c => out.push(c),
+                }
+            }
+            out.push(quote);
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            out.push('[');
+            for (i, item) in value.try_iter().into_iter().flatten().enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                python_repr(&item, out);
+            }
+            out.push(']');
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (i, key) in value.try_iter().into_iter().flatten().enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                python_repr(&key, out);
+                out.push_str(": ");
+                python_repr(&value.get_item(&key).unwrap_or_default(), out);
+            }
+            out.push('}');
+        }
+        ValueKind::None | ValueKind::Undefined => out.push_str("None"),
+        _ => print(value, out),
+    }
+}
+
+/// Pairs sorted by key or value. A list to loops and filters, but it prints nothing: see [`print()`].
+#[derive(Debug)]
+struct SortedItems(Vec<Value>);
+
+impl Object for SortedItems {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Seq
+    }
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get(key.as_usize()?).cloned()
+    }
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Seq(self.0.len())
+    }
+}
+
+fn dictsort(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
+    let sorted = minijinja::filters::dictsort(value, kwargs)?;
+    Ok(Value::from_object(SortedItems(sorted.try_iter()?.collect())))
+}
+
+/// Python's `textwrap`-like indent: the first line only with `first`, blank lines only with `blank`.
+fn indent(
+    value: &str,
+    width: Option<Value>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    kwargs: Kwargs,
+) -> Result<String, Error> {
+    let width = width.or(kwargs.get("width")?);
+    let first = first.or(kwargs.get("first")?).unwrap_or(false);
+    let blank = blank.or(kwargs.get("blank")?).unwrap_or(false);
+    kwargs.assert_all_used()?;
+    let prefix = match width {
+        None => "    ".to_owned(),
+        Some(w) => match (w.as_str(), w.as_usize()) {
+            (Some(text), _) => text.to_owned(),
+            (_, Some(n)) if n <= 1 << 10 => " ".repeat(n),
+            _ => return Err(Error::new(ErrorKind::InvalidOperation, "indent: the width is no small number")),
+        },
+    };
+    let mut out = String::new();
+    for (i, line) in value.split('\n').enumerate() {
+        if i > 0 {
+            out.push('\n');
+        }
+        if if i == 0 { first } else { !line.is_empty() || blank } {
+            out.push_str(&prefix);
+        }
+        out.push_str(line);
+    }
+    Ok(out)
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, format!("the chat template refuses: {message}")))
+}
+
+fn strftime_now(format: &str) -> Result<String, Error> {
+    jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+        .map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?}): {e}")))
+}
+
+/// A list that `append` and the like change in place, as Python's does.
+#[derive(Debug)]
+struct MutableList(Mutex<Vec<Value>>);
+
+impl MutableList {
+    fn items(&self) -> std::sync::MutexGuard<'_, Vec<Value>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Object for MutableList {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Seq
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.items().get(key.as_usize()?).cloned()
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Seq(self.items().len())
+    }
+
+    fn call_method(
+        self: &Arc<Self>,
+        state: &mut State<'_, '_>,
+        name: &str,
+        args: &[Value],
+    ) -> Result<Value, Error> {
+        let wrong = || Error::new(ErrorKind::InvalidOperation, format!("{name}: wrong arguments"));
+        let mut items = self.items();
+        match (name, args) {
+            ("append", [item]) => items.push(item.clone()),
+            ("extend", [more]) => {
+                let more: Vec<Value> = more.try_iter()?.collect();
+                items.extend(more);
+            }
+            ("insert", [at, item]) => {
+                let at = at.as_usize().ok_or_else(wrong)?.min(items.len());
+                items.insert(at, item.clone());
+            }
+            ("pop", [] | [_]) => {
+                let at = args.first().map_or(Some(-1), Value::as_i64).ok_or_else(wrong)?;
+                let at = usize::try_from(if at < 0 { at + items.len() as i64 } else { at })
+                    .map_err(|_| wrong())?;
+                return if at < items.len() { Ok(items.remove(at)) } else { Err(wrong()) };
+            }
+            _ => {
+                drop(items);
+                let value = Value::from_dyn_object(self.clone());
+                return minijinja_contrib::pycompat::unknown_method_callback(state, &value, name, args);
+            }
+        }
+        Ok(Value::from(()))
+    }
+}
+
+fn mutable_list(items: Value) -> Result<Value, Error> {
+    Ok(Value::from_object(MutableList(Mutex::new(items.try_iter()?.collect()))))
+}
+
+fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+    let named = |name, at: usize| -> Result<Option<Value>, Error> {
+        Ok(kwargs.get::<Option<Value>>(name)?.or(args.get(at).cloned()))
+    };
+    let indent = named("indent", 1)?.and_then(|v| v.as_usize()).map(|n| n.min(64));
+    let separators: Vec<String> = match named("separators", 2)? {
+        Some(pair) if !pair.is_none() => pair.try_iter()?.map(|v| v.to_string()).collect(),
+        _ => Vec::new(),
+    };
+    let json = Json {
+        indent,
+        item: separators.first().cloned().unwrap_or_else(|| if indent.is_some() { "," } else { ", " }.into()),
+        key: separators.get(1).cloned().unwrap_or_else(|| ": ".into()),
+        ascii: named("ensure_ascii", 0)?.is_some_and(|v| v.is_true()),
+        sort: named("sort_keys", 3)?.is_some_and(|v| v.is_true()),
+    };
+    kwargs.assert_all_used()?;
+    let mut out = String::new();
+    json.write(value, 0, &mut out)?;
+    Ok(out)
+}
+
+/// How `tojson` writes.
+struct Json {
+    indent: Option<usize>,
+    item: String,
+    key: String,
+    ascii: bool,
+    sort: bool,
+}
+
+impl Json {
+    fn newline(&self, level: usize, out: &mut String) {
+        if let Some(width) = self.indent {
+            out.push('\n');
+            out.extend(std::iter::repeat_n(' ', width * level));
+        }
+    }
+
+    fn write(&self, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
+        if level > 128 {
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: nested too deeply"));
+        }
+        match value.kind() {
+            ValueKind::Undefined | ValueKind::None => out.push_str("null"),
+            ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => out.push_str(&value.to_string()),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items: Vec<Value> = value.try_iter()?.collect();
+                out.push('[');
+                for (i, item) in items.iter().enumerate() {
+                    out.push_str(if i > 0 { &self.item } else { "" });
+                    self.newline(level + 1, out);
+                    self.write(item, level + 1, out)?;
+                }
+                if !items.is_empty() {
+                    self.newline(level, out);
+                }
+                out.push(']');
+            }
+            ValueKind::Map => {
+                let mut keys: Vec<Value> = value.try_iter()?.collect();
+                if self.sort {
+                    keys.sort();
+                }
+                out.push('{');
+                for (i, key) in keys.iter().enumerate() {
+                    out.push_str(if i > 0 { &self.item } else { "" });
+                    self.newline(level + 1, out);
+                    self.text(&key.to_string(), out);
+                    out.push_str(&self.key);
+                    self.write(&value.get_item(key)?, level + 1, out)?;
+                }
+                if !keys.is_empty() {
+                    self.newline(level, out);
+                }
+                out.push('}');
+            }
+            _ => self.text(&value.to_string(), out),
+        }
+        Ok(())
+    }
+
+    fn text(&self, text: &str, out: &mut String) {
+        out.push('"');
+        for c in text.chars() {
+            match c {
+                '"' => out.push_str("\\\""),
+                '\\' => out.push_str("\\\\"),
+                '\n' => out.push_str("\\n"),
+                '\r' => out.push_str("\\r"),
+                '\t' => out.push_str("\\t"),
+                '\x08' => out.push_str("\\b"),
+                '\x0c' => out.push_str("\\f"),
+                c if c < ' ' => out.push_str(&format!("\\u{:04x}", c as u32)),
+                c if self.ascii && !c.is_ascii() => {
+                    for unit in c.encode_utf16(&mut [0; 2]) {
+                        out.push_str(&format!("\\u{unit:04x}"));
+                    }
+                }
+                c => out.push(c),
+            }
+        }
+        out.push('"');
+    }
+}

@@ -1,0 +1,219 @@
+//! Model files: opened in place through the page cache, parts of a split set found beside the first.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use engine::backend::Backend;
+use engine::backends::cpu::{Cpu, Isa};
+use engine::io::Mapped;
+use engine::pool::Pool;
+use engine::weights::ByteSource;
+use engine::{Context, ContextParams, Model};
+use quant::FormatId;
+
+use crate::args::{Device, EngineArgs};
+use crate::exit::usage;
+use crate::{machine, ui};
+
+/// Context size if neither the user nor the model asks for less.
+const DEFAULT_CTX: usize = 4096;
+
+/// A file of this size takes long enough to read for a progress bar.
+const BAR_FROM_BYTES: usize = 256 << 20;
+
+/// The mapped files of a model, in order.
+pub struct Files {
+    /// One, or all parts.
+    pub parts: Vec<Arc<Mapped>>,
+    /// Where they are.
+    pub paths: Vec<PathBuf>,
+}
+
+impl Files {
+    /// Opens a file, or all parts of the set that its name belongs to.
+    pub fn open(path: &Path) -> Result<Files> {
+        let paths = parts_of(path);
+        let mut parts = Vec::with_capacity(paths.len());
+        for part in &paths {
+            let mapped = match Mapped::open(part) {
+                Ok(mapped) => mapped,
+                Err(e) if part != path => bail!("{e} (one of {} parts of {})", paths.len(), path.display()),
+                Err(e) if !path.exists() && looks_like_repository(path) => {
+                    bail!("{e}; to fetch it from Hugging Face: runik pull {}", path.display())
+                }
+                Err(e) => return Err(e.into()),
+            };
+            let magic = &mapped.bytes()[..mapped.bytes().len().min(4)];
+            if magic != b"GGUF" {
+                bail!("{}: not a GGUF file (it starts with {magic:02x?}, expected \"GGUF\")", part.display());
+            }
+            parts.push(Arc::new(mapped));
+        }
+        Ok(Files { parts, paths })
+    }
+
+    /// All bytes.
+    pub fn total_bytes(&self) -> usize {
+        self.parts.iter().map(|p| p.bytes().len()).sum()
+    }
+
+    /// The parsed parts.
+    pub fn parse(&self) -> Result<gguf::SplitSet<'_>> {
+        let mut parsed = Vec::with_capacity(self.parts.len());
+        for (part, path) in self.parts.iter().zip(&self.paths) {
+            parsed.push(gguf::Gguf::parse(part.bytes()).with_context(|| path.display().to_string())?);
+        }
+        gguf::SplitSet::new(parsed).with_context(|| self.paths[0].display().to_string())
+    }
+
+    /// Reads what is not in memory yet: ahead of its use, with a bar where there is a terminal to show it.
+    fn warm_up(&self) {
+        const CHUNK: usize = 4 << 20;
+        if self.total_bytes() < BAR_FROM_BYTES || !ui::fancy() {
+            self.parts.iter().for_each(|p| p.read_ahead());
+            return;
+        }
+        let bar = ui::bytes_bar(self.total_bytes() as u64, "loading");
+        for chunk in self.parts.iter().flat_map(|p| p.bytes().chunks(CHUNK)) {
+            // One byte of each page brings the page in.
+            std::hint::black_box(chunk.iter().step_by(4096).fold(0u8, |sum, b| sum ^ b));
+            bar.inc(chunk.len() as u64);
+        }
+        bar.finish_and_clear();
+    }
+
+    /// The model in these files.
+    pub fn model(&self) -> Result<Model> {
+        self.warm_up();
+        let sources = self.parts.iter().map(|p| p.clone() as Arc<dyn ByteSource>).collect();
+        Model::load(sources).with_context(|| self.paths[0].display().to_string())
+    }
+
+    /// Only the vocabulary of these files; the weights may be of any kind.
+    pub fn tokenizer(&self) -> Result<engine::Tokenizer> {
+        let name = || self.paths[0].display().to_string();
+        let first = gguf::Gguf::parse(self.parts[0].bytes()).with_context(name)?;
+        engine::Tokenizer::from_gguf(&first).with_context(name)
+    }
+}
+
+/// All parts of the set that a file's name says it belongs to; the file itself if it says none.
+fn parts_of(path: &Path) -> Vec<PathBuf> {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    match gguf::split::parse_part_name(name) {
+        Some((prefix, _, count)) => {
+            (0..count).map(|no| path.with_file_name(gguf::split::part_name(prefix, no, count))).collect()
+        }
+        None => vec![path.to_owned()],
+    }
+}
+
+/// `user/name`, perhaps with `:QUANT`: two parts, none of them a folder here.
+fn looks_like_repository(path: &Path) -> bool {
+    let parts: Vec<_> = path.components().collect();
+    parts.len() == 2 && path.is_relative() && path.extension().is_none_or(|e| e != "gguf")
+}
+
+/// A model ready to run, with what the user should know.
+pub struct Loaded {
+    /// The model.
+    pub model: Arc<Model>,
+    /// A context of the size asked for.
+    pub context: Context,
+    /// Time to open, parse and prepare.
+    pub load_ms: f64,
+}
+
+impl EngineArgs {
+    /// Opens a model; `default_ctx` where the user names no size (`None`: the model's, bounded).
+    pub fn open(&self, path: &Path, default_ctx: Option<usize>) -> Result<Loaded> {
+        let started = Instant::now();
+        check_device(self.device, self.gpu_layers.as_deref(), self.require_gpu)?;
+        let model = Arc::new(Files::open(path)?.model()?);
+        let threads = machine::threads(self.threads)?;
+        let params = ContextParams {
+            n_ctx: context_size(self.ctx_size.or(default_ctx), &model)?,
+            n_ubatch: self.batch_size.max(1),
+            type_k: self.cache_type_k,
+            type_v: self.cache_type_v,
+            ..ContextParams::default()
+        };
+        let (backend, context) = context(&model, params, threads)?;
+        let load_ms = ui::ms(started.elapsed());
+        ui::detail(format!(
+            "{} on {backend} with {threads} thread(s), context {} of {}, loaded in {load_ms:.0} ms",
+            model.arch_name(),
+            context.n_ctx(),
+            model.hparams().n_ctx_train,
+        ));
+        Ok(Loaded { model, context, load_ms })
+    }
+}
+
+/// The backend's name and a context on it.
+pub fn context(model: &Arc<Model>, params: ContextParams, threads: usize) -> Result<(&'static str, Context)> {
+    check_cache(params.type_k, "-ctk")?;
+    check_cache(params.type_v, "-ctv")?;
+    let backend = backend(model, threads)?;
+    let name = backend.info().name;
+    Ok((name, Context::new(model.clone(), backend, params)?))
+}
+
+fn check_cache(format: FormatId, flag: &str) -> Result<()> {
+    match quant::row::row_bytes(format, 0) {
+        Ok(_) => Ok(()),
+        Err(e) => Err(usage(format!("{flag}: {e}"))),
+    }
+}
+
+/// The CPU backend on a pool of threads. `RUNIK_ISA` names the instruction set, for tests on machines that have several.
+fn backend(model: &Model, threads: usize) -> Result<Box<dyn Backend>> {
+    let isa = match std::env::var("RUNIK_ISA").ok().filter(|name| !name.is_empty()) {
+        None => Isa::detect(),
+        Some(name) => Isa::from_name(&name).ok_or_else(|| {
+            let names: Vec<_> = Isa::available().map(Isa::name).collect();
+            usage(format!("RUNIK_ISA={name}: this machine has {}", names.join(", ")))
+        })?,
+    };
+    let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
+    Ok(Box::new(Cpu::new(model.weights().clone(), Arc::new(pool), isa)))
+}
+
+/// The context size in use: what the user says (0 = the model's), else the model's up to a bound.
+pub fn context_size(asked: Option<usize>, model: &Model) -> Result<usize> {
+    let trained = model.hparams().n_ctx_train;
+    let size = match asked {
+        None => trained.min(DEFAULT_CTX),
+        Some(0) => trained,
+        Some(n) => n,
+    };
+    if size > trained {
+        ui::say(format!(
+            "context {size} is longer than the {trained} positions that the model was trained with"
+        ));
+    }
+    Ok(size)
+}
+
+/// Refuses devices that this build lacks, and says what flags for GPUs come to.
+pub fn check_device(device: Device, gpu_layers: Option<&str>, require_gpu: bool) -> Result<()> {
+    match device {
+        Device::Cpu => {}
+        Device::Cuda(_) => return Err(usage("--device cuda: not built yet; this build computes on the cpu")),
+        Device::Emu => return Err(usage("--device emu: not built yet; this build computes on the cpu")),
+    }
+    if require_gpu {
+        bail!("--require-gpu: this build has no GPU backend");
+    }
+    if let Some(layers) = gpu_layers {
+        if !matches!(layers, "auto" | "all") && layers.parse::<i64>().is_err() {
+            return Err(usage(format!("--gpu-layers '{layers}': expected a number, auto or all")));
+        }
+        if layers != "0" {
+            ui::say(format!("-ngl {layers}: this build has no GPU backend; all layers are on the cpu"));
+        }
+    }
+    Ok(())
+}
