@@ -1,0 +1,37 @@
+//! `cargo xtask fuzz [SECONDS]`: each fuzz target of gguf for a while, by cargo-fuzz.
+
+use std::process::Command;
+
+use crate::error::TaskError;
+use crate::process;
+use crate::workspace::Workspace;
+
+const DEFAULT_SECONDS: u32 = 60;
+
+/// Runs every target found in `gguf/fuzz`.
+pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
+    let seconds = match args {
+        [] => DEFAULT_SECONDS,
+        [seconds] => seconds.parse().map_err(|_| TaskError::Usage {
+            what: format!("fuzz takes a number of seconds, got {seconds:?}"),
+        })?,
+        _ => return Err(TaskError::Usage { what: "fuzz takes at most one argument: seconds".into() }),
+    };
+    if !process::works(Command::new("rustup").args(["run", "nightly", "cargo", "fuzz", "--version"])) {
+        return Err(TaskError::Missing {
+            what: "no nightly toolchain with cargo-fuzz".into(),
+            fix: "rustup toolchain install nightly && cargo install cargo-fuzz --locked".into(),
+        });
+    }
+    let folder = workspace.root().join("gguf");
+    let fuzz = || {
+        let mut command = Command::new("rustup");
+        command.args(["run", "nightly", "cargo", "fuzz"]).current_dir(&folder);
+        command
+    };
+    for target in process::capture(fuzz().arg("list"))?.lines() {
+        eprintln!("== {target}, {seconds} s");
+        process::run(fuzz().args(["run", target, "--", &format!("-max_total_time={seconds}")]))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,165 @@
+//! The GPU kernels as PTX: every tier compiles, keeps the rules, and assembles with NVIDIA's ptxas without spills.
+//!
+//! Installs what it needs: Debian's device compiler by apt if we are root, ptxas out of a Python wheel into
+//! `target/tools`. Without a compiler the step is skipped with the reasons; without ptxas only its part is.
+//! A table of registers, shared memory and instructions per kernel goes to `target/ptx/resources.txt`, for review.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use gpu_kernels::registry::KERNELS;
+use ptx_build::module::{CANARY, PROBE};
+use ptx_build::ptxas::{self, Resources};
+use ptx_build::{Compiler, DEBIAN_PACKAGES, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
+
+use crate::args;
+use crate::error::TaskError;
+use crate::process;
+use crate::step::{Counts, Outcome};
+use crate::wheel;
+use crate::workspace::Workspace;
+
+/// NVIDIA's assembler: this version is the last that knows every tier from sm_50 on.
+const PTXAS_PACKAGE: &str = "nvidia-cuda-nvcc-cu12==12.9.86";
+
+/// `cargo xtask ptx-check`.
+pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
+    args::none("ptx-check", args)?;
+    println!("{}", check(workspace)?.note);
+    Ok(())
+}
+
+/// Compiles all tiers, then assembles them.
+pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
+    let (compiler, modules) = match modules(workspace, TIERS) {
+        Err(TaskError::Ptx(error @ PtxError::NoCompiler { .. })) => {
+            return Ok(Outcome::skipped(error.to_string()));
+        }
+        built => built?,
+    };
+    for module in &modules {
+        same_entries(module)?;
+    }
+    let ptx_bytes: usize = modules.iter().map(|module| module.ptx.len()).sum();
+    let n_kernels = modules.iter().map(|module| module.kernels.len()).max().unwrap_or(0);
+    let tiers = TIERS.len();
+    let built = format!("{n_kernels} kernels × {tiers} tiers, {} KiB of PTX ({compiler})", ptx_bytes >> 10);
+    let ptxas = match assembler(workspace) {
+        Ok(ptxas) => ptxas,
+        Err(error) => {
+            let counts = Counts { passed: 1, skipped: 1, ..Counts::default() };
+            return Ok(Outcome { counts, note: format!("{built}; not assembled: {error}") });
+        }
+    };
+    let (table, bound) = assemble(workspace, &ptxas, &modules)?;
+    let note = format!("{built}; ptxas: no spill, no stack, at most {bound} registers; {}", table.display());
+    Ok(Outcome { counts: Counts { passed: 2, ..Counts::default() }, note })
+}
+
+/// The entries of a module are those of the registry: what a launcher can name, a driver finds.
+fn same_entries(module: &Module) -> Result<(), TaskError> {
+    let tables = KERNELS.iter().flat_map(|kernel| kernel.entries());
+    let mut registered: Vec<&str> = tables.flat_map(|table| table.iter()).map(|entry| entry.name).collect();
+    registered.sort_unstable();
+    let checks_only = |name: &&str| name.starts_with(CANARY) || name.starts_with(PROBE);
+    let built = module.kernels.iter().map(String::as_str).filter(|name| !checks_only(name));
+    let built: Vec<&str> = built.collect();
+    let only = |a: &[&str], b: &[&str]| a.iter().find(|name| !b.contains(name)).map(|name| name.to_string());
+    let differs = only(&registered, &built).map(|name| (name, "registered, but not in the PTX"));
+    match differs.or_else(|| only(&built, &registered).map(|name| (name, "in the PTX, but not registered"))) {
+        None => Ok(()),
+        Some((kernel, what)) => {
+            Err(TaskError::Ptx(PtxError::Lint { tier: module.tier.name.into(), kernel, what: what.into() }))
+        }
+    }
+}
+
+/// PTX of the tiers and whose compiler made it.
+pub fn modules(workspace: &Workspace, tiers: &[Tier]) -> Result<(String, Vec<Module>), TaskError> {
+    let build_dir = build_dir(workspace)?;
+    let compiler = match Compiler::find(&build_dir) {
+        Err(PtxError::NoCompiler { reasons }) => {
+            install_compiler().map_err(|reason| {
+                let reasons = reasons.into_iter().chain([reason]).collect();
+                TaskError::Ptx(PtxError::NoCompiler { reasons })
+            })?;
+            Compiler::find(&build_dir)?
+        }
+        found => found?,
+    };
+    let cargo = PathBuf::from(workspace.cargo().get_program());
+    let modules = Kernels::prepare(&compiler, &cargo, workspace.root(), &build_dir)?.build(tiers)?;
+    Ok((compiler.description, modules))
+}
+
+/// The table's path and the most registers that any kernel takes.
+fn assemble(workspace: &Workspace, ptxas: &Path, modules: &[Module]) -> Result<(PathBuf, u32), TaskError> {
+    let build_dir = build_dir(workspace)?;
+    let assemble = |module: &Module| Ok((module.tier, assemble_one(workspace, ptxas, module)?));
+    let rows = modules.iter().map(assemble).collect::<Result<Vec<_>, TaskError>>()?;
+    let table = build_dir.join("resources.txt");
+    std::fs::write(&table, ptxas::table(&rows)).map_err(TaskError::path("write", &table))?;
+    let bound = rows.iter().flat_map(|(_, rows)| rows).map(|row| row.registers).max().unwrap_or(0);
+    Ok((table, bound))
+}
+
+/// What the kernels of one module take.
+pub fn assemble_one(
+    workspace: &Workspace,
+    ptxas: &Path,
+    module: &Module,
+) -> Result<Vec<Resources>, TaskError> {
+    Ok(ptxas::assemble(ptxas, module, &build_dir(workspace)?)?)
+}
+
+/// Where PTX and the device's `core` are kept; the same folder as the build script's.
+fn build_dir(workspace: &Workspace) -> Result<PathBuf, TaskError> {
+    let dir = workspace.target().join("ptx");
+    std::fs::create_dir_all(&dir).map_err(TaskError::path("create", &dir))?;
+    dir.canonicalize().map_err(TaskError::path("find", &dir))
+}
+
+/// ptxas, fetched if it is not there.
+pub fn assembler(workspace: &Workspace) -> Result<PathBuf, TaskError> {
+    let ptxas = workspace.target().join("tools").join("bin").join("ptxas");
+    if !process::works(Command::new(&ptxas).arg("--version")) {
+        eprintln!("fetching NVIDIA's ptxas (39 MB, package {PTXAS_PACKAGE}) …");
+        wheel::fetch_file(PTXAS_PACKAGE, "ptxas", &ptxas)?;
+        make_executable(&ptxas)?;
+        process::capture(Command::new(&ptxas).arg("--version"))?;
+    }
+    Ok(ptxas)
+}
+
+#[cfg(unix)]
+fn make_executable(path: &Path) -> Result<(), TaskError> {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(path, mode).map_err(TaskError::path("make executable", path))
+}
+
+#[cfg(not(unix))]
+fn make_executable(_path: &Path) -> Result<(), TaskError> {
+    Ok(())
+}
+
+fn install_compiler() -> Result<(), String> {
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    };
+    let root = process::capture(Command::new("id").arg("-u")).is_ok_and(|uid| uid.trim() == "0");
+    if !root || !process::works(apt().arg("--version")) {
+        return Err(format!("not root on a Debian, so run `{INSTALL_COMMAND}` yourself"));
+    }
+    eprintln!("{INSTALL_COMMAND}");
+    let install =
+        || process::works(apt().args(["install", "-y", "--no-install-recommends"]).args(DEBIAN_PACKAGES));
+    // A fresh machine has no package lists, an old one stale ones.
+    if install() || (process::works(apt().arg("update")) && install()) {
+        Ok(())
+    } else {
+        Err(format!("`{INSTALL_COMMAND}` failed"))
+    }
+}

@@ -1,0 +1,135 @@
+//! `cargo xtask test`: every check that needs no GPU, on a fresh machine, with honest counts.
+//!
+//! Every step runs whatever the others did; a step that cannot run is counted as skipped with its reason, and a set-up
+//! that should have worked and did not (the model's fetch, a compiler's download) is a failure. The last line of
+//! stdout is `N passed, N failed, N skipped`.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::args;
+use crate::deny;
+use crate::error::TaskError;
+use crate::fetch;
+use crate::libtest::{SuiteEnd, Tally};
+use crate::no_std;
+use crate::process;
+use crate::ptx_check;
+use crate::step::{Counts, Outcome, Steps};
+use crate::workspace::Workspace;
+
+/// Where tests find the model, if they want a real one.
+const MODEL_VARIABLE: &str = "RUNIK_TEST_MODEL";
+/// Where tests find the golden data.
+const GOLDENS_VARIABLE: &str = "RUNIK_GOLDENS";
+
+/// Runs all steps.
+pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
+    args::none("test", args)?;
+    let mut steps = Steps::default();
+    let mut model = None;
+    let goldens = workspace.goldens();
+    steps.step("format", || format(workspace));
+    steps.step("clippy", || clippy(workspace));
+    steps.step("model", || {
+        let path = fetch::smollm2()?;
+        let note = path.display().to_string();
+        model = Some(path);
+        Ok(Outcome::passed(note))
+    });
+    steps.step("goldens", || Ok(note_goldens(goldens.as_deref())));
+    steps.step("tests", || tests(workspace, model, goldens));
+    steps.step("no-std", || no_std::check(workspace));
+    steps.step("ptx", || ptx_check::check(workspace));
+    steps.step("deny", || deny::check(workspace));
+    steps.step("doc", || doc(workspace));
+    steps.finish()
+}
+
+/// Installs a rustup component if the program it brings does not run.
+fn need_component(workspace: &Workspace, subcommand: &str, component: &str) -> Result<(), TaskError> {
+    if process::works(workspace.cargo().args([subcommand, "--version"])) {
+        return Ok(());
+    }
+    process::run(Command::new("rustup").args(["component", "add", component]).current_dir(workspace.root()))
+}
+
+fn format(workspace: &Workspace) -> Result<Outcome, TaskError> {
+    need_component(workspace, "fmt", "rustfmt")?;
+    process::run(workspace.cargo().args(["fmt", "--all", "--check"]))?;
+    Ok(Outcome::passed("cargo fmt --all --check"))
+}
+
+fn clippy(workspace: &Workspace) -> Result<Outcome, TaskError> {
+    need_component(workspace, "clippy", "clippy")?;
+    let mut command = workspace.cargo();
+    process::run(command.args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    Ok(Outcome::passed("all targets, no warnings"))
+}
+
+fn doc(workspace: &Workspace) -> Result<Outcome, TaskError> {
+    let mut command = workspace.cargo();
+    command.args(["doc", "--workspace", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings");
+    process::run(&mut command)?;
+    Ok(Outcome::passed("cargo doc, no warnings"))
+}
+
+/// Golden data is no check of its own; its absence is one, so that it shows in the sums.
+fn note_goldens(goldens: Option<&Path>) -> Outcome {
+    match goldens {
+        Some(path) => Outcome { counts: Counts::default(), note: path.display().to_string() },
+        None => Outcome::skipped(format!(
+            "no golden data; set {GOLDENS_VARIABLE} or put it at ../shared/goldens (the tests that need it skip too)"
+        )),
+    }
+}
+
+/// All tests of the workspace, in one cargo run.
+fn tests(
+    workspace: &Workspace,
+    model: Option<PathBuf>,
+    goldens: Option<PathBuf>,
+) -> Result<Outcome, TaskError> {
+    let mut command = workspace.cargo();
+    command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]);
+    command.envs(model.map(|path| (MODEL_VARIABLE, path)));
+    command.envs(goldens.map(|path| (GOLDENS_VARIABLE, path)));
+    let line = process::line(&command);
+    let mut child =
+        command.stdout(Stdio::piped()).spawn().map_err(TaskError::io(format!("start `{line}`")))?;
+
+    let mut tally = Tally::default();
+    if let Some(stdout) = child.stdout.take() {
+        for text in BufReader::new(stdout).split(b'\n') {
+            let text = text.map_err(TaskError::io(format!("read from `{line}`")))?;
+            show(tally.line(&String::from_utf8_lossy(&text)));
+        }
+    }
+    show(tally.died());
+    let status = child.wait().map_err(TaskError::io(format!("wait for `{line}`")))?;
+
+    let mut counts = tally.counts();
+    let mut notes: Vec<String> = tally.skip_reasons().collect();
+    if !status.success() && counts.failed == 0 {
+        counts.failed = 1;
+        notes.push(format!("cargo failed without a failing test ({status}): see its messages above"));
+    }
+    Ok(Outcome { counts, note: notes.join("; ") })
+}
+
+fn show(end: Option<SuiteEnd>) {
+    match end {
+        None => {}
+        Some(SuiteEnd::Passed(line)) => println!("{line}"),
+        Some(SuiteEnd::Failed(lines)) => println!("{}", lines.join("\n")),
+    }
+}
