@@ -15,7 +15,7 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     let model = fetch::smollm2()?;
     eprintln!("building runik and asking: {prompt}");
     let mut command = workspace.cargo();
-    command.args(["run", "--quiet", "--release", "-p", "cli", "--bin", "runik", "--", "run"]);
+    command.args(["run", "--quiet", "--release", "-p", "cli", "--bin", "runik", "--", "--verbose", "run"]);
     command.arg(&model).arg(&prompt).args(["-n", N_PREDICT]);
     process::run(&mut command)
 }
