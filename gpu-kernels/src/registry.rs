@@ -1,11 +1,15 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
-use crate::kernels::{dequantise, elementwise, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{
+    dequantise, elementwise, get_rows, mmvq, quantise_act, repack, rms_norm, rope, softmax,
+};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
     &dequantise::Dequantise,
+    &repack::Repack,
+    &get_rows::GetRows,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
     &rms_norm::RmsNorm,

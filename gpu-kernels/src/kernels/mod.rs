@@ -2,9 +2,11 @@
 
 pub mod dequantise;
 pub mod elementwise;
+pub mod get_rows;
 pub mod mmvq;
 pub mod product;
 pub mod quantise_act;
+pub mod repack;
 pub mod rms_norm;
 pub mod rope;
 pub mod softmax;
