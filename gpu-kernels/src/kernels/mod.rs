@@ -11,5 +11,6 @@ pub mod rms_norm;
 pub mod rope;
 pub mod softmax;
 
+pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
