@@ -43,7 +43,10 @@ macro_rules! kernels {
     };
 }
 
-kernels! { dequantise quantise_act mmvq rms_norm softmax rope elementwise }
+kernels! {
+    dequantise quantise_act mmvq rms_norm softmax rope elementwise
+    round_act mmvf
+}
 
 #[test]
 fn entry_names_are_unique() {

@@ -2,10 +2,13 @@
 
 pub mod dequantise;
 pub mod elementwise;
+pub mod mmvf;
 pub mod mmvq;
+pub mod product;
 pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
+pub mod round_act;
 pub mod softmax;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
