@@ -2,7 +2,7 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{dequantise, elementwise, mmvq, quantise_act, rms_norm, rope, softmax};
-use crate::kernels::{mmvf, round_act};
+use crate::kernels::{mmf, mmvf, round_act};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -11,6 +11,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &mmvq::Mmvq,
     &round_act::RoundAct,
     &mmvf::Mmvf,
+    &mmf::Mmf,
     &rms_norm::RmsNorm,
     &softmax::Softmax,
     &rope::Rope,

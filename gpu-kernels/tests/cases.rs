@@ -45,7 +45,7 @@ macro_rules! kernels {
 
 kernels! {
     dequantise quantise_act mmvq rms_norm softmax rope elementwise
-    round_act mmvf
+    round_act mmvf mmf
 }
 
 #[test]

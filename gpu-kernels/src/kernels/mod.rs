@@ -2,6 +2,7 @@
 
 pub mod dequantise;
 pub mod elementwise;
+pub mod mmf;
 pub mod mmvf;
 pub mod mmvq;
 pub mod product;
