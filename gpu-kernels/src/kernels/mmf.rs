@@ -6,7 +6,7 @@
 //!   `product.rs`.
 //! * Result and tolerance: `mmvf`'s, bit for bit.
 //! * Geometry: a CTA computes 128 rows × 128 columns with 8 warps (64 × 32 each), or 64 × 64 with 4 warps (32 × 32 each)
-//!   where the large tiles would be too few for a GPU or their two stages too large for its shared memory. Of a gated pair
+//!   where the large tiles would be too few for the GPU or their two stages too large for its shared memory. Of a gated pair
 //!   it takes half the rows of each matrix. Column tiles are neighbours in the grid, so that they read the same weights
 //!   at the same time.
 //! * Bytes: the weights, 2 · n_cols · k and 4 · n_cols · n_rows once. FLOPs: 2 · n_rows · n_cols · k.
@@ -55,15 +55,15 @@ mod gpu {
     /// Copies of weights, and of activations, per thread and stage: both tiles come out the same.
     const COPIES: usize = 4;
 
-    /// Waits for the oldest of `stages` stages under way.
+    /// Waits until at most this many of the latest stages are under way: the ring's size less `done`, 1 or 2.
     #[inline(always)]
-    fn wait_for_oldest(stages: u32) {
-        match stages {
-            2 => async_copy::wait::<1>(),
-            3 => async_copy::wait::<2>(),
-            4 => async_copy::wait::<3>(),
-            5 => async_copy::wait::<4>(),
-            _ => async_copy::wait::<5>(),
+    fn wait_for_all_but(stages: u32, done: u32) {
+        match (stages, done) {
+            (5, 1) => async_copy::wait::<4>(),
+            (5, _) => async_copy::wait::<3>(),
+            (3, 1) => async_copy::wait::<2>(),
+            (3, _) | (_, 1) => async_copy::wait::<1>(),
+            _ => async_copy::wait::<0>(),
         }
     }
 
@@ -157,24 +157,23 @@ mod gpu {
             let block = if block < last_block { block } else { last_block };
             block * n_k16 * 16 + at % (STEPS * 16)
         });
-        // The steps of k that this thread copies.
+        // The steps of k that this thread copies: zeros beyond k, and nothing but zeros beyond the last stage.
         let (step_a, step_b) = (i % (STEPS * 32) / 32, i % (STEPS * 16) / 16);
-        let copy = |stage: u32, slot: u32| {
-            let to = slot * size + i;
-            let (there_a, there_b) = (stage * STEPS + step_a < n_k16, stage * STEPS + step_b < n_k16);
+        let copy_a = |stage: u32, slot: u32| {
+            let there = stage * STEPS + step_a < n_k16;
             let mut j = 0;
             while j < COPIES {
-                let to = to + j as u32 * threads;
-                if there_a {
-                    async_copy::copy16(vectors, to, from_a[j], stage * STEPS * 32);
-                } else {
-                    vectors.st(to, U32x4([0; 4]));
-                }
-                if there_b {
-                    async_copy::copy16(vectors, to + size_a, x, from_b[j] + stage * STEPS * 16);
-                } else {
-                    vectors.st(to + size_a, U32x4([0; 4]));
-                }
+                let to = slot * size + i + j as u32 * threads;
+                async_copy::copy16_or_zero(vectors, to, from_a[j], stage * STEPS * 32, there);
+                j += 1;
+            }
+        };
+        let copy_b = |stage: u32, slot: u32| {
+            let there = stage * STEPS + step_b < n_k16;
+            let mut j = 0;
+            while j < COPIES {
+                let to = slot * size + size_a + i + j as u32 * threads;
+                async_copy::copy16_or_zero(vectors, to, x, from_b[j] + stage * STEPS * 16, there);
                 j += 1;
             }
         };
@@ -187,66 +186,68 @@ mod gpu {
 
         let mut slot = 0;
         while slot < stages {
-            if slot < n_stages {
-                copy(slot, slot);
-            }
+            copy_a(slot, slot);
+            copy_b(slot, slot);
             async_copy::commit();
             slot += 1;
         }
-        wait_for_oldest(stages);
+        wait_for_all_but(stages, 1);
         sync::sync_threads();
 
         let mut totals = [[FragmentF32::default(); N]; M];
-        let mut sums = [[FragmentF32::default(); N]; M];
         let mut steps = [Step::<M, N>::load(vectors, a, b, 0), Step::ZERO];
-        let (mut stage, mut slot) = (0, 0);
+        // The stage in registers, its slot, and the slot of the stage before, which is free.
+        let (mut stage, mut slot, mut free) = (0, 0, stages - 1);
         while stage < n_stages {
-            unroll!(STEP in 0..4 {
-                const { assert!(STEPS == 4) };
-                if STEP < 3 {
-                    steps[(STEP + 1) % 2] =
-                        Step::load(vectors, slot * size + a, slot * size + b, STEP as u32 + 1);
-                } else {
-                    // Every warp has this stage in registers: its slot is free.
-                    let next = if slot + 1 < stages { slot + 1 } else { 0 };
-                    if stage + 1 < n_stages {
-                        // One more stage than is under way was begun.
-                        async_copy_wait_next(stages);
+            let end = if stage + SPAN_STAGES < n_stages { stage + SPAN_STAGES } else { n_stages };
+            let mut sums = [[FragmentF32::default(); N]; M];
+            while stage < end {
+                unroll!(STEP in 0..4 {
+                    const { assert!(STEPS == 4) };
+                    if STEP < 3 {
+                        let (a, b) = (slot * size + a, slot * size + b);
+                        steps[(STEP + 1) % 2] = Step::load(vectors, a, b, STEP as u32 + 1);
+                    } else {
+                        // Every warp has this stage in registers once all are here. Beyond the last stage lie zeros.
+                        wait_for_all_but(stages, 2);
                         sync::sync_threads();
-                        if stage + stages < n_stages {
-                            copy(stage + stages, slot);
-                        }
+                        free = slot;
+                        slot = if slot + 1 < stages { slot + 1 } else { 0 };
+                        steps[0] = Step::load(vectors, slot * size + a, slot * size + b, 0);
+                    }
+                    // The first stage finds every slot filled.
+                    if STEP == 0 && stage > 0 {
+                        copy_a(stage - 1 + stages, free);
+                    }
+                    if STEP == 1 && stage > 0 {
+                        copy_b(stage - 1 + stages, free);
                         async_copy::commit();
-                        steps[0] = Step::load(vectors, next * size + a, next * size + b, 0);
                     }
-                    slot = next;
-                }
-                let mut m = 0;
-                while m < M {
-                    let mut n = 0;
-                    while n < N {
-                        H::mma(&mut sums[m][n], steps[STEP % 2].a[m], steps[STEP % 2].b[n]);
-                        n += 1;
+                    let mut m = 0;
+                    while m < M {
+                        let mut n = 0;
+                        while n < N {
+                            H::mma(&mut sums[m][n], steps[STEP % 2].a[m], steps[STEP % 2].b[n]);
+                            n += 1;
+                        }
+                        m += 1;
                     }
-                    m += 1;
+                });
+                stage += 1;
+            }
+            let mut m = 0;
+            while m < M {
+                let mut n = 0;
+                while n < N {
+                    unroll!(R in 0..4 {
+                        totals[m][n].0[R] += sums[m][n].0[R];
+                    });
+                    n += 1;
                 }
-            });
-            stage += 1;
-            if stage % SPAN_STAGES == 0 || stage == n_stages {
-                let mut m = 0;
-                while m < M {
-                    let mut n = 0;
-                    while n < N {
-                        unroll!(R in 0..4 {
-                            totals[m][n].0[R] += sums[m][n].0[R];
-                        });
-                        sums[m][n] = FragmentF32::default();
-                        n += 1;
-                    }
-                    m += 1;
-                }
+                m += 1;
             }
         }
+        async_copy::wait::<0>();
 
         // Through shared memory, a column after the other; rows are swapped in eights, so that the lanes of a fragment hit
         // 32 banks.
@@ -291,18 +292,6 @@ mod gpu {
         }
     }
 
-    /// Waits until the stage after the one in registers is there: of `stages` begun, one is done.
-    #[inline(always)]
-    fn async_copy_wait_next(stages: u32) {
-        match stages {
-            2 => async_copy::wait::<0>(),
-            3 => async_copy::wait::<1>(),
-            4 => async_copy::wait::<2>(),
-            5 => async_copy::wait::<3>(),
-            _ => async_copy::wait::<4>(),
-        }
-    }
-
     kernels! {
         pub(super) LARGE: threads(256, 1);
         fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
@@ -311,7 +300,7 @@ mod gpu {
     }
 
     kernels! {
-        pub(super) SMALL: threads(128, 4);
+        pub(super) SMALL: threads(128, 3);
         fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
         "mmf_F16_64" => mmf::<f16, 2, 2, 2, 4>;
         "mmf_BF16_64" => mmf::<bf16, 2, 2, 2, 4>;
@@ -331,13 +320,6 @@ mod host {
     use crate::kernels::round_act;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
-    /// Large tiles that keep a GPU busy; fewer, and small ones do it better.
-    const MIN_LARGE_TILES: usize = 96;
-    /// Small tiles from which two or three share a multiprocessor, so that fewer stages each will do.
-    const SHARING_TILES: usize = 264;
-    /// Most stages.
-    const MAX_STAGES: u32 = 6;
-
     /// Arguments; see the contract. `format` is F16 or BF16, `x` as `round_act` writes it.
     #[derive(Clone, Copy, Debug)]
     #[allow(missing_docs)] // the contract's names
@@ -348,7 +330,9 @@ mod host {
         pub x: DevicePtr,
         pub k: usize,
         pub n_cols: usize,
-        /// Most shared memory that a CTA can have on the device: how many stages there are.
+        /// Of the device; like the next, it decides on speed alone.
+        pub n_sm: u32,
+        /// Of the device: 32 KiB at least.
         pub smem_per_cta_bytes: u32,
     }
 
@@ -365,7 +349,9 @@ mod host {
         check.aligned("x", args.x, 16)?;
         let rows: usize = args.matrices.iter().map(|matrix| matrix.n_rows.div_ceil(128)).sum();
         let tiles = rows * args.n_cols.div_ceil(128);
-        let large = tiles >= MIN_LARGE_TILES && args.smem_per_cta_bytes >= 2 * 16 * Large::STAGE;
+        // Large tiles for three quarters of the multiprocessors do more than small ones for all.
+        let busy = 4 * tiles >= 3 * args.n_sm as usize;
+        let large = busy && args.smem_per_cta_bytes >= 2 * 16 * Large::STAGE;
         let (entry, cta, row_tiles, blocks, stage) = if large {
             (["mmf_F16_128", "mmf_BF16_128"], Large::THREADS, Large::ROW_TILES, Large::BLOCKS, Large::STAGE)
         } else {
@@ -375,14 +361,17 @@ mod host {
         let ([p0, p1, p2], grid_y) = parts(check, args.matrices, args.glu.is_some(), cta_rows)?;
         let grid_y = check.grid("row tiles", grid_y as usize)?;
         let grid_x = shape.n_cols.div_ceil(8 * blocks);
-        let room = args.smem_per_cta_bytes / (16 * stage);
-        let most = if large || grid_x as usize * (grid_y as usize) < SHARING_TILES { MAX_STAGES } else { 4 };
-        if room < 2 {
-            let got = args.smem_per_cta_bytes.into();
-            let expected = "32768 or more";
-            return Err(LaunchError::Shape { kernel, what: "smem_per_cta_bytes", expected, got });
-        }
-        let stages = room.min(most);
+        let shared = !large && grid_x as usize * grid_y as usize >= 2 * args.n_sm as usize;
+        let stages = match args.smem_per_cta_bytes / (16 * stage) {
+            0..=1 => {
+                let got = args.smem_per_cta_bytes.into();
+                let expected = "32768 or more";
+                return Err(LaunchError::Shape { kernel, what: "smem_per_cta_bytes", expected, got });
+            }
+            2 => 2,
+            5.. if !shared => 5,
+            _ => 3,
+        };
         Ok(Launch {
             entry: entry[usize::from(bf16)],
             grid: [grid_x, grid_y, 1],
@@ -410,10 +399,10 @@ mod host {
             Case::plain(BF16, &[100], 64 * 9 + 16, 70),
             Case { addends: true, ..Case::plain(F16, &[70, 20, 64], 128, 40) },
             Case { addends: true, glu: Some(Glu::Silu), ..Case::plain(F16, &[50, 50], 320, 48) },
-            // Enough columns for large tiles; whole ones and cut ones.
-            Case::plain(F16, &[128], 64 * 5, 96 * 128),
-            Case { addends: true, ..Case::plain(BF16, &[129, 16], 36, 31 * 128 + 5) },
-            Case { glu: Some(Glu::Gelu), ..Case::plain(F16, &[72, 72], 272, 47 * 128 + 1) },
+            // From 100 columns on a small device: large tiles, whole ones and cut ones.
+            Case::plain(F16, &[128], 64 * 9, 128),
+            Case { addends: true, ..Case::plain(BF16, &[129, 16], 36, 133) },
+            Case { glu: Some(Glu::Gelu), ..Case::plain(F16, &[72, 72], 272, 129) },
         ];
         const NMSE_MAX: f64 = 1e-10;
         #[cfg(feature = "emu")]
@@ -421,12 +410,13 @@ mod host {
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let Case { format, k, n_cols, glu, .. } = *case;
-            // Room for 2 stages of the large tile and 4 of the small, or for 3 and 6.
-            let smem_per_cta_bytes = if n_cols % 2 == 0 { 65_536 } else { 98_304 };
+            let n_sm = if n_cols < 100 { 64 } else { 1 };
+            // Room for 2, 3 and 5 stages of the large tile, for 3 and 5 of the small one.
+            let smem_per_cta_bytes = [65_536, 98_304, 166_912][n_cols % 3];
             case::problem(case, random, round_act::tiles_bytes(n_cols, k), move |operands| {
                 let (x, tiles, matrices) = (operands.x, operands.scratch, &operands.matrices);
                 let round = round_act::launch(&round_act::Args { format, x, tiles, n_cols, k })?;
-                let args = Args { format, matrices, glu, x: tiles, k, n_cols, smem_per_cta_bytes };
+                let args = Args { format, matrices, glu, x: tiles, k, n_cols, n_sm, smem_per_cta_bytes };
                 Ok(vec![round, launch(&args)?])
             })
         }
