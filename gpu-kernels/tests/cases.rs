@@ -44,8 +44,8 @@ macro_rules! kernels {
 }
 
 kernels! {
-    dequantise quantise_act mmvq rms_norm softmax rope elementwise
-    round_act mmvf mmf
+    dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise
+    round_act mmvf mmf mmf32
 }
 
 #[test]
