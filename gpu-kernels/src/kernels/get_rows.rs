@@ -93,6 +93,7 @@ macro_rules! entries {
     ([] $($id:ident => $module:ident :: Block,)*) => {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
+            in "get_rows";
             ENTRIES: threads(128);
             fn (w: Glb<u8>, ids: Glb<u32>, y: Glb<f32>, n_ids: u32, k: u32);
             $(concat!("get_rows_", stringify!($id)) => gpu::blocks::<formats::$module::Block>;)*

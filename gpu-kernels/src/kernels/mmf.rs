@@ -314,6 +314,7 @@ mod gpu {
     }
 
     kernels! {
+        in "mmf";
         pub(super) LARGE: threads(256, 1);
         fn (
             p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,
@@ -324,6 +325,7 @@ mod gpu {
     }
 
     kernels! {
+        in "mmf";
         pub(super) SMALL: threads(128, 3);
         fn (
             p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,

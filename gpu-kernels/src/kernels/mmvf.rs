@@ -342,6 +342,7 @@ mod gpu {
     }
 
     kernels! {
+        in "mmvf";
         pub(super) PLAIN: threads(256, 2);
         fn (
             p0: Part, p1: Part, p2: Part, x: Glb<F32x2>, ids: Glb<u32>, gate: Gate, k: u32, n_cols: u32,
@@ -352,6 +353,7 @@ mod gpu {
     }
 
     kernels! {
+        in "mmvf";
         pub(super) TILES: threads(256, 2);
         fn (p0: Part, p1: Part, p2: Part, x: Glb<u32>, gate: Gate, k: u32, n_cols: u32);
         "mmvf_F16_n8" => tiles::<f16, 1>;

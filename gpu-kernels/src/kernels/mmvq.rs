@@ -390,6 +390,7 @@ macro_rules! entries {
     ([] $($id:ident => $module:ident :: Block,)*) => {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
+            in "mmvq";
             FEW: threads(512);
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
@@ -400,6 +401,7 @@ macro_rules! entries {
 
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
+            in "mmvq";
             MORE: threads(256);
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(

@@ -82,12 +82,14 @@ mod gpu {
     }
 
     kernels! {
+        in "repack";
         pub(super) SPANS: threads(256);
         fn (raw: Glb<u8>, tiles: Glb<u32>, sizes: Sizes);
         "repack_spans" => spans;
     }
 
     kernels! {
+        in "repack";
         pub(super) FRAGMENTS: threads(256);
         fn (raw: Glb<u16>, tiles: Glb<u32>, n_rows: u32, k: u32, tile_words: u32);
         "repack_fragments" => fragments;

@@ -73,6 +73,7 @@ mod gpu {
     }
 
     kernels! {
+        in "round_act";
         pub(super) ENTRIES: threads(256);
         fn (
             x: Glb<F32x4>, tiles: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, n_cols: u32, k: u32,
