@@ -49,6 +49,9 @@ mod gpu {
     /// Fragments of a span.
     const FRAGMENTS: u32 = (SPAN / 16) as u32;
 
+    /// Whether more than 8 columns leave registers for a whole item: not where a product takes two instructions or more.
+    const STREAM_MANY: bool = cfg!(any(not(target_arch = "nvptx64"), sm_ge_80));
+
     /// A 16-bit float that tensor cores multiply.
     pub(crate) trait Half: Float {
         /// Whether this tier's tensor cores know the type. Without, the product is a chain of fma in order of k.
@@ -362,11 +365,11 @@ mod gpu {
         pub(super) TILES: threads(256, 2);
         fn (p0: Part, p1: Part, p2: Part, x: Glb<u32>, gate: Gate, k: u32, n_cols: u32);
         "mmvf_F16_n8" => tiles::<f16, 1, { f16::TENSOR }>;
-        "mmvf_F16_n16" => tiles::<f16, 2, { f16::TENSOR }>;
-        "mmvf_F16_n32" => tiles::<f16, 4, { f16::TENSOR }>;
+        "mmvf_F16_n16" => tiles::<f16, 2, STREAM_MANY>;
+        "mmvf_F16_n32" => tiles::<f16, 4, STREAM_MANY>;
         "mmvf_BF16_n8" => tiles::<bf16, 1, { bf16::TENSOR }>;
-        "mmvf_BF16_n16" => tiles::<bf16, 2, { bf16::TENSOR }>;
-        "mmvf_BF16_n32" => tiles::<bf16, 4, { bf16::TENSOR }>;
+        "mmvf_BF16_n16" => tiles::<bf16, 2, STREAM_MANY>;
+        "mmvf_BF16_n32" => tiles::<bf16, 4, STREAM_MANY>;
     }
 }
 
