@@ -4,6 +4,7 @@ use crate::case::AnyKernel;
 use crate::kernels::{
     dequantise, elementwise, get_rows, mmvq, quantise_act, repack, rms_norm, rope, softmax,
 };
+use crate::kernels::{mmf, mmf32, mmvf, round_act};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -12,6 +13,10 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &get_rows::GetRows,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
+    &round_act::RoundAct,
+    &mmvf::Mmvf,
+    &mmf::Mmf,
+    &mmf32::Mmf32,
     &rms_norm::RmsNorm,
     &softmax::Softmax,
     &rope::Rope,

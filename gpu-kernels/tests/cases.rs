@@ -43,7 +43,10 @@ macro_rules! kernels {
     };
 }
 
-kernels! { dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise }
+kernels! {
+    dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise
+    round_act mmvf mmf mmf32
+}
 
 #[test]
 fn entry_names_are_unique() {
