@@ -3,6 +3,7 @@
 pub mod dequantise;
 pub mod elementwise;
 pub mod mmvq;
+pub mod output;
 pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
