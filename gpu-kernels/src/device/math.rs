@@ -74,6 +74,14 @@ twin! {
 }
 
 twin! {
+    /// Square root, correctly rounded (`sqrt.rn`).
+    pub fn sqrt(x: f32) -> f32 {
+        ptx { core::intrinsics::sqrtf32(x) }
+        host { libm::sqrtf(x) }
+    }
+}
+
+twin! {
     /// The larger; a NaN loses against a number (`max.f32`).
     pub fn fmax(a: f32, b: f32) -> f32 {
         ptx {

@@ -1,7 +1,10 @@
 //! The kernels, one file each: contract, f64 reference, device code, entries, launcher, cases.
 
+pub mod activation;
 pub mod dequantise;
 pub mod elementwise;
+pub mod glu;
+pub mod layer_norm;
 pub mod mmvq;
 pub mod output;
 pub mod quantise_act;

@@ -19,6 +19,17 @@ pub(crate) mod gpu {
     use crate::device::{F32x4, Float, Glb, U32x2, thread};
     use crate::kernels::quantise_act::gpu::span;
 
+    /// What this lane holds of span `span` of a row of `n4` float4s; `otherwise` past the end or if the array is absent.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn read(row: Glb<F32x4>, span: u32, n4: u32, otherwise: f32) -> [[f32; 4]; 2] {
+        let mut v = [[otherwise; 4]; 2];
+        if !row.is_null() {
+            each(span * SPAN4, n4, |h, i| v[h] = row.ld(i).0);
+        }
+        v
+    }
+
     /// An output type.
     pub(crate) trait Output {
         /// Stores a span, from float4 `first` of the array on and up to float4 `end`. The warp calls together.
@@ -28,7 +39,7 @@ pub(crate) mod gpu {
     /// Calls `f` with half and index of each float4 of this lane that lies before `end`.
     #[inline(always)]
     #[track_caller]
-    fn each(first: u32, end: u32, f: impl Fn(usize, u32)) {
+    pub(crate) fn each(first: u32, end: u32, mut f: impl FnMut(usize, u32)) {
         unroll!(H in 0..2 {
             let i = first + SPAN4 / 2 * H as u32 + thread::lane_id();
             if i < end {

@@ -31,7 +31,7 @@ mod gpu {
     use super::Shared;
     use crate::device::{F32x4, Glb, U32x2, math, thread, warp};
     use crate::kernels::output::SPAN4;
-    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K};
+    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read};
     use crate::kernels::reduce;
 
     /// One row's arrays.
@@ -45,37 +45,18 @@ mod gpu {
     }
 
     impl Row {
-        /// What this lane holds of a span of an array: `otherwise` past the end or if the array is absent.
-        #[inline(always)]
-        #[track_caller]
-        fn read(self, array: Glb<F32x4>, span: u32, otherwise: f32) -> [[f32; 4]; 2] {
-            let mut v = [[otherwise; 4]; 2];
-            if !array.is_null() {
-                unroll!(H in 0..2 {
-                    let i = span * SPAN4 + 32 * H as u32 + thread::lane_id();
-                    if i < self.n4 {
-                        v[H] = array.ld(i).0;
-                    }
-                });
-            }
-            v
-        }
-
         /// The sum with the residual, written to `h` if there is one.
         #[inline(always)]
         #[track_caller]
         fn sum(self, span: u32) -> [[f32; 4]; 2] {
-            let mut v = self.read(self.x, span, 0.0);
+            let mut v = read(self.x, span, self.n4, 0.0);
             if !self.residual.is_null() {
-                let residual = self.read(self.residual, span, 0.0);
-                unroll!(H in 0..2 {
+                let residual = read(self.residual, span, self.n4, 0.0);
+                each(span * SPAN4, self.n4, |h, i| {
                     unroll!(J in 0..4 {
-                        v[H][J] += residual[H][J];
+                        v[h][J] += residual[h][J];
                     });
-                    let i = span * SPAN4 + 32 * H as u32 + thread::lane_id();
-                    if i < self.n4 {
-                        self.h.st(i, F32x4(v[H]));
-                    }
+                    self.h.st(i, F32x4(v[h]));
                 });
             }
             v
@@ -85,7 +66,7 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn sum_again(self, span: u32) -> [[f32; 4]; 2] {
-            self.read(if self.residual.is_null() { self.x } else { self.h }, span, 0.0)
+            read(if self.residual.is_null() { self.x } else { self.h }, span, self.n4, 0.0)
         }
 
         #[inline(always)]
@@ -139,13 +120,12 @@ mod gpu {
         const { assert!(reduce::SCRATCH == 32) };
         let start = thread::block_idx_x() * n4;
         let of_row = |array: Glb<F32x4>| if array.is_null() { array } else { array.offset(start as usize) };
-        let row =
-            Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
+        let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
         let (first, step, spans) = (thread::warp_id(), thread::block_dim_x() / 32, n4.div_ceil(SPAN4));
 
         // Sum of squares. Each warp keeps its first span; more than one it has only in rows beyond 8192.
         let v = row.sum(first);
-        let (w, a) = (row.read(weight, first, 1.0), row.read(row.add, first, 0.0));
+        let (w, a) = (read(weight, first, n4, 1.0), read(row.add, first, n4, 0.0));
         let mut squares = [0.0f32; 4];
         add_squares(&mut squares, v);
         let mut span = first + step;
@@ -161,7 +141,7 @@ mod gpu {
         T::store(row.normalise(v, w, a, scale), y, scales, start + first * SPAN4, end);
         let mut span = first + step;
         while span < spans {
-            let (w, a) = (row.read(weight, span, 1.0), row.read(row.add, span, 0.0));
+            let (w, a) = (read(weight, span, n4, 1.0), read(row.add, span, n4, 0.0));
             let v = row.sum_again(span);
             T::store(row.normalise(v, w, a, scale), y, scales, start + span * SPAN4, end);
             span += step;
@@ -189,10 +169,9 @@ mod gpu {
         }
         let start = index * n4;
         let of_row = |array: Glb<F32x4>| if array.is_null() { array } else { array.offset(start as usize) };
-        let row =
-            Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
+        let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
         let v = row.sum(0);
-        let (w, a) = (row.read(weight, 0, 1.0), row.read(row.add, 0, 0.0));
+        let (w, a) = (read(weight, 0, n4, 1.0), read(row.add, 0, n4, 0.0));
         let mut squares = [0.0f32; 4];
         add_squares(&mut squares, v);
         let sum = warp::sum_f32((squares[0] + squares[1]) + (squares[2] + squares[3]));
