@@ -48,6 +48,10 @@ kernels! {
     elementwise
     glu
     layer_norm
+    moe_route
+    moe_combine
+    argmax
+    top_k
 }
 
 #[test]
