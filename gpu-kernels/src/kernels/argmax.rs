@@ -71,12 +71,14 @@ mod gpu {
     }
 
     kernels! {
+        in "argmax";
         pub(super) CHUNKS: threads(256);
         fn (x: Glb<f32>, scratch: Glb<U32x2>, n: u32);
         "argmax_chunk" => chunk;
     }
 
     kernels! {
+        in "argmax";
         pub(super) ROWS: threads(32);
         fn (scratch: Glb<U32x2>, ids: Glb<i32>, chunks: u32);
         "argmax_row" => row;

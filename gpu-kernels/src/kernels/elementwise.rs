@@ -109,6 +109,7 @@ mod gpu {
     }
 
     kernels! {
+        in "elementwise";
         pub(super) BINARY: threads(256);
         fn (a: Glb<F32x4>, b: Glb<F32x4>, y: Glb<F32x4>, n: u32, period: u32, inner4: u32, op: u32);
         "binary_f32" => same;
@@ -116,6 +117,7 @@ mod gpu {
     }
 
     kernels! {
+        in "elementwise";
         pub(super) UNARY: threads(256);
         fn (x: Glb<F32x4>, y: Glb<F32x4>, n: u32, function: u32, a: f32, b: f32);
         "unary_f32" => unary;

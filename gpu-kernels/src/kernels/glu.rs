@@ -85,6 +85,7 @@ mod gpu {
     }
 
     kernels! {
+        in "glu";
         pub(super) ENTRIES: threads(128);
         fn (gate: Glb<F32x4>, up: Glb<F32x4>, y: Glb<u32>, scales: Glb<U32x2>, n_rows: u32, n4: u32,
             gate_stride4: u32, up_stride4: u32, kind: u32, alpha: f32, limit: f32);

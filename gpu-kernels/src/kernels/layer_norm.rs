@@ -99,6 +99,7 @@ mod gpu {
     }
 
     kernels! {
+        in "layer_norm";
         pub(super) ENTRIES: threads(1024);
         fn (x: Glb<F32x4>, weight: Glb<F32x4>, bias: Glb<F32x4>, y: Glb<u32>, scales: Glb<U32x2>, n4: u32, eps: f32);
         "layer_norm_f32" => layer_norm::<f32>;

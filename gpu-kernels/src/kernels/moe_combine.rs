@@ -65,6 +65,7 @@ mod gpu {
     }
 
     kernels! {
+        in "moe_combine";
         pub(super) ENTRIES: threads(128);
         fn (x: Glb<F32x4>, weights: Glb<f32>, add: Glb<F32x4>, y: Glb<F32x4>, n: u32, n_used: u32, cols4: u32);
         "moe_combine_f32" => combine;

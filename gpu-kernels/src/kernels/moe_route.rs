@@ -113,6 +113,7 @@ mod gpu {
     }
 
     kernels! {
+        in "moe_route";
         pub(super) ENTRIES: threads(128);
         fn (logits: Glb<f32>, ids: Glb<i32>, weights: Glb<f32>, n: u32, n_expert: u32, n_used: u32, flags: u32,
             factor: f32);

@@ -179,6 +179,7 @@ mod gpu {
     }
 
     kernels! {
+        in "rms_norm";
         pub(super) CTA: threads(1024);
         fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
             scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);
@@ -191,6 +192,7 @@ mod gpu {
     }
 
     kernels! {
+        in "rms_norm";
         pub(super) WARP: threads(256);
         fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
             scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);

@@ -145,12 +145,14 @@ mod gpu {
     }
 
     kernels! {
+        in "top_k";
         pub(super) FLOATS: threads(1024);
         fn (x: Glb<f32>, packed: Glb<u64>, ids: Glb<i32>, values: Glb<f32>, n: u32, tile: u32, k: u32, flip: u32);
         "top_k_f32" => of_floats;
     }
 
     kernels! {
+        in "top_k";
         pub(super) PACKED: threads(1024);
         fn (x: Glb<u64>, packed: Glb<u64>, ids: Glb<i32>, values: Glb<f32>, n: u32, tile: u32, k: u32, flip: u32);
         "top_k_packed" => of_packed;
