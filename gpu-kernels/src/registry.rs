@@ -2,11 +2,14 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::argmax;
+use crate::kernels::argsort;
+use crate::kernels::cumsum;
 use crate::kernels::elementwise;
 use crate::kernels::glu;
 use crate::kernels::layer_norm;
 use crate::kernels::moe_combine;
 use crate::kernels::moe_route;
+use crate::kernels::sample;
 use crate::kernels::top_k;
 use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
 
@@ -25,6 +28,9 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &moe_combine::MoeCombine,
     &argmax::Argmax,
     &top_k::TopK,
+    &argsort::Argsort,
+    &cumsum::Cumsum,
+    &sample::Sample,
 ];
 
 /// The kernel of this name.

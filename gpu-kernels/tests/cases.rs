@@ -52,6 +52,9 @@ kernels! {
     moe_combine
     argmax
     top_k
+    argsort
+    cumsum
+    sample
 }
 
 #[test]

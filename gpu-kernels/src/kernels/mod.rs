@@ -2,6 +2,8 @@
 
 pub mod activation;
 pub mod argmax;
+pub mod argsort;
+pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
 pub mod glu;
@@ -13,6 +15,7 @@ pub mod output;
 pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
+pub mod sample;
 pub mod softmax;
 pub mod top_k;
 
