@@ -3,6 +3,7 @@
 use crate::case::AnyKernel;
 use crate::kernels::argmax;
 use crate::kernels::argsort;
+use crate::kernels::copy;
 use crate::kernels::cumsum;
 use crate::kernels::elementwise;
 use crate::kernels::glu;
@@ -10,6 +11,7 @@ use crate::kernels::layer_norm;
 use crate::kernels::moe_combine;
 use crate::kernels::moe_route;
 use crate::kernels::sample;
+use crate::kernels::set_rows;
 use crate::kernels::top_k;
 use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
 
@@ -31,6 +33,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &argsort::Argsort,
     &cumsum::Cumsum,
     &sample::Sample,
+    &copy::StridedCopy,
+    &set_rows::SetRows,
 ];
 
 /// The kernel of this name.

@@ -55,6 +55,8 @@ kernels! {
     argsort
     cumsum
     sample
+    copy
+    set_rows
 }
 
 #[test]

@@ -42,7 +42,7 @@ mod gpu {
     use crate::device::{Glb, Smem, thread, warp};
     use crate::kernels::order;
 
-    const _: () = assert!(DIGITS == THREADS);
+    const _: () = assert!(DIGITS == THREADS && WARPS == 8 && ROUNDS == 16);
 
     /// The key in sorting order, smallest first; `flip` is all ones for the largest.
     #[inline(always)]
@@ -196,17 +196,16 @@ mod gpu {
         let (digit, chunks) = (thread::thread_idx_x(), thread::grid_dim_x());
         let mut place =
             totals.ld_nc((thread::block_idx_y() * DIGITS + digit) * chunks + thread::block_idx_x());
-        unroll!(W in 0..8 {
-            let at = W as u32 * DIGITS + digit;
+        let mut warp = 0;
+        while warp < WARPS {
+            let at = warp * DIGITS + digit;
             let of_warp = counts.ld(at);
             counts.st(at, place);
-            if W < 7 {
-                place += of_warp;
-            }
-        });
+            place += of_warp;
+            warp += 1;
+        }
         sync_threads();
 
-        const { assert!(WARPS == 8) };
         unroll!(R in 0..16 {
             let i = index_of(R as u32);
             if i < n {

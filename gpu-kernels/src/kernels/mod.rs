@@ -3,6 +3,7 @@
 pub mod activation;
 pub mod argmax;
 pub mod argsort;
+pub mod copy;
 pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
@@ -16,6 +17,7 @@ pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
+pub mod set_rows;
 pub mod softmax;
 pub mod top_k;
 
