@@ -117,6 +117,7 @@ fn run(backend: &mut dyn Backend, graph: Graph, n: usize, kv: &Option<KvLayout>)
         cells: &cells,
         sequences: &sequences,
         pages: &pages,
+        given: &[],
     };
     let mut got = vec![f32::NAN; plan.graph.tensor(out).shape.elems()];
     // Twice: a second run must not see the first one's leavings.

@@ -2,3 +2,6 @@
 
 pub mod cpu;
 pub mod reference;
+pub mod split;
+#[cfg(feature = "gpu")]
+pub mod cuda;

@@ -3,7 +3,7 @@
 
 use alloc::vec::Vec;
 
-use super::program::{Action, Acts, Factor, Gate, Place, Program, Value};
+use super::program::{Action, Acts, Gate, Norm, Part, Place, Program, Store, Value};
 use crate::op::Binary;
 
 /// A rule.
@@ -163,7 +163,7 @@ fn product_gate(program: &mut Program) {
 
 /// The products that write `gate` and `up` as one with two parts, if they match.
 fn merge_gate(program: &Program, g: usize, u: usize, gate: Value, up: Value) -> Option<Action> {
-    let same_shape = |a: &super::program::Part, b: &super::program::Part| {
+    let same_shape = |a: &Part, b: &Part| {
         a.w.format == b.w.format && a.w.rows == b.w.rows && a.residual.is_none() && b.residual.is_none()
     };
     match (&program.actions[g], &program.actions[u]) {
@@ -192,7 +192,7 @@ fn add_norm(program: &mut Program) {
         let Place::Value(h) = norm.x else { continue };
         let Action::Binary { kind: Binary::Add, a, b, n, period, out } = program.actions[at - 1] else { continue };
         if out == h && n == period && norm.add.is_none() && n == norm.rows * norm.cols && a != b {
-            program.actions[at] = Action::Norm(super::program::Norm { x: a, add: Some((b, h)), ..norm });
+            program.actions[at] = Action::Norm(Norm { x: a, add: Some((b, h)), ..norm });
             program.actions.remove(at - 1);
         }
     }
@@ -274,7 +274,7 @@ fn rope_store(program: &mut Program) {
         if read_between {
             continue;
         }
-        program.actions[at] = Action::Store(super::program::Store {
+        program.actions[at] = Action::Store(Store {
             k: k_rotation.x,
             rope: Some((q, table, n_rot, mode)),
             ..store
@@ -284,16 +284,5 @@ fn rope_store(program: &mut Program) {
         for i in gone.into_iter().rev() {
             program.actions.remove(i);
         }
-    }
-}
-
-/// The factor of a product, for tests that look at what a rule left.
-pub fn acts_of(action: &Action) -> Option<Acts> {
-    match action {
-        Action::Product(p) => match p.x {
-            Factor::Acts(acts) => Some(acts),
-            Factor::Floats(_) => None,
-        },
-        _ => None,
     }
 }

@@ -389,7 +389,7 @@ impl Action {
             Action::Store(s) => s.rope.iter().for_each(|(q, ..)| f(q.out)),
             Action::Attention { out, partials, .. } => {
                 f(*out);
-                partials.into_iter().for_each(f);
+                partials.iter().for_each(|p| f(*p));
             }
             Action::Gate(g) => {
                 g.out.into_iter().for_each(&mut *f);

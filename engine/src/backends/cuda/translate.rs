@@ -119,7 +119,7 @@ pub fn act_kind(format: FormatId) -> Option<ActKind> {
             None
         }
     }
-    quant::with_format(format, Kind).ok().flatten()
+    quant::with_format(format, Kind).flatten()
 }
 
 /// A graph under translation.

@@ -1,0 +1,288 @@
+//! The GPU backend, over any [`Driver`](gpu_kernels::driver::Driver): a plan becomes a program of kernel launches.
+//!
+//! * `translate`: graph to program, node by node; `fuse`: rules that merge actions; [`crate::plan::lay_out`]: a place in
+//!   the arena for each value; `emit`: launches with their addresses.
+//! * All this happens when a plan is first run at a size class of the cache, and again only if memory has moved. What
+//!   differs from step to step is data in one block of device memory ([`inputs`]), so the launches stay the same and
+//!   are captured and replayed as one graph.
+//! * Results depend on shapes and positions alone, as the kernels promise: not on batch mates, nor on the size class.
+
+mod emit;
+mod fuse;
+mod inputs;
+mod memory;
+mod program;
+mod translate;
+mod weights;
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use gpu_kernels::driver::{DeviceInfo, DriverError, MemKind, ModuleId, StreamId};
+use gpu_kernels::launch::{DevicePtr, Launch};
+
+use emit::{Emit, KvAddresses};
+pub use fuse::{RULES, RuleSet};
+use inputs::{InputAddresses, InputLayout};
+use memory::{Growing, Memory};
+pub use memory::Device;
+use translate::{Addresses, Anywhere, WeightKey};
+pub use weights::Progress;
+use weights::DeviceWeights;
+
+use crate::backend::{Backend, BackendInfo, PlanId, Step};
+use crate::error::EngineError;
+use crate::graph::{Graph, Node};
+use crate::kv_cache::KvLayout;
+use crate::op::KvPart;
+use crate::plan::{self, Plan, Slot};
+use crate::tensor::{Input, TensorId};
+use crate::weights::Weights;
+
+/// Alignment of values in the arena: two sectors of L2, and more than any kernel asks for.
+const ALIGN_BYTES: usize = 256;
+
+/// Positions in a span of the cache: what attention sums before it adds anything else.
+const KV_SPAN: usize = 256;
+
+/// The GPU backend.
+pub struct Cuda {
+    device: Device,
+    info: DeviceInfo,
+    module: ModuleId,
+    rules: RuleSet,
+    weights: DeviceWeights,
+    arena: Growing,
+    inputs: Growing,
+    kv: Option<Kv>,
+    kv_generation: u64,
+    plans: BTreeMap<usize, Prepared>,
+    next_plan: usize,
+    /// The step's inputs, before they are copied.
+    block: Vec<u8>,
+}
+
+/// The cache.
+struct Kv {
+    layout: KvLayout,
+    parts: Vec<[DevicePtr; 2]>,
+    _memory: Memory,
+}
+
+/// A plan and what was made of it, per size class.
+struct Prepared {
+    plan: Arc<Plan>,
+    ready: BTreeMap<usize, Ready>,
+    /// Size class of the last run.
+    last: usize,
+}
+
+/// A plan's launches for one size class of the cache.
+struct Ready {
+    layout: InputLayout,
+    launches: Vec<Launch>,
+    /// Where each activation of the graph is, by base tensor.
+    slots: BTreeMap<TensorId, Slot>,
+    /// State of the memory that the launches name.
+    generation: [u64; 3],
+}
+
+/// Addresses of one plan's inputs and of all weights.
+struct Placed<'a> {
+    weights: &'a DeviceWeights,
+    inputs: InputAddresses,
+}
+
+impl Addresses for Placed<'_> {
+    fn weight(&self, key: WeightKey) -> DevicePtr {
+        self.weights.at(key)
+    }
+    fn input(&self, input: Input) -> DevicePtr {
+        self.inputs.input(input)
+    }
+}
+
+impl Cuda {
+    /// A backend on a device, over a model's weights. They are copied when a graph first needs them: [`Cuda::load`].
+    pub fn new(device: Device, module: ModuleId, weights: Arc<Weights>) -> Cuda {
+        Cuda {
+            info: device.info(),
+            module,
+            rules: RuleSet::ALL,
+            weights: DeviceWeights::new(device.clone(), weights),
+            device,
+            arena: Growing::default(),
+            inputs: Growing::default(),
+            kv: None,
+            kv_generation: 0,
+            plans: BTreeMap::new(),
+            next_plan: 0,
+            block: Vec::new(),
+        }
+    }
+
+    /// The same with other fusion rules, for tests that compare them.
+    #[must_use]
+    pub fn with_rules(self, rules: RuleSet) -> Cuda {
+        Cuda { rules, ..self }
+    }
+
+    /// Copies the weights of a graph to the device ahead of its first run.
+    pub fn load(
+        &mut self,
+        graph: &Graph,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), EngineError> {
+        self.weights.place(&translate::weights_of(graph), progress)
+    }
+
+    fn generation(&self) -> [u64; 3] {
+        [self.arena.generation, self.inputs.generation, self.kv_generation]
+    }
+
+    /// Makes a plan's launches.
+    fn ready(&mut self, plan: &Plan, layout: InputLayout, class: usize) -> Result<Ready, EngineError> {
+        let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages);
+        self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
+        let inputs = InputAddresses { block: self.inputs.at(), layout };
+        let placed = Placed { weights: &self.weights, inputs };
+        let (mut program, values) =
+            translate::translate(&plan.graph, &placed).map_err(|(i, why)| unsupported(&plan.graph, i, why))?;
+        self.rules.apply(&mut program);
+        let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
+        let layout_of = plan::lay_out(&program.values, &program.accesses(), &kept, ALIGN_BYTES);
+        self.arena.reserve(&self.device, layout_of.arena_bytes)?;
+        let emit = Emit {
+            arena: self.arena.at(),
+            slots: &layout_of.slots,
+            inputs,
+            kv: self.kv.as_ref().map(|kv| KvAddresses { layout: &kv.layout, parts: &kv.parts }),
+            max_spans: class,
+            n_sm: self.info.n_sm,
+        };
+        let mut launches = Vec::new();
+        for action in &program.actions {
+            launches.extend(emit.launches(action).map_err(|why| EngineError::UnsupportedOp {
+                backend: "cuda",
+                op: "plan",
+                why: format!("{why} ({action:?})"),
+            })?);
+        }
+        let slots =
+            values.into_iter().filter_map(|(t, v)| Some((t, layout_of.slots[v.index()]?))).collect();
+        Ok(Ready { layout, launches, slots, generation: self.generation() })
+    }
+}
+
+fn unsupported(graph: &Graph, node: usize, why: String) -> EngineError {
+    EngineError::UnsupportedOp { backend: "cuda", op: graph.nodes[node].op.name(), why }
+}
+
+impl Backend for Cuda {
+    fn info(&self) -> BackendInfo {
+        BackendInfo { name: "cuda", description: self.info.name.clone() }
+    }
+
+    fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String> {
+        // What the launchers say of the node's own actions, wherever its tensors may be.
+        let mut t = translate::Translator::new(graph, &Anywhere);
+        t.node(node)?;
+        let slots: Vec<Option<Slot>> =
+            t.program.values.iter().map(|&len| Some(Slot { offset: 0, len })).collect();
+        let parts: Vec<[DevicePtr; 2]>;
+        let kv = match &self.kv {
+            Some(kv) => Some(KvAddresses { layout: &kv.layout, parts: &kv.parts }),
+            None => {
+                parts = Vec::new();
+                let _ = &parts;
+                None
+            }
+        };
+        let emit = Emit {
+            arena: DevicePtr(1 << 20),
+            slots: &slots,
+            inputs: InputAddresses { block: DevicePtr(1 << 20), layout: InputLayout::default() },
+            kv,
+            max_spans: 1,
+            n_sm: self.info.n_sm,
+        };
+        t.program.actions.iter().try_for_each(|action| emit.launches(action).map(drop))
+    }
+
+    fn create_kv(&mut self, layout: &KvLayout) -> Result<(), EngineError> {
+        self.kv = None;
+        self.kv_generation += 1;
+        let memory = Memory::new(&self.device, MemKind::Device, layout.total_bytes())?;
+        let mut at = memory.at();
+        let mut parts = Vec::with_capacity(layout.layers.len());
+        for il in 0..layout.layers.len() {
+            parts.push([KvPart::K, KvPart::V].map(|part| {
+                let here = at;
+                at = at.offset(layout.part_bytes(il, part) as u64);
+                here
+            }));
+        }
+        // What was never written is read where a page is not full, and masked: it must be numbers.
+        self.device.fill(memory.at(), 0, memory.bytes() as u64, StreamId::DEFAULT)?;
+        self.kv = Some(Kv { layout: layout.clone(), parts, _memory: memory });
+        Ok(())
+    }
+
+    fn prepare(&mut self, plan: Arc<Plan>) -> Result<PlanId, EngineError> {
+        for (i, node) in plan.graph.nodes.iter().enumerate() {
+            self.supports(&plan.graph, node).map_err(|why| unsupported(&plan.graph, i, why))?;
+        }
+        self.load(&plan.graph, &mut |_| {})?;
+        let id = self.next_plan;
+        self.next_plan += 1;
+        self.plans.insert(id, Prepared { plan, ready: BTreeMap::new(), last: 0 });
+        Ok(PlanId(id))
+    }
+
+    fn release(&mut self, plan: PlanId) {
+        self.plans.remove(&plan.0);
+    }
+
+    fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
+        let longest = step.sequences.iter().map(|s| s.len as usize).max().unwrap_or(0);
+        let class = longest.div_ceil(KV_SPAN).next_power_of_two();
+        let prepared = &self.plans[&plan.0];
+        let stale = prepared.ready.get(&class).is_none_or(|r| r.generation != self.generation());
+        if stale {
+            let layout = InputLayout::new(step.tokens.len(), step.output_rows.len());
+            let plan_of = prepared.plan.clone();
+            let ready = self.ready(&plan_of, layout, class)?;
+            self.plans.get_mut(&plan.0).expect("a prepared plan").ready.insert(class, ready);
+        }
+        let prepared = self.plans.get_mut(&plan.0).expect("a prepared plan");
+        prepared.last = class;
+        let ready = &prepared.ready[&class];
+        ready.layout.fill(step, &mut self.block);
+        self.device.write(self.inputs.at(), &self.block, StreamId::DEFAULT)?;
+        for (tensor, given) in step.given {
+            let at = self.arena.at().offset(ready.slots[tensor].offset as u64);
+            self.device.write(at, bytemuck::cast_slice(given), StreamId::DEFAULT)?;
+        }
+        for launch in &ready.launches {
+            self.device.launch(self.module, launch, StreamId::DEFAULT)?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, plan: PlanId, tensor: TensorId, out: &mut [f32]) -> Result<(), EngineError> {
+        let prepared = &self.plans[&plan.0];
+        let slot = prepared.ready[&prepared.last].slots[&prepared.plan.graph.base(tensor)];
+        let at = self.arena.at().offset(slot.offset as u64);
+        self.device.read(bytemuck::cast_slice_mut(out), at, StreamId::DEFAULT)?;
+        Ok(())
+    }
+}
+
+impl From<DriverError> for EngineError {
+    fn from(error: DriverError) -> EngineError {
+        EngineError::Device(error)
+    }
+}
