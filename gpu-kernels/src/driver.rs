@@ -89,6 +89,17 @@ pub enum DriverError {
         /// The entry's name.
         entry: String,
     },
+    /// The driver did not accept a module.
+    Module {
+        /// Its name.
+        name: &'static str,
+        /// Its tier.
+        tier: &'static str,
+        /// The driver is too old for the module's PTX, or has no compiler for the device: another tier may do.
+        too_new: bool,
+        /// The driver's name and text for it, and its compiler's messages.
+        what: String,
+    },
     /// The device cannot launch it: too many threads, too much shared memory.
     Launch {
         /// The entry's name.
@@ -124,6 +135,9 @@ impl fmt::Display for DriverError {
             }
             DriverError::Handle { what, id } => write!(f, "no {what} has the number {id}"),
             DriverError::NoKernel { entry } => write!(f, "no loaded module has a kernel {entry}"),
+            DriverError::Module { name, tier, what, .. } => {
+                write!(f, "cannot load {name} for {tier}: {what}")
+            }
             DriverError::Launch { entry, what } => write!(f, "cannot launch {entry}: {what}"),
             DriverError::Kernel { entry, what } => write!(f, "{entry}: {what}"),
             DriverError::Driver { op, code, what } => write!(f, "{op}: error {code}, {what}"),
@@ -152,8 +166,14 @@ pub trait Driver {
     /// Queues the setting of every byte.
     fn fill(&self, at: DevicePtr, byte: u8, bytes: u64, stream: StreamId) -> Result<(), DriverError>;
 
-    /// Loads a module's kernels.
+    /// A module that has every kernel and needs no loading; only drivers that run the Rust source have one.
+    fn builtin(&self) -> Option<ModuleId> {
+        None
+    }
+    /// Compiles a module, or takes it from a cache.
     fn load(&self, module: &PtxModule) -> Result<ModuleId, DriverError>;
+    /// Unloads a module whose launches are done.
+    fn unload(&self, module: ModuleId) -> Result<(), DriverError>;
     /// Queues a launch of a kernel of the module.
     fn launch(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError>;
 

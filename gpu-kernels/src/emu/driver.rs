@@ -52,6 +52,11 @@ impl Emulator {
         if known { Ok(()) } else { Err(DriverError::Handle { what: "stream", id: stream.0 }) }
     }
 
+    fn module(&self, module: ModuleId) -> Result<(), DriverError> {
+        let known = module == Emulator::MODULE;
+        if known { Ok(()) } else { Err(DriverError::Handle { what: "module", id: module.0 }) }
+    }
+
     fn event(&self, event: EventId) -> Result<Instant, DriverError> {
         let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         let time = events.get(event.0 as usize).copied().flatten();
@@ -108,15 +113,21 @@ impl Driver for Emulator {
         Ok(())
     }
 
+    fn builtin(&self) -> Option<ModuleId> {
+        Some(Emulator::MODULE)
+    }
+
     fn load(&self, _module: &PtxModule) -> Result<ModuleId, DriverError> {
         Ok(Emulator::MODULE)
     }
 
+    fn unload(&self, module: ModuleId) -> Result<(), DriverError> {
+        self.module(module)
+    }
+
     fn launch(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
         self.stream(stream)?;
-        if module != Emulator::MODULE {
-            return Err(DriverError::Handle { what: "module", id: module.0 });
-        }
+        self.module(module)?;
         let entries =
             registry::KERNELS.iter().flat_map(|kernel| kernel.entries()).flat_map(|table| table.iter());
         match entries.into_iter().find(|entry| entry.name == launch.entry) {

@@ -65,6 +65,7 @@ macro_rules! plant {
         fn $name() {
             fn kernel($memory: Glb<u32>, $bug: u32) $body
             kernels! {
+                in "emulator_tests";
                 TABLE: threads(64);
                 fn (memory: Glb<u32>, bug: u32);
                 stringify!($name) => kernel;
@@ -291,6 +292,7 @@ fn a_panic_in_a_kernel_is_a_finding() {
         assert!(bug == 0 || thread_idx_x() != 7, "seven");
     }
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "panics" => kernel;
@@ -307,6 +309,7 @@ fn bytes_of_a_word_are_apart() {
         bytes.st(thread_idx_x(), thread_idx_x() as u8);
     }
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "bytes" => kernel;
@@ -329,6 +332,7 @@ fn atomics_lose_no_count() {
         }
     }
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "counts" => kernel;
@@ -382,6 +386,7 @@ fn a_matrix_product_has_ptxs_layout() {
     }
     PRODUCT.set(Some(std::boxed::Box::new(kernel)));
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "product" => entry;
@@ -394,6 +399,7 @@ fn a_matrix_product_has_ptxs_layout() {
 fn launches_that_no_gpu_takes_are_refused() {
     fn kernel(_memory: Glb<u32>, _bug: u32) {}
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "nothing" => kernel;
