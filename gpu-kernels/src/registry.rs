@@ -1,7 +1,10 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
-use crate::kernels::{dequantise, elementwise, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::elementwise;
+use crate::kernels::glu;
+use crate::kernels::layer_norm;
+use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -9,9 +12,11 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
     &rms_norm::RmsNorm,
+    &layer_norm::LayerNorm,
     &softmax::Softmax,
     &rope::Rope,
     &elementwise::Elementwise,
+    &glu::Glu,
 ];
 
 /// The kernel of this name.

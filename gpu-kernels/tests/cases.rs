@@ -43,7 +43,12 @@ macro_rules! kernels {
     };
 }
 
-kernels! { dequantise quantise_act mmvq rms_norm softmax rope elementwise }
+kernels! {
+    dequantise quantise_act mmvq rms_norm softmax rope
+    elementwise
+    glu
+    layer_norm
+}
 
 #[test]
 fn entry_names_are_unique() {

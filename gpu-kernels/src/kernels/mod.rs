@@ -1,8 +1,12 @@
 //! The kernels, one file each: contract, f64 reference, device code, entries, launcher, cases.
 
+pub mod activation;
 pub mod dequantise;
 pub mod elementwise;
+pub mod glu;
+pub mod layer_norm;
 pub mod mmvq;
+pub mod output;
 pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
