@@ -10,7 +10,7 @@ use gpu_kernels::launch::DevicePtr;
 use quant::FormatId;
 use quant::act::ActKind;
 
-use crate::op::{AttentionParams, Binary, Glu, MoeRouteParams, RopeMode, RopeParams, Unary};
+use crate::op::{AttentionParams, Binary, Glu, MoeRouteParams, RopeMode, Unary};
 use crate::plan::Access;
 
 /// A piece of the arena: index into [`Program::values`].
@@ -64,6 +64,8 @@ pub struct Acts {
 pub enum Factor {
     /// f32; products with float weights.
     Floats(Place),
+    /// Rounded to the weights' format, in the tiles of `round_act`; products with F16 or BF16 weights and many tokens.
+    Rounded(Value),
     /// Quantised; products with block formats.
     Acts(Acts),
 }
@@ -216,11 +218,14 @@ pub enum Action {
     GetRows { table: Table, ids: Place, n: usize, cols: usize, out: Value },
     Norm(Norm),
     Quantise { x: Place, n: usize, k: usize, acts: Acts },
+    /// To 16 bits, in tiles.
+    Round { x: Place, format: FormatId, n: usize, k: usize, out: Value },
     Product(Product),
     ExpertProduct(ExpertProduct),
     /// Orders the step's (token, slot) pairs by expert.
     SortExperts { ids: Place, n: usize, n_used: usize, n_expert: usize, out: Value },
-    RopeTable { positions: Place, factors: Option<Place>, params: RopeParams, n: usize, out: Value },
+    /// `frequencies`: radians per position of each pair, f32 [n_rot / 2].
+    RopeTable { positions: Place, frequencies: DevicePtr, magnitude: f32, n: usize, n_rot: usize, out: Value },
     Rope { rotation: Rotation, table: Place, n_rot: usize, mode: RopeMode, n: usize },
     Store(Store),
     /// `partials` is the kernel's scratch.
@@ -272,6 +277,7 @@ impl Factor {
         match self {
             Factor::Floats(Place::Value(v)) => f(v),
             Factor::Floats(Place::At(_)) => {}
+            Factor::Rounded(v) => f(v),
             Factor::Acts(acts) => {
                 f(acts.q);
                 f(acts.scales);
@@ -319,10 +325,7 @@ impl Action {
                 p.parts.iter().for_each(|part| opt(part.bias, f));
                 p.sorted.into_iter().for_each(f);
             }
-            Action::RopeTable { positions, factors, .. } => {
-                place(*positions, f);
-                opt(*factors, f);
-            }
+            Action::RopeTable { positions, .. } => place(*positions, f),
             Action::Rope { rotation, table, .. } => {
                 place(rotation.x, f);
                 place(*table, f);
@@ -344,6 +347,7 @@ impl Action {
                 place(*b, f);
             }
             Action::Quantise { x, .. }
+            | Action::Round { x, .. }
             | Action::Unary { x, .. }
             | Action::Scale { x, .. }
             | Action::Softcap { x, .. }
@@ -400,6 +404,7 @@ impl Action {
                 f(*weights);
             }
             Action::GetRows { out, .. }
+            | Action::Round { out, .. }
             | Action::SortExperts { out, .. }
             | Action::RopeTable { out, .. }
             | Action::Binary { out, .. }

@@ -8,17 +8,18 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use alloc::{format, vec};
 
+use gpu_kernels::kernels::round_act;
 use gpu_kernels::launch::DevicePtr;
 use quant::act::ActKind;
 use quant::{BlockFormat, FloatFormat, FormatId, Visitor};
 
-use super::emit::{self, MMVQ_MAX_COLS};
+use super::emit::{self, MMVF_MAX_PLAIN_COLS, MMVQ_MAX_COLS};
 use super::program::{
     Action, Acts, ExpertProduct, Factor, Gate, Matrix, Norm, NormKind, Part, Place, Product, Program,
     Rotation, Store, Table, Value,
 };
 use crate::graph::{Graph, Node};
-use crate::op::Op;
+use crate::op::{Op, RopeParams};
 use crate::tensor::{Input, Storage, TensorId};
 
 /// Rows of a weight of the model, and how they are used.
@@ -50,8 +51,12 @@ pub enum WeightForm {
 pub trait Addresses {
     /// A weight.
     fn weight(&self, key: WeightKey) -> DevicePtr;
+    /// The same, where the translation itself needs its values: a vector of so many floats.
+    fn floats(&self, key: WeightKey, n: usize) -> Vec<f32>;
     /// An input of the step.
     fn input(&self, input: Input) -> DevicePtr;
+    /// A place that holds these values for good.
+    fn constant(&self, values: &[f32]) -> Result<DevicePtr, String>;
 }
 
 /// For questions whose answer does not depend on addresses: everything is somewhere, well aligned.
@@ -61,8 +66,14 @@ impl Addresses for Anywhere {
     fn weight(&self, _: WeightKey) -> DevicePtr {
         DevicePtr(1 << 20)
     }
+    fn floats(&self, _: WeightKey, n: usize) -> Vec<f32> {
+        vec![1.0; n]
+    }
     fn input(&self, _: Input) -> DevicePtr {
         DevicePtr(1 << 20)
+    }
+    fn constant(&self, _: &[f32]) -> Result<DevicePtr, String> {
+        Ok(DevicePtr(1 << 20))
     }
 }
 
@@ -122,6 +133,25 @@ pub fn act_kind(format: FormatId) -> Option<ActKind> {
     quant::with_format(format, Kind).flatten()
 }
 
+/// Radians per position of each rotated pair: scaling, YaRN's mix and the model's factors in one number, since the angle
+/// is proportional to the position in all of them. As `reference` defines it.
+fn frequencies(p: &RopeParams, factors: &[f32]) -> Vec<f32> {
+    let (n, base) = (p.n_dims as f64, f64::from(p.freq_base));
+    let pair_of_turns = |turns: f32| {
+        let positions_per_turn = f64::from(p.n_ctx_orig) / (f64::from(turns) * 2.0 * core::f64::consts::PI);
+        n * libm::log(positions_per_turn) / (2.0 * libm::log(base))
+    };
+    let low = libm::floor(pair_of_turns(p.beta_fast)).max(0.0);
+    let high = libm::ceil(pair_of_turns(p.beta_slow)).min(n - 1.0);
+    let frequency = |(j, factor): (usize, &f32)| {
+        let plain = libm::pow(base, -2.0 * j as f64 / n) / f64::from(*factor);
+        let ramp = 1.0 - ((j as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+        let mix = ramp * f64::from(p.ext_factor);
+        (plain * (f64::from(p.freq_scale) * (1.0 - mix) + mix)) as f32
+    };
+    factors.iter().enumerate().map(frequency).collect()
+}
+
 /// A graph under translation.
 pub struct Translator<'a> {
     graph: &'a Graph,
@@ -131,6 +161,7 @@ pub struct Translator<'a> {
     /// Value of each activation, by base tensor.
     pub values: BTreeMap<TensorId, Value>,
     quantised: Vec<(Place, Acts)>,
+    rounded: Vec<(Place, Value, FormatId)>,
     sorted: Vec<(Place, Value)>,
 }
 
@@ -160,6 +191,7 @@ impl<'a> Translator<'a> {
             program: Program::default(),
             values: BTreeMap::new(),
             quantised: Vec::new(),
+            rounded: Vec::new(),
             sorted: Vec::new(),
         }
     }
@@ -220,7 +252,7 @@ impl<'a> Translator<'a> {
 
     /// The right-hand side for weights of a format, quantised if it must be and is not yet.
     fn factor(&mut self, x: Place, n: usize, k: usize, format: FormatId) -> Factor {
-        let Some(kind) = act_kind(format) else { return Factor::Floats(x) };
+        let Some(kind) = act_kind(format) else { return self.float_factor(x, n, k, format) };
         if let Some((_, acts)) = self.quantised.iter().find(|(p, a)| *p == x && a.kind == kind) {
             return Factor::Acts(*acts);
         }
@@ -228,6 +260,20 @@ impl<'a> Translator<'a> {
         self.program.actions.push(Action::Quantise { x, n, k, acts });
         self.quantised.push((x, acts));
         Factor::Acts(acts)
+    }
+
+    /// The right-hand side for float weights: rounded in a pass of its own where many tokens share that.
+    fn float_factor(&mut self, x: Place, n: usize, k: usize, format: FormatId) -> Factor {
+        if format == FormatId::F32 || n <= MMVF_MAX_PLAIN_COLS {
+            return Factor::Floats(x);
+        }
+        if let Some((_, v, _)) = self.rounded.iter().find(|(p, _, f)| *p == x && *f == format) {
+            return Factor::Rounded(*v);
+        }
+        let out = self.program.value(round_act::tiles_bytes(n, k));
+        self.push(Action::Round { x, format, n, k, out });
+        self.rounded.push((x, out, format));
+        Factor::Rounded(out)
     }
 
     fn push(&mut self, action: Action) {
@@ -327,9 +373,18 @@ impl<'a> Translator<'a> {
             }
             Op::RopeTable { positions, freq_factors, params } => {
                 let n = shape(*positions).elems();
-                let factors = self.opt_vector(*freq_factors)?;
+                let factors = match *freq_factors {
+                    Some(id) => {
+                        self.vector(id)?;
+                        let key = weight_key(graph, id, WeightForm::Plain).ok_or("factors that are no weight")?;
+                        self.addresses.floats(key, params.n_dims / 2)
+                    }
+                    None => vec![1.0; params.n_dims / 2],
+                };
+                let frequencies = self.addresses.constant(&frequencies(params, &factors))?;
                 let (positions, out) = (self.place(*positions), self.value(out()));
-                self.push(Action::RopeTable { positions, factors, params: *params, n, out });
+                let (magnitude, n_rot) = (params.attn_factor, params.n_dims);
+                self.push(Action::RopeTable { positions, frequencies, magnitude, n, n_rot, out });
             }
             Op::Rope { x, table, mode } => {
                 let [n, heads, head_dim] = *shape(*x).dims() else { unreachable!("checked by the builder") };
