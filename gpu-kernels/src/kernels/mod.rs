@@ -7,6 +7,7 @@ pub mod glu;
 pub mod layer_norm;
 pub mod mmvq;
 pub mod output;
+pub mod product;
 pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
