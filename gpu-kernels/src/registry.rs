@@ -5,12 +5,15 @@ use crate::kernels::elementwise;
 use crate::kernels::glu;
 use crate::kernels::layer_norm;
 use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{mmvf, round_act};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
     &dequantise::Dequantise,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
+    &round_act::RoundAct,
+    &mmvf::Mmvf,
     &rms_norm::RmsNorm,
     &layer_norm::LayerNorm,
     &softmax::Softmax,

@@ -48,6 +48,7 @@ kernels! {
     elementwise
     glu
     layer_norm
+    round_act mmvf
 }
 
 #[test]

@@ -46,20 +46,19 @@ fn probe(memory: Glb<u32>, x: u32) {
         sync::barrier::<1>(64);
     }
 
-    #[cfg(sm_ge_75)]
-    {
-        let [a, b, ..] = mma::load_x4(vectors, lane);
-        let [.., c, d] = mma::load_x4_transposed(vectors, lane);
-        value ^= a ^ b ^ c ^ d;
-    }
+    let [a, b, ..] = mma::load_x4(vectors, lane);
+    let [.., c, d] = mma::load_x4_transposed(vectors, lane);
+    value ^= a ^ b ^ c ^ d;
+    let (a, b) = (mma::FragmentA([value, x, value, x]), mma::FragmentB([x, value]));
+    let mut floats = mma::FragmentF32::default();
+    mma::mma_f16(&mut floats, a, b);
+    mma::mma_bf16(&mut floats, a, b);
+    value ^= floats.0[0].to_bits() ^ floats.0[3].to_bits();
     #[cfg(sm_ge_80)]
     {
-        let (a, b) = (mma::FragmentA([value, x, value, x]), mma::FragmentB([x, value]));
-        let (mut floats, mut ints) = (mma::FragmentF32::default(), mma::FragmentI32::default());
-        mma::mma_f16(&mut floats, a, b);
-        mma::mma_bf16(&mut floats, a, b);
+        let mut ints = mma::FragmentI32::default();
         mma::mma_s8(&mut ints, a, b);
-        value ^= floats.0[0].to_bits() ^ floats.0[3].to_bits() ^ (ints.0[1] ^ ints.0[2]) as u32;
+        value ^= (ints.0[1] ^ ints.0[2]) as u32;
 
         let barrier = Mbarrier::at(words.cast(), 0);
         barrier.init(64);

@@ -7,10 +7,13 @@ pub mod glu;
 pub mod layer_norm;
 pub mod mmvq;
 pub mod output;
+pub mod mmvf;
 pub mod product;
+pub mod product_float;
 pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
+pub mod round_act;
 pub mod softmax;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]

@@ -16,15 +16,16 @@ mod translate;
 mod weights;
 
 use alloc::collections::BTreeMap;
-use alloc::format;
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 
 use gpu_kernels::driver::{DeviceInfo, DriverError, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch};
+use gpu_kernels::modules::{FindModule, Modules};
 
-use emit::{Emit, KvAddresses};
+use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
 use inputs::{InputAddresses, InputLayout};
 use memory::{Growing, Memory};
@@ -45,16 +46,17 @@ use crate::weights::Weights;
 /// Alignment of values in the arena: two sectors of L2, and more than any kernel asks for.
 const ALIGN_BYTES: usize = 256;
 
-/// Positions in a span of the cache: what attention sums before it adds anything else.
-const KV_SPAN: usize = 256;
+/// The backend's name.
+const NAME: &str = "cuda";
 
 /// The GPU backend.
 pub struct Cuda {
     device: Device,
     info: DeviceInfo,
-    module: ModuleId,
+    modules: Modules,
     rules: RuleSet,
     weights: DeviceWeights,
+    constants: Constants,
     arena: Growing,
     inputs: Growing,
     kv: Option<Kv>,
@@ -72,46 +74,82 @@ struct Kv {
     _memory: Memory,
 }
 
+impl Kv {
+    fn addresses(&self) -> KvAddresses<'_> {
+        KvAddresses { layout: &self.layout, parts: &self.parts }
+    }
+}
+
 /// A plan and what was made of it, per size class.
 struct Prepared {
     plan: Arc<Plan>,
-    ready: BTreeMap<usize, Ready>,
-    /// Size class of the last run.
-    last: usize,
+    ready: BTreeMap<SizeClass, Ready>,
+    /// Class of the last run.
+    last: SizeClass,
 }
 
-/// A plan's launches for one size class of the cache.
+/// A plan's launches for one size class.
 struct Ready {
     layout: InputLayout,
-    launches: Vec<Launch>,
+    launches: Vec<(ModuleId, Launch)>,
     /// Where each activation of the graph is, by base tensor.
     slots: BTreeMap<TensorId, Slot>,
     /// State of the memory that the launches name.
     generation: [u64; 3],
 }
 
+/// Values that the translation computes and kernels read, each kept once.
+struct Constants {
+    device: Device,
+    list: Vec<(Vec<f32>, Memory)>,
+}
+
+impl Constants {
+    fn place(&mut self, values: &[f32]) -> Result<DevicePtr, DriverError> {
+        if let Some((_, memory)) = self.list.iter().find(|(v, _)| v == values) {
+            return Ok(memory.at());
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let memory = Memory::new(&self.device, MemKind::Device, bytes.len())?;
+        self.device.write(memory.at(), bytes, StreamId::DEFAULT)?;
+        let at = memory.at();
+        self.list.push((values.to_vec(), memory));
+        Ok(at)
+    }
+}
+
 /// Addresses of one plan's inputs and of all weights.
 struct Placed<'a> {
     weights: &'a DeviceWeights,
     inputs: InputAddresses,
+    constants: RefCell<&'a mut Constants>,
 }
 
 impl Addresses for Placed<'_> {
     fn weight(&self, key: WeightKey) -> DevicePtr {
         self.weights.at(key)
     }
+    fn floats(&self, key: WeightKey, n: usize) -> Vec<f32> {
+        let floats = self.weights.floats(key);
+        assert_eq!(floats.len(), n, "{key:?}");
+        floats
+    }
     fn input(&self, input: Input) -> DevicePtr {
         self.inputs.input(input)
+    }
+    fn constant(&self, values: &[f32]) -> Result<DevicePtr, String> {
+        self.constants.borrow_mut().place(values).map_err(|e| e.to_string())
     }
 }
 
 impl Cuda {
     /// A backend on a device, over a model's weights. They are copied when a graph first needs them: [`Cuda::load`].
-    pub fn new(device: Device, module: ModuleId, weights: Arc<Weights>) -> Cuda {
+    pub fn new(device: Device, weights: Arc<Weights>) -> Cuda {
         Cuda {
             info: device.info(),
-            module,
+            modules: Modules::new(),
             rules: RuleSet::ALL,
+            constants: Constants { device: device.clone(), list: Vec::new() },
             weights: DeviceWeights::new(device.clone(), weights),
             device,
             arena: Growing::default(),
@@ -144,46 +182,51 @@ impl Cuda {
     }
 
     /// Makes a plan's launches.
-    fn ready(&mut self, plan: &Plan, layout: InputLayout, class: usize) -> Result<Ready, EngineError> {
+    fn ready(&mut self, plan: &Plan, layout: InputLayout, class: SizeClass) -> Result<Ready, EngineError> {
         let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages);
         self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
         let inputs = InputAddresses { block: self.inputs.at(), layout };
-        let placed = Placed { weights: &self.weights, inputs };
+        let constants = RefCell::new(&mut self.constants);
+        let placed = Placed { weights: &self.weights, inputs, constants };
         let (mut program, values) =
             translate::translate(&plan.graph, &placed).map_err(|(i, why)| unsupported(&plan.graph, i, why))?;
         self.rules.apply(&mut program);
+        emit::add_scratch(&mut program, class, &self.info);
         let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
-        let layout_of = plan::lay_out(&program.values, &program.accesses(), &kept, ALIGN_BYTES);
-        self.arena.reserve(&self.device, layout_of.arena_bytes)?;
+        let places = plan::lay_out(&program.values, &program.accesses(), &kept, ALIGN_BYTES);
+        self.arena.reserve(&self.device, places.arena_bytes)?;
         let emit = Emit {
             arena: self.arena.at(),
-            slots: &layout_of.slots,
+            slots: &places.slots,
             inputs,
-            kv: self.kv.as_ref().map(|kv| KvAddresses { layout: &kv.layout, parts: &kv.parts }),
-            max_spans: class,
+            kv: self.kv.as_ref().map(Kv::addresses),
+            class,
+            sm: self.info.sm,
             n_sm: self.info.n_sm,
         };
         let mut launches = Vec::new();
         for action in &program.actions {
-            launches.extend(emit.launches(action).map_err(|why| EngineError::UnsupportedOp {
-                backend: "cuda",
-                op: "plan",
-                why: format!("{why} ({action:?})"),
-            })?);
+            let made = emit.launches(action).map_err(|why| EngineError::UnsupportedOp {
+                backend: NAME,
+                op: action.name(),
+                why,
+            })?;
+            for launch in made {
+                launches.push((self.modules.find_module(&*self.device, launch.entry)?, launch));
+            }
         }
-        let slots =
-            values.into_iter().filter_map(|(t, v)| Some((t, layout_of.slots[v.index()]?))).collect();
+        let slots = values.into_iter().filter_map(|(t, v)| Some((t, places.slots[v.index()]?))).collect();
         Ok(Ready { layout, launches, slots, generation: self.generation() })
     }
 }
 
 fn unsupported(graph: &Graph, node: usize, why: String) -> EngineError {
-    EngineError::UnsupportedOp { backend: "cuda", op: graph.nodes[node].op.name(), why }
+    EngineError::UnsupportedOp { backend: NAME, op: graph.nodes[node].op.name(), why }
 }
 
 impl Backend for Cuda {
     fn info(&self) -> BackendInfo {
-        BackendInfo { name: "cuda", description: self.info.name.clone() }
+        BackendInfo { name: NAME, description: self.info.name.clone() }
     }
 
     fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String> {
@@ -192,21 +235,13 @@ impl Backend for Cuda {
         t.node(node)?;
         let slots: Vec<Option<Slot>> =
             t.program.values.iter().map(|&len| Some(Slot { offset: 0, len })).collect();
-        let parts: Vec<[DevicePtr; 2]>;
-        let kv = match &self.kv {
-            Some(kv) => Some(KvAddresses { layout: &kv.layout, parts: &kv.parts }),
-            None => {
-                parts = Vec::new();
-                let _ = &parts;
-                None
-            }
-        };
         let emit = Emit {
             arena: DevicePtr(1 << 20),
             slots: &slots,
             inputs: InputAddresses { block: DevicePtr(1 << 20), layout: InputLayout::default() },
-            kv,
-            max_spans: 1,
+            kv: self.kv.as_ref().map(Kv::addresses),
+            class: SizeClass { max_spans: 1, prefill: false },
+            sm: self.info.sm,
             n_sm: self.info.n_sm,
         };
         t.program.actions.iter().try_for_each(|action| emit.launches(action).map(drop))
@@ -238,7 +273,8 @@ impl Backend for Cuda {
         self.load(&plan.graph, &mut |_| {})?;
         let id = self.next_plan;
         self.next_plan += 1;
-        self.plans.insert(id, Prepared { plan, ready: BTreeMap::new(), last: 0 });
+        let last = SizeClass { max_spans: 1, prefill: false };
+        self.plans.insert(id, Prepared { plan, ready: BTreeMap::new(), last });
         Ok(PlanId(id))
     }
 
@@ -247,8 +283,7 @@ impl Backend for Cuda {
     }
 
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
-        let longest = step.sequences.iter().map(|s| s.len as usize).max().unwrap_or(0);
-        let class = longest.div_ceil(KV_SPAN).next_power_of_two();
+        let class = SizeClass::of(step);
         let prepared = &self.plans[&plan.0];
         let stale = prepared.ready.get(&class).is_none_or(|r| r.generation != self.generation());
         if stale {
@@ -266,8 +301,8 @@ impl Backend for Cuda {
             let at = self.arena.at().offset(ready.slots[tensor].offset as u64);
             self.device.write(at, bytemuck::cast_slice(given), StreamId::DEFAULT)?;
         }
-        for launch in &ready.launches {
-            self.device.launch(self.module, launch, StreamId::DEFAULT)?;
+        for (module, launch) in &ready.launches {
+            self.device.launch(*module, launch, StreamId::DEFAULT)?;
         }
         Ok(())
     }

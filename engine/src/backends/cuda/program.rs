@@ -450,6 +450,32 @@ impl Action {
         }
     }
 
+    /// Name of the kind, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Action::GetRows { .. } => "get_rows",
+            Action::Norm(_) => "norm",
+            Action::Quantise { .. } => "quantise",
+            Action::Round { .. } => "round",
+            Action::Product(_) => "product",
+            Action::ExpertProduct(_) => "expert_product",
+            Action::SortExperts { .. } => "sort_experts",
+            Action::RopeTable { .. } => "rope_table",
+            Action::Rope { .. } => "rope",
+            Action::Store(_) => "kv_store",
+            Action::Attention { .. } => "attention",
+            Action::Binary { .. } => "binary",
+            Action::Unary { .. } => "unary",
+            Action::Scale { .. } => "scale",
+            Action::Softcap { .. } => "softcap",
+            Action::Gate(_) => "gate",
+            Action::MoeRoute { .. } => "moe_route",
+            Action::MoeCombine { .. } => "moe_combine",
+            Action::RowGate { .. } => "row_gate",
+            Action::Argmax { .. } => "argmax",
+        }
+    }
+
     /// Reads, writes and in-place pairs, as the planner takes them.
     pub fn access(&self) -> Access {
         let mut access = Access::default();
