@@ -228,7 +228,7 @@ impl Backend for Split {
         let mut wrote: BTreeMap<TensorId, usize> = BTreeMap::new();
         for (p, (_, nodes)) in cut.iter().enumerate() {
             for &n in nodes {
-                graph.nodes[n].outputs.iter().for_each(|t| drop(wrote.insert(*t, p)));
+                wrote.extend(graph.nodes[n].outputs.iter().map(|t| (*t, p)));
             }
         }
         let mut borders: Vec<(TensorId, Vec<f32>)> = Vec::new();

@@ -11,7 +11,8 @@ use gpu_kernels::kernels::activation::Function;
 use gpu_kernels::kernels::elementwise::{self, BinaryArgs, BinaryOp, UnaryArgs};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
-use gpu_kernels::kernels::{glu, layer_norm, mmvq, quantise_act, rms_norm, rope};
+use gpu_kernels::kernels::product_float;
+use gpu_kernels::kernels::{glu, layer_norm, mmvf, mmvq, quantise_act, rms_norm, rope, round_act};
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
 
 use super::inputs::InputAddresses;
@@ -167,7 +168,13 @@ impl Emit<'_> {
                 n_cols: *n,
                 k: *k,
             })),
-            Action::Round { .. } => Err(words("round")),
+            Action::Round { x, format, n, k, out } => one(round_act::launch(&round_act::Args {
+                format: *format,
+                x: self.place(*x),
+                tiles: self.value(*out),
+                n_cols: *n,
+                k: *k,
+            })),
             Action::Product(product) => self.product(product),
             Action::ExpertProduct(product) => self.expert_product(product),
             Action::SortExperts { .. } => Err(words("sort_experts")),
@@ -354,7 +361,23 @@ impl Emit<'_> {
                     };
                     mmvq::launch(&args)?
                 }
-                _ => return Err(words("a float product")),
+                Factor::Floats(_) | Factor::Rounded(_) => {
+                    let x = match p.x {
+                        Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
+                        Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
+                        Factor::Acts(_) => unreachable!("matched above"),
+                    };
+                    let (matrices, glu) = float_terms(&matrices, glu);
+                    mmvf::launch(&mmvf::Args {
+                        format,
+                        matrices: &matrices,
+                        glu,
+                        x,
+                        experts: None,
+                        k: p.k,
+                        n_cols: p.n,
+                    })?
+                }
             };
             launches.push(launch);
         }
@@ -390,7 +413,19 @@ impl Emit<'_> {
                     mixture: Some(mixture),
                 }))
             }
-            _ => Err(words("a float product")),
+            Factor::Floats(x) => {
+                let (matrices, glu) = float_terms(&matrices, glu);
+                one(mmvf::launch(&mmvf::Args {
+                    format,
+                    matrices: &matrices,
+                    glu,
+                    x: mmvf::Activations::Plain(self.place(x)),
+                    experts: Some(product_float::Experts { ids: self.place(p.ids), pairs_per_x }),
+                    k: p.k,
+                    n_cols: n_pairs,
+                }))
+            }
+            Factor::Rounded(_) => Err(words("a mixture of rounded activations")),
         }
     }
 
@@ -402,6 +437,25 @@ impl Emit<'_> {
         let _ = self.kv()?.at(0, KvPart::K);
         Err(words("kv_store"))
     }
+}
+
+fn float_terms(
+    parts: &[product::Matrix],
+    glu: Option<product::Glu>,
+) -> (Vec<product_float::Matrix>, Option<product_float::Glu>) {
+    let matrix = |m: &product::Matrix| product_float::Matrix {
+        w: m.w,
+        bias: m.bias,
+        residual: m.residual,
+        y: m.y,
+        n_rows: m.n_rows,
+    };
+    let glu = glu.map(|glu| match glu {
+        product::Glu::Silu => product_float::Glu::Silu,
+        product::Glu::Gelu => product_float::Glu::Gelu,
+        product::Glu::SwigluOai { alpha, limit } => product_float::Glu::SwigluOai { alpha, limit },
+    });
+    (parts.iter().map(matrix).collect(), glu)
 }
 
 /// Why there are no launches.
