@@ -38,3 +38,5 @@ pub mod modules;
 pub mod ptx;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod registry;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod slots;
