@@ -1,9 +1,13 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
+use crate::kernels::argmax;
 use crate::kernels::elementwise;
 use crate::kernels::glu;
 use crate::kernels::layer_norm;
+use crate::kernels::moe_combine;
+use crate::kernels::moe_route;
+use crate::kernels::top_k;
 use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
 use crate::kernels::{mmvf, round_act};
 
@@ -20,6 +24,10 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &rope::Rope,
     &elementwise::Elementwise,
     &glu::Glu,
+    &moe_route::MoeRoute,
+    &moe_combine::MoeCombine,
+    &argmax::Argmax,
+    &top_k::TopK,
 ];
 
 /// The kernel of this name.

@@ -49,6 +49,10 @@ kernels! {
     glu
     layer_norm
     round_act mmvf
+    moe_route
+    moe_combine
+    argmax
+    top_k
 }
 
 #[test]

@@ -27,14 +27,14 @@ macro_rules! functions {
             }
         }
 
-        /// The function of this number.
+        /// The function of this number, of each element: many at a branch, so that their latencies overlap.
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         #[inline(always)]
-        pub(crate) fn apply(function: u32, x: f32, a: f32, b: f32) -> f32 {
+        pub(crate) fn apply<const N: usize>(function: u32, x: [[f32; 4]; N], a: f32, b: f32) -> [[f32; 4]; N] {
             $(if function == Function::$name as u32 {
-                let ($x, $a, $b) = (x, a, b);
+                let ($a, $b) = (a, b);
                 let _ = ($a, $b);
-                return $device;
+                return x.map(|x| x.map(|$x| $device));
             })+
             x
         }

@@ -99,13 +99,13 @@ mod gpu {
     fn unary(x: Glb<F32x4>, y: Glb<F32x4>, n: u32, function: u32, a: f32, b: f32) {
         let i = thread::index_1d();
         if i < n / 4 {
-            let F32x4(mut v) = x.ld(i);
-            unroll!(J in 0..4 {
-                v[J] = apply(function, v[J], a, b);
-            });
+            let [v] = apply(function, [x.ld(i).0], a, b);
             y.st(i, F32x4(v));
         }
-        rest(i, n, |j| y.cast().st(j, apply(function, x.cast::<f32>().ld(j), a, b)));
+        rest(i, n, |j| {
+            let [[v, ..]] = apply(function, [[x.cast::<f32>().ld(j); 4]], a, b);
+            y.cast().st(j, v);
+        });
     }
 
     kernels! {

@@ -30,14 +30,24 @@ mod gpu {
     use crate::kernels::output::SPAN4;
     use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, read};
 
+    /// Both factors of each element.
     #[inline(always)]
-    fn gated(kind: u32, gate: f32, up: f32, alpha: f32, limit: f32) -> f32 {
+    fn factors(
+        kind: u32,
+        gate: [[f32; 4]; 2],
+        up: [[f32; 4]; 2],
+        alpha: f32,
+        limit: f32,
+    ) -> [[[f32; 4]; 2]; 2] {
         if kind == OAI {
-            let gate = math::fmin(gate, limit);
-            let up = math::fmin(math::fmax(up, -limit), limit);
-            gate * math::sigmoid(alpha * gate) * (up + 1.0)
+            let gated = |gate: f32| {
+                let gate = math::fmin(gate, limit);
+                gate * math::sigmoid(alpha * gate)
+            };
+            let shifted = |up: f32| math::fmin(math::fmax(up, -limit), limit) + 1.0;
+            [gate.map(|v| v.map(gated)), up.map(|v| v.map(shifted))]
         } else {
-            math::mul(apply(kind, gate, 0.0, 0.0), up)
+            [apply(kind, gate, 0.0, 0.0), up]
         }
     }
 
@@ -63,11 +73,12 @@ mod gpu {
         if row >= n_rows {
             return;
         }
-        let mut v = read(gate.offset(row as usize * gate_stride4 as usize), span, n4, 0.0);
+        let gate = read(gate.offset(row as usize * gate_stride4 as usize), span, n4, 0.0);
         let up = read(up.offset(row as usize * up_stride4 as usize), span, n4, 0.0);
+        let [mut v, up] = factors(kind, gate, up, alpha, limit);
         unroll!(H in 0..2 {
             unroll!(J in 0..4 {
-                v[H][J] = gated(kind, v[H][J], up[H][J], alpha, limit);
+                v[H][J] = math::mul(v[H][J], up[H][J]);
             });
         });
         T::store(v, y, scales, row * n4 + span * SPAN4, row * n4 + n4);

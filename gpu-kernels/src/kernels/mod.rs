@@ -1,11 +1,14 @@
 //! The kernels, one file each: contract, f64 reference, device code, entries, launcher, cases.
 
 pub mod activation;
+pub mod argmax;
 pub mod dequantise;
 pub mod elementwise;
 pub mod glu;
 pub mod layer_norm;
 pub mod mmvq;
+pub mod moe_combine;
+pub mod moe_route;
 pub mod output;
 pub mod mmvf;
 pub mod product;
@@ -15,6 +18,9 @@ pub mod rms_norm;
 pub mod rope;
 pub mod round_act;
 pub mod softmax;
+pub mod top_k;
 
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod order;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
