@@ -1,7 +1,7 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
-use crate::kernels::{dequantise, elementwise, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{dequantise, elementwise, flash, mmvq, quantise_act, rms_norm, rope, softmax};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -12,6 +12,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &softmax::Softmax,
     &rope::Rope,
     &elementwise::Elementwise,
+    &flash::Flash,
+    &flash::FlashSplit,
 ];
 
 /// The kernel of this name.

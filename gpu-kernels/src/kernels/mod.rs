@@ -2,6 +2,7 @@
 
 pub mod dequantise;
 pub mod elementwise;
+pub mod flash;
 pub mod mmvq;
 pub mod quantise_act;
 pub mod rms_norm;
