@@ -10,6 +10,7 @@ use crate::kernels::moe_route;
 use crate::kernels::top_k;
 use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
 use crate::kernels::{mmvf, round_act};
+use crate::kernels::{dequantise, elementwise, flash, mmvq, quantise_act, rms_norm, rope, softmax};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -28,6 +29,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &moe_combine::MoeCombine,
     &argmax::Argmax,
     &top_k::TopK,
+    &flash::Flash,
+    &flash::FlashSplit,
 ];
 
 /// The kernel of this name.

@@ -54,6 +54,7 @@ kernels! {
     argmax
     top_k
 }
+kernels! { dequantise quantise_act mmvq rms_norm softmax rope elementwise flash flash_split }
 
 #[test]
 fn entry_names_are_unique() {

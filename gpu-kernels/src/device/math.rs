@@ -138,6 +138,49 @@ twin! {
     }
 }
 
+/// `low` and `high` as two f16, nearest even, the first in the low half (`cvt.rn.f16x2.f32`, one instruction from sm_80 on).
+#[inline(always)]
+pub fn pack_f16(low: f32, high: f32) -> u32 {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    {
+        let packed: u32;
+        // SAFETY: arithmetic.
+        unsafe {
+            core::arch::asm!("cvt.rn.f16x2.f32 {},{},{};", out(reg32) packed, in(reg32) high, in(reg32) low, options(pure, nomem, nostack, preserves_flags))
+        }
+        packed
+    }
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_80)))]
+    {
+        u32::from(quant::bits::f32_to_f16(low)) | u32::from(quant::bits::f32_to_f16(high)) << 16
+    }
+}
+
+/// `low` and `high` as two bf16, nearest even, the first in the low half (`cvt.rn.bf16x2.f32`, one instruction from sm_80
+/// on).
+#[inline(always)]
+pub fn pack_bf16(low: f32, high: f32) -> u32 {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    {
+        let packed: u32;
+        // SAFETY: arithmetic.
+        unsafe {
+            core::arch::asm!("cvt.rn.bf16x2.f32 {},{},{};", out(reg32) packed, in(reg32) high, in(reg32) low, options(pure, nomem, nostack, preserves_flags))
+        }
+        packed
+    }
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_80)))]
+    {
+        u32::from(quant::bits::f32_to_bf16(low)) | u32::from(quant::bits::f32_to_bf16(high)) << 16
+    }
+}
+
+/// Hyperbolic tangent, absolute error 2e-7.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    fma(-2.0, rcp(1.0 + ex2(x * (2.0 * LOG2_E))), 1.0)
+}
+
 /// Sum of `c` and the four products of unsigned bytes of `a` with signed bytes of `b`: `dp4a.u32.s32`, from sm_61 on;
 /// before, a byte at a time.
 #[inline(always)]

@@ -6,6 +6,7 @@ pub mod dequantise;
 pub mod elementwise;
 pub mod glu;
 pub mod layer_norm;
+pub mod flash;
 pub mod mmvq;
 pub mod moe_combine;
 pub mod moe_route;
