@@ -11,6 +11,8 @@ use crate::kernels::top_k;
 use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
 use crate::kernels::{mmvf, round_act};
 use crate::kernels::{dequantise, elementwise, flash, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{dequantise, elementwise, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{mmf, mmvf, round_act};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -19,6 +21,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &mmvq::Mmvq,
     &round_act::RoundAct,
     &mmvf::Mmvf,
+    &mmf::Mmf,
     &rms_norm::RmsNorm,
     &layer_norm::LayerNorm,
     &softmax::Softmax,

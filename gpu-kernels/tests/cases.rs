@@ -53,6 +53,8 @@ kernels! {
     moe_combine
     argmax
     top_k
+    dequantise quantise_act mmvq rms_norm softmax rope elementwise
+    round_act mmvf mmf
 }
 kernels! { dequantise quantise_act mmvq rms_norm softmax rope elementwise flash flash_split }
 

@@ -32,6 +32,9 @@ const COLUMN: u32 = 20;
 const WINDOW: u32 = 64 * PARTIAL;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+pub(crate) use gpu::Half;
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
     use half::{bf16, f16};
 

@@ -7,6 +7,8 @@ pub mod elementwise;
 pub mod glu;
 pub mod layer_norm;
 pub mod flash;
+pub mod mmf;
+pub mod mmvf;
 pub mod mmvq;
 pub mod moe_combine;
 pub mod moe_route;

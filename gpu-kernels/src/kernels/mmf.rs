@@ -1,0 +1,442 @@
+//! F16 or BF16 weights × many columns on tensor cores: `y[c][r] = Σ w[r][i] · x[c][i]`, with what follows a product in
+//! the same launch.
+//!
+//! * Shapes: `w` [n_rows, k] in fragments (`tile.rs`), 16-byte aligned, k a multiple of 4; activations as `round_act`
+//!   writes them; `y` f32 [n_cols, n_rows]. Any number of columns; `mmvf` is faster up to 32. Parts and epilogue:
+//!   `product.rs`.
+//! * Result and tolerance: `mmvf`'s, bit for bit.
+//! * Geometry: a CTA computes 128 rows × 128 columns with 8 warps (64 × 32 each), or 64 × 64 with 4 warps (32 × 32 each)
+//!   where the large tiles would be too few for a GPU or their two stages too large for its shared memory. Of a gated pair
+//!   it takes half the rows of each matrix. Column tiles are neighbours in the grid, so that they read the same weights
+//!   at the same time.
+//! * Bytes: the weights, 2 · n_cols · k and 4 · n_cols · n_rows once. FLOPs: 2 · n_rows · n_cols · k.
+//!
+//! Done for speed: (1) both operands come by `cp.async` in stages of 64 of k, contiguous in memory as in shared memory, as many
+//! stages as the GPU has room for; (2) A is read by 128-bit loads and B by `ldmatrix`, both without bank conflicts or
+//! address arithmetic, because the tiles lie in the order of their registers; (3) the registers of the next 16 of k are
+//! loaded before the products of these, also across stages, whose one barrier lies before the last products of a stage;
+//! (4) sums of a span and totals both stay in registers; results leave through shared memory in whole lines.
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::*;
+
+/// Steps of 16 of k in a stage.
+const STEPS: u32 = 4;
+
+/// Rows and columns of a CTA's tile, for W warps of M × N tiles of 16 rows and 8 columns each, `ACROSS` warps side by side.
+struct Tile<const ACROSS: u32, const DOWN: u32, const M: usize, const N: usize>;
+
+impl<const ACROSS: u32, const DOWN: u32, const M: usize, const N: usize> Tile<ACROSS, DOWN, M, N> {
+    const THREADS: u32 = 32 * ACROSS * DOWN;
+    /// Row tiles of 16.
+    const ROW_TILES: u32 = DOWN * M as u32;
+    /// Blocks of 8 columns.
+    const BLOCKS: u32 = ACROSS * N as u32;
+    /// 16-byte vectors of weights in a stage, and of weights and activations.
+    const A: u32 = Self::ROW_TILES * STEPS * 32;
+    const STAGE: u32 = Self::A + Self::BLOCKS * STEPS * 16;
+}
+
+type Large = Tile<4, 2, 4, 4>;
+type Small = Tile<2, 2, 2, 4>;
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod gpu {
+    use half::{bf16, f16};
+
+    use super::{STEPS, Tile};
+    use crate::device::mma::{FragmentA, FragmentB, FragmentF32, load_x4};
+    use crate::device::{Glb, Smem, U32x4, async_copy, sync, thread};
+    use crate::kernels::mmvf::Half;
+    use crate::kernels::product::{GpuPart, Shape, finish, select};
+
+    /// Stages between two folds of the sums: a span of 256.
+    const SPAN_STAGES: u32 = 256 / 16 / STEPS;
+    /// Copies of weights, and of activations, per thread and stage: both tiles come out the same.
+    const COPIES: usize = 4;
+
+    /// Waits for the oldest of `stages` stages under way.
+    #[inline(always)]
+    fn wait_for_oldest(stages: u32) {
+        match stages {
+            2 => async_copy::wait::<1>(),
+            3 => async_copy::wait::<2>(),
+            4 => async_copy::wait::<3>(),
+            5 => async_copy::wait::<4>(),
+            _ => async_copy::wait::<5>(),
+        }
+    }
+
+    /// What the products of one step of 16 of k read.
+    #[derive(Clone, Copy)]
+    struct Step<const M: usize, const N: usize> {
+        a: [FragmentA; M],
+        b: [FragmentB; N],
+    }
+
+    impl<const M: usize, const N: usize> Step<M, N> {
+        const ZERO: Self = Step { a: [FragmentA([0; 4]); M], b: [FragmentB([0; 2]); N] };
+
+        /// Step `step` of a stage; `a` and `b` are this lane's first vectors of the warp's part in it.
+        #[inline(always)]
+        #[track_caller]
+        fn load(vectors: Smem<U32x4>, a: u32, b: u32, step: u32) -> Self {
+            let mut this = Self::ZERO;
+            let mut m = 0;
+            while m < M {
+                this.a[m] = FragmentA(vectors.ld(a + (m as u32 * STEPS + step) * 32).0);
+                m += 1;
+            }
+            let mut n = 0;
+            while n < N {
+                let words = load_x4(vectors, b + n as u32 * STEPS * 16 + step * 16);
+                this.b[n] = FragmentB([words[0], words[1]]);
+                this.b[n + 1] = FragmentB([words[2], words[3]]);
+                n += 2;
+            }
+            this
+        }
+    }
+
+    /// The kernel.
+    #[inline(always)]
+    fn mmf<H: Half, const ACROSS: u32, const DOWN: u32, const M: usize, const N: usize>(
+        p0: GpuPart,
+        p1: GpuPart,
+        p2: GpuPart,
+        x: Glb<U32x4>,
+        shape: Shape,
+        stages: u32,
+    ) {
+        let (threads, row_tiles) =
+            (Tile::<ACROSS, DOWN, M, N>::THREADS, Tile::<ACROSS, DOWN, M, N>::ROW_TILES);
+        let (blocks, size_a, size) = (
+            Tile::<ACROSS, DOWN, M, N>::BLOCKS,
+            Tile::<ACROSS, DOWN, M, N>::A,
+            Tile::<ACROSS, DOWN, M, N>::STAGE,
+        );
+        const { assert!(Tile::<ACROSS, DOWN, M, N>::A == COPIES as u32 * Tile::<ACROSS, DOWN, M, N>::THREADS) };
+        const {
+            assert!(
+                Tile::<ACROSS, DOWN, M, N>::STAGE == 2 * COPIES as u32 * Tile::<ACROSS, DOWN, M, N>::THREADS
+            )
+        };
+        let (i, lane, warp) = (thread::thread_idx_x(), thread::lane_id(), thread::warp_id());
+        let part = select(p0, p1, p2, thread::block_idx_y());
+        let gated = shape.glu != 0;
+        let cta_rows = if gated { row_tiles * 8 } else { row_tiles * 16 };
+        let first_row = (thread::block_idx_y() - part.first_cta) * cta_rows;
+        let first_block = thread::block_idx_x() * blocks;
+        let n_k16 = shape.k.div_ceil(16);
+        let n_stages = n_k16.div_ceil(STEPS);
+        let vectors: Smem<U32x4> = Smem::dynamic(0, stages * size);
+
+        // The row tile of slot `slot` of the CTA, and its matrix: the upper half of a warp's slots are up's rows. Tiles
+        // beyond the matrix repeat its last; they are not stored.
+        let last_tile = part.n_rows.div_ceil(16) - 1;
+        let from_a: [Glb<U32x4>; COPIES] = core::array::from_fn(|j| {
+            let at = i + j as u32 * threads;
+            let slot = at / (STEPS * 32);
+            let (of_warp, slot_of_warp) = (slot / M as u32, slot % M as u32);
+            let half = M as u32 / 2;
+            let (w, tile) = if !gated {
+                (part.w, slot)
+            } else {
+                let w = if slot_of_warp < half { part.w } else { p1.w };
+                (w, of_warp * half + slot_of_warp % half)
+            };
+            let tile = first_row / 16 + tile;
+            let tile = if tile < last_tile { tile } else { last_tile };
+            w.cast::<U32x4>().offset(tile as usize * n_k16 as usize * 32 + (at % (STEPS * 32)) as usize)
+        });
+        // Blocks beyond the columns repeat the last.
+        let last_block = (shape.n_cols - 1) / 8;
+        let from_b: [u32; COPIES] = core::array::from_fn(|j| {
+            let at = i + j as u32 * threads;
+            let block = first_block + at / (STEPS * 16);
+            let block = if block < last_block { block } else { last_block };
+            block * n_k16 * 16 + at % (STEPS * 16)
+        });
+        // The steps of k that this thread copies.
+        let (step_a, step_b) = (i % (STEPS * 32) / 32, i % (STEPS * 16) / 16);
+        let copy = |stage: u32, slot: u32| {
+            let to = slot * size + i;
+            let (there_a, there_b) = (stage * STEPS + step_a < n_k16, stage * STEPS + step_b < n_k16);
+            let mut j = 0;
+            while j < COPIES {
+                let to = to + j as u32 * threads;
+                if there_a {
+                    async_copy::copy16(vectors, to, from_a[j], stage * STEPS * 32);
+                } else {
+                    vectors.st(to, U32x4([0; 4]));
+                }
+                if there_b {
+                    async_copy::copy16(vectors, to + size_a, x, from_b[j] + stage * STEPS * 16);
+                } else {
+                    vectors.st(to + size_a, U32x4([0; 4]));
+                }
+                j += 1;
+            }
+        };
+
+        // This lane's first vectors of its warp's part of a stage. `ldmatrix` takes two blocks: lanes 0 to 7 name the rows of
+        // the first block's lower tile, then its upper tile, then the second block's.
+        let (across, down) = (warp % ACROSS, warp / ACROSS);
+        let a = down * M as u32 * STEPS * 32 + lane;
+        let b = size_a + (across * N as u32 + lane / 16) * STEPS * 16 + lane % 16;
+
+        let mut slot = 0;
+        while slot < stages {
+            if slot < n_stages {
+                copy(slot, slot);
+            }
+            async_copy::commit();
+            slot += 1;
+        }
+        wait_for_oldest(stages);
+        sync::sync_threads();
+
+        let mut totals = [[FragmentF32::default(); N]; M];
+        let mut sums = [[FragmentF32::default(); N]; M];
+        let mut steps = [Step::<M, N>::load(vectors, a, b, 0), Step::ZERO];
+        let (mut stage, mut slot) = (0, 0);
+        while stage < n_stages {
+            unroll!(STEP in 0..4 {
+                const { assert!(STEPS == 4) };
+                if STEP < 3 {
+                    steps[(STEP + 1) % 2] =
+                        Step::load(vectors, slot * size + a, slot * size + b, STEP as u32 + 1);
+                } else {
+                    // Every warp has this stage in registers: its slot is free.
+                    let next = if slot + 1 < stages { slot + 1 } else { 0 };
+                    if stage + 1 < n_stages {
+                        // One more stage than is under way was begun.
+                        async_copy_wait_next(stages);
+                        sync::sync_threads();
+                        if stage + stages < n_stages {
+                            copy(stage + stages, slot);
+                        }
+                        async_copy::commit();
+                        steps[0] = Step::load(vectors, next * size + a, next * size + b, 0);
+                    }
+                    slot = next;
+                }
+                let mut m = 0;
+                while m < M {
+                    let mut n = 0;
+                    while n < N {
+                        H::mma(&mut sums[m][n], steps[STEP % 2].a[m], steps[STEP % 2].b[n]);
+                        n += 1;
+                    }
+                    m += 1;
+                }
+            });
+            stage += 1;
+            if stage % SPAN_STAGES == 0 || stage == n_stages {
+                let mut m = 0;
+                while m < M {
+                    let mut n = 0;
+                    while n < N {
+                        unroll!(R in 0..4 {
+                            totals[m][n].0[R] += sums[m][n].0[R];
+                        });
+                        sums[m][n] = FragmentF32::default();
+                        n += 1;
+                    }
+                    m += 1;
+                }
+            }
+        }
+
+        // Through shared memory, a column after the other; rows are swapped in eights, so that the lanes of a fragment hit
+        // 32 banks.
+        let (n_rows, n_columns) = (row_tiles * 16, blocks * 8);
+        let results: Smem<f32> = Smem::dynamic(0, n_rows * n_columns);
+        let place = |row: u32, column: u32| column * n_rows + (row ^ (column / 2 % 4 * 8));
+        sync::sync_threads();
+        let mut m = 0;
+        while m < M {
+            let mut n = 0;
+            while n < N {
+                unroll!(R in 0..4 {
+                    let row = (down * M as u32 + m as u32) * 16 + lane / 4 + 8 * (R as u32 / 2);
+                    let column = (across * N as u32 + n as u32) * 8 + 2 * (lane % 4) + R as u32 % 2;
+                    results.st(place(row, column), totals[m][n].0[R]);
+                });
+                n += 1;
+            }
+            m += 1;
+        }
+        sync::sync_threads();
+        let row = i % cta_rows;
+        // Of a gated pair, the row of the gate in the tile; that of up follows half a warp's rows later.
+        let half = M as u32 * 8;
+        let gate_row = if gated { row / half * (2 * half) + row % half } else { row };
+        let output_row = first_row + row;
+        if output_row < part.n_rows {
+            let columns_at_once = threads / cta_rows;
+            let mut column = i / cta_rows;
+            while column < n_columns {
+                unroll!(J in 0..4 {
+                    let column = column + J as u32 * columns_at_once;
+                    let line = first_block * 8 + column;
+                    if column < n_columns && line < shape.n_cols {
+                        let sum = results.ld(place(gate_row, column));
+                        let up = if gated { results.ld(place(gate_row + half, column)) } else { 0.0 };
+                        finish(&part, &shape, p1.bias, (line, output_row, output_row), (sum, up));
+                    }
+                });
+                column += 4 * columns_at_once;
+            }
+        }
+    }
+
+    /// Waits until the stage after the one in registers is there: of `stages` begun, one is done.
+    #[inline(always)]
+    fn async_copy_wait_next(stages: u32) {
+        match stages {
+            2 => async_copy::wait::<0>(),
+            3 => async_copy::wait::<1>(),
+            4 => async_copy::wait::<2>(),
+            5 => async_copy::wait::<3>(),
+            _ => async_copy::wait::<4>(),
+        }
+    }
+
+    kernels! {
+        pub(super) LARGE: threads(256, 1);
+        fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
+        "mmf_F16_128" => mmf::<f16, 4, 2, 4, 4>;
+        "mmf_BF16_128" => mmf::<bf16, 4, 2, 4, 4>;
+    }
+
+    kernels! {
+        pub(super) SMALL: threads(128, 4);
+        fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
+        "mmf_F16_64" => mmf::<f16, 2, 2, 2, 4>;
+        "mmf_BF16_64" => mmf::<bf16, 2, 2, 2, 4>;
+    }
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod host {
+    use alloc::vec;
+
+    use quant::FormatId;
+
+    use super::{Large, Small};
+    use crate::case::{Kernel, Problem, Random};
+    use crate::kernels::product::case::{self, Case};
+    use crate::kernels::product::{Glu, Matrix, Shape, parts};
+    use crate::kernels::round_act;
+    use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+
+    /// Large tiles that keep a GPU busy; fewer, and small ones do it better.
+    const MIN_LARGE_TILES: usize = 96;
+    /// Small tiles from which two or three share a multiprocessor, so that fewer stages each will do.
+    const SHARING_TILES: usize = 264;
+    /// Most stages.
+    const MAX_STAGES: u32 = 6;
+
+    /// Arguments; see the contract. `format` is F16 or BF16, `x` as `round_act` writes it.
+    #[derive(Clone, Copy, Debug)]
+    #[allow(missing_docs)] // the contract's names
+    pub struct Args<'a> {
+        pub format: FormatId,
+        pub matrices: &'a [Matrix],
+        pub glu: Option<Glu>,
+        pub x: DevicePtr,
+        pub k: usize,
+        pub n_cols: usize,
+        /// Most shared memory that a CTA can have on the device: how many stages there are.
+        pub smem_per_cta_bytes: u32,
+    }
+
+    /// One launch for all rows of all matrices.
+    pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
+        let kernel = Mmf::NAME;
+        let check = Check(kernel);
+        let bf16 = match args.format {
+            FormatId::F16 => false,
+            FormatId::BF16 => true,
+            format => return Err(LaunchError::Format { kernel, format }),
+        };
+        let shape = Shape::new(check, args.k, args.n_cols, 1, args.glu)?;
+        check.aligned("x", args.x, 16)?;
+        let rows: usize = args.matrices.iter().map(|matrix| matrix.n_rows.div_ceil(128)).sum();
+        let tiles = rows * args.n_cols.div_ceil(128);
+        let large = tiles >= MIN_LARGE_TILES && args.smem_per_cta_bytes >= 2 * 16 * Large::STAGE;
+        let (entry, cta, row_tiles, blocks, stage) = if large {
+            (["mmf_F16_128", "mmf_BF16_128"], Large::THREADS, Large::ROW_TILES, Large::BLOCKS, Large::STAGE)
+        } else {
+            (["mmf_F16_64", "mmf_BF16_64"], Small::THREADS, Small::ROW_TILES, Small::BLOCKS, Small::STAGE)
+        };
+        let cta_rows = if args.glu.is_some() { 8 } else { 16 } * row_tiles as usize;
+        let ([p0, p1, p2], grid_y) = parts(check, args.matrices, args.glu.is_some(), cta_rows)?;
+        let grid_y = check.grid("row tiles", grid_y as usize)?;
+        let grid_x = shape.n_cols.div_ceil(8 * blocks);
+        let room = args.smem_per_cta_bytes / (16 * stage);
+        let most = if large || grid_x as usize * (grid_y as usize) < SHARING_TILES { MAX_STAGES } else { 4 };
+        if room < 2 {
+            let got = args.smem_per_cta_bytes.into();
+            let expected = "32768 or more";
+            return Err(LaunchError::Shape { kernel, what: "smem_per_cta_bytes", expected, got });
+        }
+        let stages = room.min(most);
+        Ok(Launch {
+            entry: entry[usize::from(bf16)],
+            grid: [grid_x, grid_y, 1],
+            cta,
+            cluster: 1,
+            smem_bytes: stages * 16 * stage,
+            params: Params::new().with(p0).with(p1).with(p2).with(args.x).with(shape).with(stages),
+        })
+    }
+
+    /// The row in the registry.
+    #[derive(Debug)]
+    pub struct Mmf;
+
+    const F16: FormatId = FormatId::F16;
+    const BF16: FormatId = FormatId::BF16;
+
+    impl Kernel for Mmf {
+        const NAME: &'static str = "mmf";
+        type Case = Case;
+        const CASES: &'static [Case] = &[
+            Case::plain(F16, &[64], 256, 64),
+            Case::plain(BF16, &[65], 4 * 64 + 20, 33),
+            Case::plain(F16, &[3], 4, 1),
+            Case::plain(BF16, &[100], 64 * 9 + 16, 70),
+            Case { addends: true, ..Case::plain(F16, &[70, 20, 64], 128, 40) },
+            Case { addends: true, glu: Some(Glu::Silu), ..Case::plain(F16, &[50, 50], 320, 48) },
+            // Enough columns for large tiles; whole ones and cut ones.
+            Case::plain(F16, &[128], 64 * 5, 96 * 128),
+            Case { addends: true, ..Case::plain(BF16, &[129, 16], 36, 31 * 128 + 5) },
+            Case { glu: Some(Glu::Gelu), ..Case::plain(F16, &[72, 72], 272, 47 * 128 + 1) },
+        ];
+        const NMSE_MAX: f64 = 1e-10;
+        #[cfg(feature = "emu")]
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::LARGE, super::gpu::SMALL];
+
+        fn problem(case: &Case, random: &mut Random) -> Problem {
+            let Case { format, k, n_cols, glu, .. } = *case;
+            // Room for 2 stages of the large tile and 4 of the small, or for 3 and 6.
+            let smem_per_cta_bytes = if n_cols % 2 == 0 { 65_536 } else { 98_304 };
+            case::problem(case, random, round_act::tiles_bytes(n_cols, k), move |operands| {
+                let (x, tiles, matrices) = (operands.x, operands.scratch, &operands.matrices);
+                let round = round_act::launch(&round_act::Args { format, x, tiles, n_cols, k })?;
+                let args = Args { format, matrices, glu, x: tiles, k, n_cols, smem_per_cta_bytes };
+                Ok(vec![round, launch(&args)?])
+            })
+        }
+
+        fn bytes(case: &Case) -> u64 {
+            case.bytes()
+        }
+
+        fn flops(case: &Case) -> u64 {
+            case.flops()
+        }
+    }
+}
