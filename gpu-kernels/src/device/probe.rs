@@ -54,11 +54,10 @@ fn probe(memory: Glb<u32>, x: u32) {
     #[cfg(sm_ge_80)]
     {
         let (a, b) = (mma::FragmentA([value, x, value, x]), mma::FragmentB([x, value]));
-        let (mut floats, mut ints) = (mma::FragmentF32::default(), mma::FragmentI32::default());
+        let mut floats = mma::FragmentF32::default();
         mma::mma_f16(&mut floats, a, b);
         mma::mma_bf16(&mut floats, a, b);
-        mma::mma_s8(&mut ints, a, b);
-        value ^= floats.0[0].to_bits() ^ floats.0[3].to_bits() ^ (ints.0[1] ^ ints.0[2]) as u32;
+        value ^= floats.0[0].to_bits() ^ floats.0[3].to_bits();
 
         let barrier = Mbarrier::at(words.cast(), 0);
         barrier.init(64);

@@ -2,7 +2,11 @@
 
 pub mod dequantise;
 pub mod elementwise;
+pub mod epilogue;
+mod int8_tile;
+pub mod mmq;
 pub mod mmvq;
+pub mod moe_sort;
 pub mod quantise_act;
 pub mod rms_norm;
 pub mod rope;
