@@ -1,18 +1,10 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
-use crate::kernels::argmax;
-use crate::kernels::elementwise;
-use crate::kernels::glu;
-use crate::kernels::layer_norm;
-use crate::kernels::moe_combine;
-use crate::kernels::moe_route;
-use crate::kernels::top_k;
-use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
-use crate::kernels::{mmvf, round_act};
-use crate::kernels::{dequantise, elementwise, flash, mmvq, quantise_act, rms_norm, rope, softmax};
-use crate::kernels::{dequantise, elementwise, mmvq, quantise_act, rms_norm, rope, softmax};
-use crate::kernels::{mmf, mmvf, round_act};
+use crate::kernels::{
+    argmax, dequantise, elementwise, flash, glu, layer_norm, mmf, mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort,
+    quantise_act, rms_norm, rope, round_act, softmax, top_k,
+};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -22,6 +14,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &round_act::RoundAct,
     &mmvf::Mmvf,
     &mmf::Mmf,
+    &mmq::Mmq,
+    &moe_sort::MoeSort,
     &rms_norm::RmsNorm,
     &layer_norm::LayerNorm,
     &softmax::Softmax,

@@ -44,19 +44,9 @@ macro_rules! kernels {
 }
 
 kernels! {
-    dequantise quantise_act mmvq rms_norm softmax rope
-    elementwise
-    glu
-    layer_norm
-    round_act mmvf
-    moe_route
-    moe_combine
-    argmax
-    top_k
-    dequantise quantise_act mmvq rms_norm softmax rope elementwise
-    round_act mmvf mmf
+    dequantise quantise_act mmvq rms_norm softmax rope elementwise glu layer_norm round_act mmvf mmf mmq moe_sort
+    moe_route moe_combine argmax top_k flash flash_split
 }
-kernels! { dequantise quantise_act mmvq rms_norm softmax rope elementwise flash flash_split }
 
 #[test]
 fn entry_names_are_unique() {

@@ -175,12 +175,6 @@ pub fn pack_bf16(low: f32, high: f32) -> u32 {
     }
 }
 
-/// Hyperbolic tangent, absolute error 2e-7.
-#[inline(always)]
-pub fn tanh(x: f32) -> f32 {
-    fma(-2.0, rcp(1.0 + ex2(x * (2.0 * LOG2_E))), 1.0)
-}
-
 /// Sum of `c` and the four products of unsigned bytes of `a` with signed bytes of `b`: `dp4a.u32.s32`, from sm_61 on;
 /// before, a byte at a time.
 #[inline(always)]

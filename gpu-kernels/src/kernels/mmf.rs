@@ -48,7 +48,7 @@ mod gpu {
     use crate::device::mma::{FragmentA, FragmentB, FragmentF32, load_x4};
     use crate::device::{Glb, Smem, U32x4, async_copy, sync, thread};
     use crate::kernels::mmvf::Half;
-    use crate::kernels::product::{GpuPart, Shape, finish, select};
+    use crate::kernels::product_float::{GpuPart, Shape, finish, select};
 
     /// Stages between two folds of the sums: a span of 256.
     const SPAN_STAGES: u32 = 256 / 16 / STEPS;
@@ -304,6 +304,7 @@ mod gpu {
     }
 
     kernels! {
+        in "mmf";
         pub(super) LARGE: threads(256, 1);
         fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
         "mmf_F16_128" => mmf::<f16, 4, 2, 4, 4>;
@@ -311,6 +312,7 @@ mod gpu {
     }
 
     kernels! {
+        in "mmf";
         pub(super) SMALL: threads(128, 4);
         fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
         "mmf_F16_64" => mmf::<f16, 2, 2, 2, 4>;
@@ -326,8 +328,8 @@ mod host {
 
     use super::{Large, Small};
     use crate::case::{Kernel, Problem, Random};
-    use crate::kernels::product::case::{self, Case};
-    use crate::kernels::product::{Glu, Matrix, Shape, parts};
+    use crate::kernels::product_float::case::{self, Case};
+    use crate::kernels::product_float::{Glu, Matrix, Shape, parts};
     use crate::kernels::round_act;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 

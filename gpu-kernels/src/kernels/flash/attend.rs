@@ -791,6 +791,7 @@ macro_rules! entries {
         $($dim:literal $suffix:literal $class:ident $kind:ident $asynchronous:literal
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         kernels! {
+            in "flash";
             pub(super) $table: threads $bounds;
             fn (
                 q: Glb<F32x2>, k: Glb<u8>, v: Glb<u8>, out: Glb<F32x2>, scratch: Glb<F32x2>,
