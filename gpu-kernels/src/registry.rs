@@ -2,13 +2,15 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    argmax, dequantise, elementwise, flash, glu, layer_norm, mmf, mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort,
-    quantise_act, rms_norm, rope, round_act, softmax, top_k,
+    argmax, dequantise, elementwise, flash, get_rows, glu, layer_norm, mmf, mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort,
+    quantise_act, repack, rms_norm, rope, round_act, softmax, top_k,
 };
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
     &dequantise::Dequantise,
+    &repack::Repack,
+    &get_rows::GetRows,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
     &round_act::RoundAct,

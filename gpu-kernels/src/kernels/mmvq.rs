@@ -391,11 +391,20 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            ENTRIES: threads(512);
+            FEW: threads(512);
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
                 concat!("mmvq_", stringify!($id), "_n1") => entries!(@entry $module, 1);
                 concat!("mmvq_", stringify!($id), "_n2") => entries!(@entry $module, 2);
+            )*
+        }
+
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmvq";
+            MORE: threads(256);
+            fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
+            $(
                 concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
                 concat!("mmvq_", stringify!($id), "_n8") => entries!(@entry $module, 8);
             )*
@@ -515,9 +524,10 @@ mod host {
     /// such that all have about equally much.
     ///
     /// With few row tiles every SM holds one CTA: 16 warps keep 16 spans (73 KB of a 4-bit format) under way. With many,
-    /// 8, so that an SM holds several CTAs, and one's loads hide another's end.
+    /// 8, so that an SM holds several CTAs, and one's loads hide another's end. The entries for many columns need the
+    /// registers of 16 warps for 8.
     fn warps(n_ctas: u32, n_items: u32, n_cols: usize) -> u32 {
-        let most = if n_cols <= 4 && n_ctas <= 264 { MAX_WARPS } else { MAX_WARPS / 2 };
+        let most = if n_cols <= 2 && n_ctas <= 264 { MAX_WARPS } else { MAX_WARPS / 2 };
         n_items.div_ceil(n_items.div_ceil(most))
     }
 
@@ -678,7 +688,7 @@ mod host {
         const CASES: &'static [Case] = super::CASES;
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
-        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let Case { format, rows, k, n_cols, glu, extras, mixture } = *case;
