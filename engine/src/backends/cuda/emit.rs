@@ -9,20 +9,25 @@ use alloc::format;
 use gpu_kernels::driver::DeviceInfo;
 use gpu_kernels::kernels::activation::Function;
 use gpu_kernels::kernels::elementwise::{self, BinaryArgs, BinaryOp, UnaryArgs};
+use gpu_kernels::kernels::flash::{self, Geometry};
+use gpu_kernels::kernels::mmq::{self, Cut};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
-use gpu_kernels::kernels::product_float;
-use gpu_kernels::kernels::{glu, layer_norm, mmvf, mmvq, quantise_act, rms_norm, rope, round_act};
+use gpu_kernels::kernels::{
+    argmax, epilogue, get_rows, glu, layer_norm, mmf, mmvf, mmvq, moe_combine, moe_route, moe_sort, product_float,
+    quantise_act, rms_norm, rope, round_act,
+};
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
+use quant::FormatId;
 
 use super::inputs::InputAddresses;
 use super::program::{
-    Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Store, Table,
-    Value,
+    Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Sorted, Store,
+    Table, Value,
 };
 use crate::backend::Step;
 use crate::kv_cache::KvLayout;
-use crate::op::{self, Binary, KvPart, RopeMode, Unary};
+use crate::op::{self, AttentionParams, Binary, KvPart, RopeMode, Unary};
 use crate::plan::Slot;
 
 /// Most tokens whose products with block formats go to the matrix × vector kernel.
@@ -57,11 +62,64 @@ impl SizeClass {
             prefill: most == Some(PREFILL_TOKENS),
         }
     }
+
+    /// How attention is cut on a device of this compute capability (times ten) and number of multiprocessors.
+    fn geometry(self, sm: u32, n_sm: u32, n_tokens: usize, n_head_kv: usize) -> Geometry {
+        let most = if self.prefill { PREFILL_TOKENS } else { 1 };
+        Geometry::choose(sm, n_sm, n_tokens, most, n_head_kv, self.max_spans * KV_SPAN)
+    }
 }
 
-/// Gives actions the scratch memory that their kernels need on this device.
+/// Adds what an action's kernel needs on this device beside its operands: sorted pairs, room for partial results.
 pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo) {
-    let _ = (program, class, device);
+    let mut sorted: Vec<(Place, Sorted)> = Vec::new();
+    let mut i = 0;
+    while i < program.actions.len() {
+        let bytes = match &program.actions[i] {
+            Action::Attention { params: p, n, .. } => {
+                match class.geometry(device.sm, device.n_sm, *n, p.n_head_kv) {
+                    Geometry::Split { n_spans } => {
+                        Some(flash::scratch_bytes(*n, p.n_head, p.head_dim_v, n_spans))
+                    }
+                    _ => None,
+                }
+            }
+            _ => None,
+        };
+        if let Some(bytes) = bytes {
+            let room = program.value(bytes);
+            if let Action::Attention { partials, .. } = &mut program.actions[i] {
+                *partials = Some(room);
+            }
+        }
+        if let Action::ExpertProduct(p) = &program.actions[i]
+            && matches!(p.x, Factor::Acts(_))
+            && p.n > MMVQ_MAX_COLS
+        {
+            let w = p.parts[0].w;
+            let (ids, n_pairs, n_expert) = (p.ids, p.n * p.n_used, w.n_expert);
+            let rows = p.parts.iter().map(|part| part.w.rows).sum();
+            let cut = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device.smem_per_cta_bytes);
+            let tile_cols = cut.cols();
+            let found = sorted.iter().find(|(place, s)| *place == ids && s.cut.cols() == tile_cols);
+            let of = match found {
+                Some((_, s)) => Sorted { cut, ..*s },
+                None => {
+                    let order = program.value(4 * n_pairs);
+                    let tiles = program.value(16 * moe_sort::max_tiles(n_pairs, n_expert, tile_cols));
+                    let sort = Action::SortExperts { ids, n_pairs, n_expert, tile_cols, order, tiles };
+                    program.actions.insert(i, sort);
+                    i += 1;
+                    sorted.push((ids, Sorted { order, tiles, cut }));
+                    Sorted { order, tiles, cut }
+                }
+            };
+            if let Action::ExpertProduct(p) = &mut program.actions[i] {
+                p.sorted = Some(of);
+            }
+        }
+        i += 1;
+    }
 }
 
 /// Where everything is that actions name.
@@ -76,10 +134,8 @@ pub struct Emit<'a> {
     pub kv: Option<KvAddresses<'a>>,
     /// The step's sizes.
     pub class: SizeClass,
-    /// Compute capability times ten.
-    pub sm: u32,
-    /// Streaming multiprocessors.
-    pub n_sm: u32,
+    /// The device.
+    pub device: &'a DeviceInfo,
 }
 
 /// Where the cache is.
@@ -95,11 +151,6 @@ impl KvAddresses<'_> {
     fn at(&self, il: usize, part: KvPart) -> DevicePtr {
         self.parts[il][part as usize]
     }
-}
-
-/// Bytes of the sort of (token, slot) pairs by expert.
-pub fn sort_bytes(n: usize, n_used: usize, n_expert: usize) -> Result<usize, LaunchError> {
-    Ok(4 * (n * n_used + n_expert + 1))
 }
 
 /// The product's own gate for a function, if it has it.
@@ -177,7 +228,16 @@ impl Emit<'_> {
             })),
             Action::Product(product) => self.product(product),
             Action::ExpertProduct(product) => self.expert_product(product),
-            Action::SortExperts { .. } => Err(words("sort_experts")),
+            Action::SortExperts { ids, n_pairs, n_expert, tile_cols, order, tiles } => {
+                one(moe_sort::launch(&moe_sort::Args {
+                    ids: self.place(*ids),
+                    order: self.value(*order),
+                    tiles: self.value(*tiles),
+                    n_pairs: *n_pairs,
+                    n_expert: *n_expert,
+                    tile_cols: *tile_cols,
+                }))
+            }
             Action::RopeTable { positions, frequencies, magnitude, n, n_rot, out } => {
                 one(rope::launch_table(&rope::TableArgs {
                     positions: self.place(*positions),
@@ -199,7 +259,9 @@ impl Emit<'_> {
                 mode: rope_mode(*mode),
             })),
             Action::Store(store) => self.store(store),
-            Action::Attention { .. } => Err(words("attention")),
+            Action::Attention { q, sinks, params, n, out, partials } => {
+                self.attention(*q, *sinks, params, *n, *out, *partials)
+            }
             Action::Binary { kind, a, b, n, period, out } => {
                 let op = match kind {
                     Binary::Add => BinaryOp::Add,
@@ -219,8 +281,32 @@ impl Emit<'_> {
             Action::Scale { x, scale, n, out } => self.unary(Function::Scale, *x, *n, *out, *scale),
             Action::Softcap { x, cap, n, out } => self.unary(Function::Softcap, *x, *n, *out, *cap),
             Action::Gate(gate) => self.gate(gate),
-            Action::MoeRoute { .. } => Err(words("moe_route")),
-            Action::MoeCombine { .. } => Err(words("moe_combine")),
+            Action::MoeRoute { logits, params, n, n_expert, ids, weights } => {
+                one(moe_route::launch(&moe_route::Args {
+                    logits: self.place(*logits),
+                    ids: self.value(*ids),
+                    weights: self.value(*weights),
+                    n: *n,
+                    n_expert: *n_expert,
+                    n_used: params.n_used,
+                    weighting: moe_route::Weighting {
+                        softmax_after: params.softmax_after,
+                        normalise: params.normalise,
+                        scale: params.scale,
+                    },
+                }))
+            }
+            Action::MoeCombine { x, weights, n, n_used, cols, out } => {
+                one(moe_combine::launch(&moe_combine::Args {
+                    x: self.place(*x),
+                    weights: self.place(*weights),
+                    add: DevicePtr::NULL,
+                    y: self.value(*out),
+                    n: *n,
+                    n_used: *n_used,
+                    cols: *cols,
+                }))
+            }
             Action::RowGate { x, gate, n, cols, out } => one(elementwise::launch_binary(&BinaryArgs {
                 op: BinaryOp::MulSigmoid,
                 a: self.place(*x),
@@ -230,7 +316,16 @@ impl Emit<'_> {
                 inner: *cols,
                 period: *n,
             })),
-            Action::Argmax { .. } => Err(words("argmax")),
+            Action::Argmax { x, n, cols, out, scratch } => {
+                let launches = argmax::launch(&argmax::Args {
+                    x: self.place(*x),
+                    scratch: self.value(*scratch),
+                    ids: self.value(*out),
+                    n_rows: *n,
+                    n: *cols,
+                })?;
+                Ok(launches.to_vec())
+            }
         }
     }
 
@@ -252,8 +347,20 @@ impl Emit<'_> {
         }))
     }
 
-    fn get_rows(&self, _: Table, _: Place, _: usize, _: usize, _: Value) -> Result<Vec<Launch>, Refusal> {
-        Err(words("get_rows"))
+    fn get_rows(
+        &self,
+        table: Table,
+        ids: Place,
+        n: usize,
+        cols: usize,
+        out: Value,
+    ) -> Result<Vec<Launch>, Refusal> {
+        let (source, w) = match table {
+            Table::Matrix(m) => (get_rows::Source::Tiled(m.format), m.at),
+            Table::Floats(p) => (get_rows::Source::Plain, self.place(p)),
+        };
+        let (ids, y) = (self.place(ids), self.value(out));
+        one(get_rows::launch(&get_rows::Args { source, w, ids, y, n_ids: n, k: cols }))
     }
 
     /// A kernel of rows once per output type asked for: (type, where, scales).
@@ -343,45 +450,68 @@ impl Emit<'_> {
 
     fn product(&self, p: &Product) -> Result<Vec<Launch>, Refusal> {
         let glu = self.own_glu(p.glu)?;
-        let mut launches = Vec::new();
-        for parts in p.parts.chunks(MAX_PARTS) {
-            let matrices = self.matrices(parts, glu.is_some());
-            let format = parts[0].w.format;
-            let launch = match p.x {
-                Factor::Acts(acts) => {
-                    let args = product::Args {
-                        format,
-                        parts: &matrices,
-                        glu,
-                        q: self.value(acts.q),
-                        scales: self.value(acts.scales),
-                        k: p.k,
-                        n_cols: p.n,
-                        mixture: None,
-                    };
-                    mmvq::launch(&args)?
+        let chunks = p.parts.chunks(MAX_PARTS);
+        chunks.map(|parts| self.product_of(parts, glu, p.x, p.n, p.k)).collect()
+    }
+
+    fn product_of(
+        &self,
+        parts: &[Part],
+        glu: Option<product::Glu>,
+        x: Factor,
+        n: usize,
+        k: usize,
+    ) -> Result<Launch, Refusal> {
+        let matrices = self.matrices(parts, glu.is_some());
+        let format = parts[0].w.format;
+        let rows = matrices.iter().map(|m| m.n_rows).sum();
+        match x {
+            Factor::Acts(acts) => {
+                let (q, scales) = (self.value(acts.q), self.value(acts.scales));
+                if n <= MMVQ_MAX_COLS {
+                    let (parts, mixture) = (&matrices[..], None);
+                    let args = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
+                    return Ok(mmvq::launch(&args)?);
                 }
-                Factor::Floats(_) | Factor::Rounded(_) => {
-                    let x = match p.x {
-                        Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
-                        Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
-                        Factor::Acts(_) => unreachable!("matched above"),
-                    };
-                    let (matrices, glu) = float_terms(&matrices, glu);
-                    mmvf::launch(&mmvf::Args {
-                        format,
-                        matrices: &matrices,
-                        glu,
-                        x,
-                        experts: None,
-                        k: p.k,
-                        n_cols: p.n,
-                    })?
-                }
-            };
-            launches.push(launch);
+                let cut = Cut::choose(format, rows, n, self.device.smem_per_cta_bytes);
+                let (parts, glu) = int8_terms(&matrices, glu);
+                let (n_cols, mixture) = (n, None);
+                Ok(mmq::launch(&mmq::Args {
+                    format,
+                    cut,
+                    parts: &parts,
+                    glu,
+                    q,
+                    scales,
+                    k,
+                    n_cols,
+                    mixture,
+                })?)
+            }
+            Factor::Floats(_) if format == FormatId::F32 => Err(words("a product with F32 weights")),
+            Factor::Rounded(tiles) if n > mmvf::MAX_COLS => {
+                let (matrices, glu) = float_terms(&matrices, glu);
+                Ok(mmf::launch(&mmf::Args {
+                    format,
+                    matrices: &matrices,
+                    glu,
+                    x: self.value(tiles),
+                    k,
+                    n_cols: n,
+                    smem_per_cta_bytes: self.device.smem_per_cta_bytes,
+                })?)
+            }
+            Factor::Floats(_) | Factor::Rounded(_) => {
+                let x = match x {
+                    Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
+                    Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
+                    Factor::Acts(_) => unreachable!("matched above"),
+                };
+                let (matrices, glu) = float_terms(&matrices, glu);
+                let (matrices, experts, n_cols) = (&matrices[..], None, n);
+                Ok(mmvf::launch(&mmvf::Args { format, matrices, glu, x, experts, k, n_cols })?)
+            }
         }
-        Ok(launches)
     }
 
     fn own_glu(&self, glu: Option<op::Glu>) -> Result<Option<product::Glu>, Refusal> {
@@ -401,18 +531,40 @@ impl Emit<'_> {
         let pairs_per_x = if p.per_used { 1 } else { p.n_used };
         match p.x {
             Factor::Acts(acts) => {
-                let mixture = Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x };
+                let (q, scales, k) = (self.value(acts.q), self.value(acts.scales), p.k);
+                if let Some(sorted) = p.sorted {
+                    let n_expert = p.parts[0].w.n_expert;
+                    let mixture = mmq::Mixture {
+                        order: self.value(sorted.order),
+                        tiles: self.value(sorted.tiles),
+                        n_tiles: moe_sort::max_tiles(n_pairs, n_expert, sorted.cut.cols()),
+                        pairs_per_x,
+                    };
+                    let (parts, glu) = int8_terms(&matrices, glu);
+                    return one(mmq::launch(&mmq::Args {
+                        format,
+                        cut: sorted.cut,
+                        parts: &parts,
+                        glu,
+                        q,
+                        scales,
+                        k,
+                        n_cols: n_pairs,
+                        mixture: Some(mixture),
+                    }));
+                }
                 one(mmvq::launch(&product::Args {
                     format,
                     parts: &matrices,
                     glu,
-                    q: self.value(acts.q),
-                    scales: self.value(acts.scales),
-                    k: p.k,
+                    q,
+                    scales,
+                    k,
                     n_cols: n_pairs / pairs_per_x,
-                    mixture: Some(mixture),
+                    mixture: Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x }),
                 }))
             }
+            Factor::Floats(_) if format == FormatId::F32 => Err(words("a mixture with F32 weights")),
             Factor::Floats(x) => {
                 let (matrices, glu) = float_terms(&matrices, glu);
                 one(mmvf::launch(&mmvf::Args {
@@ -433,10 +585,77 @@ impl Emit<'_> {
         self.kv.ok_or_else(|| Refusal::Words(String::from("there is no cache yet")))
     }
 
+    fn attention(
+        &self,
+        q: Place,
+        sinks: Option<Place>,
+        p: &AttentionParams,
+        n: usize,
+        out: Value,
+        partials: Option<Value>,
+    ) -> Result<Vec<Launch>, Refusal> {
+        let kv = self.kv()?;
+        let launches = flash::launch(&flash::Args {
+            cache: flash::Cache {
+                k: kv.at(p.il, KvPart::K),
+                v: kv.at(p.il, KvPart::V),
+                type_k: kv.layout.type_k,
+                type_v: kv.layout.type_v,
+                n_head_kv: p.n_head_kv,
+                head_dim_k: p.head_dim_k,
+                head_dim_v: p.head_dim_v,
+            },
+            step: flash::Step {
+                positions: self.inputs.positions(),
+                token_sequences: self.inputs.token_sequences(),
+                sequences: self.inputs.sequences(),
+                pages: self.inputs.pages(),
+                n_tokens: n,
+            },
+            q: self.place(q),
+            out: self.value(out),
+            scratch: partials.map_or(DevicePtr::NULL, |v| self.value(v)),
+            sinks: self.opt(sinks),
+            slopes: DevicePtr::NULL,
+            n_head: p.n_head,
+            causal: p.causal,
+            window: p.window as usize,
+            scale: p.scale,
+            softcap: p.softcap,
+            geometry: match partials {
+                None if self.class.prefill || self.device.sm < 80 => {
+                    self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv)
+                }
+                None => Geometry::Decode,
+                Some(_) => self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv),
+            },
+        })?;
+        Ok(launches.iter().copied().collect())
+    }
+
     fn store(&self, _: &Store) -> Result<Vec<Launch>, Refusal> {
         let _ = self.kv()?.at(0, KvPart::K);
         Err(words("kv_store"))
     }
+}
+
+fn int8_terms(
+    parts: &[product::Matrix],
+    glu: Option<product::Glu>,
+) -> (Vec<mmq::Matrix>, Option<epilogue::Glu>) {
+    let matrix = |m: &product::Matrix| mmq::Matrix {
+        w: m.w,
+        bias: m.bias,
+        residual: m.residual,
+        y: m.y,
+        n_rows: m.n_rows,
+    };
+    let glu = glu.map(|glu| match glu {
+        product::Glu::Silu => epilogue::Glu::Silu,
+        product::Glu::Gelu => epilogue::Glu::Gelu,
+        product::Glu::SwigluOai { alpha, limit } => epilogue::Glu::SwigluOai { alpha, limit },
+    });
+    (parts.iter().map(matrix).collect(), glu)
 }
 
 fn float_terms(

@@ -3,6 +3,7 @@
 
 use alloc::vec::Vec;
 
+use super::emit::product_glu;
 use super::program::{Action, Acts, Gate, Norm, Part, Place, Program, Store, Value};
 use crate::op::Binary;
 
@@ -130,7 +131,7 @@ fn product_gate(program: &mut Program) {
             at += 1;
             continue;
         };
-        let alone = gate != up && n_reads(program, gate) == 1 && n_reads(program, up) == 1;
+        let alone = gate != up && product_glu(kind).is_some() && n_reads(program, gate) == 1 && n_reads(program, up) == 1;
         let (g, u) = (writer(program, gate), writer(program, up));
         let merged = match (alone, g, u) {
             (true, Some(g), Some(u)) => merge_gate(program, g, u, gate, up),

@@ -201,8 +201,7 @@ impl Cuda {
             inputs,
             kv: self.kv.as_ref().map(Kv::addresses),
             class,
-            sm: self.info.sm,
-            n_sm: self.info.n_sm,
+            device: &self.info,
         };
         let mut launches = Vec::new();
         for action in &program.actions {
@@ -241,8 +240,7 @@ impl Backend for Cuda {
             inputs: InputAddresses { block: DevicePtr(1 << 20), layout: InputLayout::default() },
             kv: self.kv.as_ref().map(Kv::addresses),
             class: SizeClass { max_spans: 1, prefill: false },
-            sm: self.info.sm,
-            n_sm: self.info.n_sm,
+            device: &self.info,
         };
         t.program.actions.iter().try_for_each(|action| emit.launches(action).map(drop))
     }

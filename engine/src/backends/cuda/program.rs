@@ -6,6 +6,7 @@
 
 use alloc::vec::Vec;
 
+use gpu_kernels::kernels::mmq::Cut;
 use gpu_kernels::launch::DevicePtr;
 use quant::FormatId;
 use quant::act::ActKind;
@@ -117,8 +118,19 @@ pub struct ExpertProduct {
     pub k: usize,
     /// As in [`Product`].
     pub glu: Option<Glu>,
-    /// The sort of the step's (token, slot) pairs by expert, for many tokens.
-    pub sorted: Option<Value>,
+    /// The step's (token, slot) pairs by expert, where the kernel wants them so.
+    pub sorted: Option<Sorted>,
+}
+
+/// Pairs sorted by expert, and the tiles of columns that they fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sorted {
+    /// u32 per pair.
+    pub order: Value,
+    /// Four u32 per tile.
+    pub tiles: Value,
+    /// How the product is cut.
+    pub cut: Cut,
 }
 
 /// What a norm divides by.
@@ -222,8 +234,8 @@ pub enum Action {
     Round { x: Place, format: FormatId, n: usize, k: usize, out: Value },
     Product(Product),
     ExpertProduct(ExpertProduct),
-    /// Orders the step's (token, slot) pairs by expert.
-    SortExperts { ids: Place, n: usize, n_used: usize, n_expert: usize, out: Value },
+    /// Orders the step's (token, slot) pairs by expert, into tiles of so many columns.
+    SortExperts { ids: Place, n_pairs: usize, n_expert: usize, tile_cols: usize, order: Value, tiles: Value },
     /// `frequencies`: radians per position of each pair, f32 [n_rot / 2].
     RopeTable { positions: Place, frequencies: DevicePtr, magnitude: f32, n: usize, n_rot: usize, out: Value },
     Rope { rotation: Rotation, table: Place, n_rot: usize, mode: RopeMode, n: usize },
@@ -239,7 +251,7 @@ pub enum Action {
     MoeCombine { x: Place, weights: Place, n: usize, n_used: usize, cols: usize, out: Value },
     RowGate { x: Place, gate: Place, n: usize, cols: usize, out: Value },
     /// Index of each row's largest element, the first of equal ones.
-    Argmax { x: Place, n: usize, cols: usize, out: Value },
+    Argmax { x: Place, n: usize, cols: usize, out: Value, scratch: Value },
 }
 
 /// Operations in order and the values they work on.
@@ -323,7 +335,10 @@ impl Action {
                 p.x.for_each_value(f);
                 place(p.ids, f);
                 p.parts.iter().for_each(|part| opt(part.bias, f));
-                p.sorted.into_iter().for_each(f);
+                if let Some(sorted) = p.sorted {
+                    f(sorted.order);
+                    f(sorted.tiles);
+                }
             }
             Action::RopeTable { positions, .. } => place(*positions, f),
             Action::Rope { rotation, table, .. } => {
@@ -403,17 +418,23 @@ impl Action {
                 f(*ids);
                 f(*weights);
             }
+            Action::SortExperts { order, tiles, .. } => {
+                f(*order);
+                f(*tiles);
+            }
+            Action::Argmax { out, scratch, .. } => {
+                f(*out);
+                f(*scratch);
+            }
             Action::GetRows { out, .. }
             | Action::Round { out, .. }
-            | Action::SortExperts { out, .. }
             | Action::RopeTable { out, .. }
             | Action::Binary { out, .. }
             | Action::Unary { out, .. }
             | Action::Scale { out, .. }
             | Action::Softcap { out, .. }
             | Action::MoeCombine { out, .. }
-            | Action::RowGate { out, .. }
-            | Action::Argmax { out, .. } => f(*out),
+            | Action::RowGate { out, .. } => f(*out),
         }
     }
 

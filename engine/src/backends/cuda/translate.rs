@@ -4,7 +4,7 @@
 //! reads them.
 
 use alloc::collections::BTreeMap;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 use alloc::{format, vec};
 
@@ -13,7 +13,7 @@ use gpu_kernels::launch::DevicePtr;
 use quant::act::ActKind;
 use quant::{BlockFormat, FloatFormat, FormatId, Visitor};
 
-use super::emit::{self, MMVF_MAX_PLAIN_COLS, MMVQ_MAX_COLS};
+use super::emit::MMVF_MAX_PLAIN_COLS;
 use super::program::{
     Action, Acts, ExpertProduct, Factor, Gate, Matrix, Norm, NormKind, Part, Place, Product, Program,
     Rotation, Store, Table, Value,
@@ -162,7 +162,6 @@ pub struct Translator<'a> {
     pub values: BTreeMap<TensorId, Value>,
     quantised: Vec<(Place, Acts)>,
     rounded: Vec<(Place, Value, FormatId)>,
-    sorted: Vec<(Place, Value)>,
 }
 
 /// Translates a whole graph; the reason if a node cannot be.
@@ -192,7 +191,6 @@ impl<'a> Translator<'a> {
             values: BTreeMap::new(),
             quantised: Vec::new(),
             rounded: Vec::new(),
-            sorted: Vec::new(),
         }
     }
 
@@ -355,9 +353,11 @@ impl<'a> Translator<'a> {
                 let w = self.matrix(*weight, n_expert)?;
                 let bias = self.opt_vector(*bias)?;
                 let (x, ids) = (self.place(*x), self.place(*ids));
-                let x = self.factor(x, rows, k, w.format);
-                let sorted =
-                    (n > MMVQ_MAX_COLS).then(|| self.sort_experts(ids, n, n_used, n_expert)).transpose()?;
+                // A mixture's float products round on the way, whatever the number of tokens.
+                let x = match act_kind(w.format) {
+                    Some(_) => self.factor(x, rows, k, w.format),
+                    None => Factor::Floats(x),
+                };
                 let parts = vec![Part { w, bias, residual: None, out: self.value(out()) }];
                 self.push(Action::ExpertProduct(ExpertProduct {
                     parts,
@@ -368,7 +368,7 @@ impl<'a> Translator<'a> {
                     n_used,
                     k,
                     glu: None,
-                    sorted,
+                    sorted: None,
                 }));
             }
             Op::RopeTable { positions, freq_factors, params } => {
@@ -448,23 +448,5 @@ impl<'a> Translator<'a> {
             }
         }
         Ok(())
-    }
-
-    /// The order of the step's (token, slot) pairs by expert, made once per routing.
-    fn sort_experts(
-        &mut self,
-        ids: Place,
-        n: usize,
-        n_used: usize,
-        n_expert: usize,
-    ) -> Result<Value, String> {
-        if let Some((_, v)) = self.sorted.iter().find(|(p, _)| *p == ids) {
-            return Ok(*v);
-        }
-        let bytes = emit::sort_bytes(n, n_used, n_expert).map_err(|e| e.to_string())?;
-        let out = self.program.value(bytes);
-        self.push(Action::SortExperts { ids, n, n_used, n_expert, out });
-        self.sorted.push((ids, out));
-        Ok(out)
     }
 }
