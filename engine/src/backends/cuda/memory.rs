@@ -41,14 +41,19 @@ impl Drop for Memory {
 }
 
 /// Memory that grows to the largest size asked for; its address changes when it does.
-#[derive(Default)]
 pub struct Growing {
+    kind: MemKind,
     memory: Option<Memory>,
     /// Counts the moves.
     pub generation: u64,
 }
 
 impl Growing {
+    /// Nothing yet.
+    pub fn new(kind: MemKind) -> Growing {
+        Growing { kind, memory: None, generation: 0 }
+    }
+
     /// Makes room; what was in it is lost if it grows.
     pub fn reserve(&mut self, device: &Device, bytes: usize) -> Result<(), DriverError> {
         if self.memory.as_ref().is_some_and(|m| m.bytes >= bytes) {
@@ -57,7 +62,7 @@ impl Growing {
         // The old memory goes first: both need not fit at once.
         self.memory = None;
         self.generation += 1;
-        self.memory = Some(Memory::new(device, MemKind::Device, bytes)?);
+        self.memory = Some(Memory::new(device, self.kind, bytes)?);
         Ok(())
     }
 

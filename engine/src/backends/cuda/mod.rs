@@ -21,7 +21,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use gpu_kernels::driver::{DeviceInfo, DriverError, MemKind, ModuleId, StreamId};
+use gpu_kernels::driver::{DeviceInfo, DriverError, GraphId, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch};
 use gpu_kernels::modules::{FindModule, Modules};
 
@@ -36,6 +36,7 @@ use weights::DeviceWeights;
 
 use crate::backend::{Backend, BackendInfo, PlanId, Step};
 use crate::error::EngineError;
+use crate::executor::Executor;
 use crate::graph::{Graph, Node};
 use crate::kv_cache::KvLayout;
 use crate::op::KvPart;
@@ -96,6 +97,61 @@ struct Ready {
     slots: BTreeMap<TensorId, Slot>,
     /// State of the memory that the launches name.
     generation: [u64; 3],
+    /// The launches as one, once they have run.
+    graph: Captured,
+}
+
+/// How far the capture of a plan's launches has come.
+enum Captured {
+    /// They have not run yet: what runs once only, as most prefills do, is not worth it.
+    NotYet,
+    /// They have run; the next time they are captured.
+    Next,
+    /// They are launched as one.
+    Graph { device: Device, id: GraphId },
+    /// The driver cannot.
+    Never,
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if let Captured::Graph { device, id } = self {
+            // A device that is lost has lost its graphs too.
+            let _ = device.release_graph(*id);
+        }
+    }
+}
+
+impl Ready {
+    /// Queues the launches.
+    fn submit(&mut self, device: &Device, stream: StreamId) -> Result<(), DriverError> {
+        let launch = |ready: &Ready| {
+            ready.launches.iter().try_for_each(|(module, launch)| device.launch(*module, launch, stream))
+        };
+        match self.graph {
+            Captured::Graph { id, .. } => device.launch_graph(id, stream),
+            Captured::Never => launch(self),
+            Captured::NotYet => {
+                launch(self)?;
+                self.graph = Captured::Next;
+                Ok(())
+            }
+            Captured::Next => match device.begin_capture(stream) {
+                Ok(()) => {
+                    let launched = launch(self);
+                    let id = device.end_capture(stream)?;
+                    self.graph = Captured::Graph { device: device.clone(), id };
+                    launched?;
+                    device.launch_graph(id, stream)
+                }
+                Err(DriverError::Unsupported { .. }) => {
+                    self.graph = Captured::Never;
+                    launch(self)
+                }
+                Err(error) => Err(error),
+            },
+        }
+    }
 }
 
 /// Values that the translation computes and kernels read, each kept once.
@@ -144,16 +200,18 @@ impl Addresses for Placed<'_> {
 
 impl Cuda {
     /// A backend on a device, over a model's weights. They are copied when a graph first needs them: [`Cuda::load`].
-    pub fn new(device: Device, weights: Arc<Weights>) -> Cuda {
+    ///
+    /// `executor` helps to read the file while weights are copied.
+    pub fn new(device: Device, executor: Arc<dyn Executor>, weights: Arc<Weights>) -> Cuda {
         Cuda {
             info: device.info(),
             modules: Modules::new(),
             rules: RuleSet::ALL,
             constants: Constants { device: device.clone(), list: Vec::new() },
-            weights: DeviceWeights::new(device.clone(), weights),
+            weights: DeviceWeights::new(device.clone(), executor, weights),
             device,
-            arena: Growing::default(),
-            inputs: Growing::default(),
+            arena: Growing::new(MemKind::Device),
+            inputs: Growing::new(MemKind::Device),
             kv: None,
             kv_generation: 0,
             plans: BTreeMap::new(),
@@ -174,7 +232,7 @@ impl Cuda {
         graph: &Graph,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), EngineError> {
-        self.weights.place(&translate::weights_of(graph), progress)
+        self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
     }
 
     fn generation(&self) -> [u64; 3] {
@@ -215,7 +273,8 @@ impl Cuda {
             }
         }
         let slots = values.into_iter().filter_map(|(t, v)| Some((t, places.slots[v.index()]?))).collect();
-        Ok(Ready { layout, launches, slots, generation: self.generation() })
+        let graph = Captured::NotYet;
+        Ok(Ready { layout, launches, slots, generation: self.generation(), graph })
     }
 }
 
@@ -292,16 +351,14 @@ impl Backend for Cuda {
         }
         let prepared = self.plans.get_mut(&plan.0).expect("a prepared plan");
         prepared.last = class;
-        let ready = &prepared.ready[&class];
+        let ready = prepared.ready.get_mut(&class).expect("made above if it was not there");
         ready.layout.fill(step, &mut self.block);
         self.device.write(self.inputs.at(), &self.block, StreamId::DEFAULT)?;
         for (tensor, given) in step.given {
             let at = self.arena.at().offset(ready.slots[tensor].offset as u64);
             self.device.write(at, bytemuck::cast_slice(given), StreamId::DEFAULT)?;
         }
-        for (module, launch) in &ready.launches {
-            self.device.launch(*module, launch, StreamId::DEFAULT)?;
-        }
+        ready.submit(&self.device, StreamId::DEFAULT)?;
         Ok(())
     }
 
