@@ -102,6 +102,8 @@ pub enum Buffer {
     Input(Vec<u8>),
     /// Contents expected after it.
     Output(Expected),
+    /// Contents before and after.
+    Changed(Vec<u8>, Expected),
 }
 
 /// What an output must hold.
@@ -194,13 +196,13 @@ pub fn run(
     let result = (|| {
         for buffer in &problem.buffers {
             let bytes = match buffer {
-                Buffer::Input(bytes) => bytes.len(),
+                Buffer::Input(bytes) | Buffer::Changed(bytes, _) => bytes.len(),
                 Buffer::Output(expected) => expected.bytes(),
             };
             let at = driver.alloc(MemKind::Device, bytes as u64)?;
             pointers.push(at);
             match buffer {
-                Buffer::Input(bytes) => driver.write(at, bytes, stream)?,
+                Buffer::Input(bytes) | Buffer::Changed(bytes, _) => driver.write(at, bytes, stream)?,
                 Buffer::Output(_) => driver.fill(at, 0xff, bytes as u64, stream)?,
             }
         }
@@ -211,7 +213,7 @@ pub fn run(
         driver.synchronise(stream)?;
         let mut worst = 0.0f64;
         for (i, (buffer, &at)) in problem.buffers.iter().zip(&pointers).enumerate() {
-            let Buffer::Output(expected) = buffer else { continue };
+            let (Buffer::Output(expected) | Buffer::Changed(_, expected)) = buffer else { continue };
             let mut got = vec![0; expected.bytes()];
             driver.read(&mut got, at, stream)?;
             let same;

@@ -2,6 +2,9 @@
 
 pub mod activation;
 pub mod argmax;
+pub mod argsort;
+pub mod copy;
+pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
 pub mod glu;
@@ -25,6 +28,8 @@ pub mod repack;
 pub mod rms_norm;
 pub mod rope;
 pub mod round_act;
+pub mod sample;
+pub mod set_rows;
 pub mod softmax;
 pub mod top_k;
 

@@ -32,6 +32,8 @@ pub(crate) mod gpu {
 
     /// An output type.
     pub(crate) trait Output {
+        /// Bytes of a value, without its share of scales.
+        const BYTES: usize;
         /// Stores a span, from float4 `first` of the array on and up to float4 `end`. The warp calls together.
         fn store(v: [[f32; 4]; 2], out: Glb<u32>, scales: Glb<U32x2>, first: u32, end: u32);
     }
@@ -49,6 +51,7 @@ pub(crate) mod gpu {
     }
 
     impl Output for f32 {
+        const BYTES: usize = 4;
         #[inline(always)]
         #[track_caller]
         fn store(v: [[f32; 4]; 2], out: Glb<u32>, _: Glb<U32x2>, first: u32, end: u32) {
@@ -59,6 +62,7 @@ pub(crate) mod gpu {
     macro_rules! half_output {
         ($($ty:ty),*) => {$(
             impl Output for $ty {
+                const BYTES: usize = 2;
                 #[inline(always)]
                 #[track_caller]
                 fn store(v: [[f32; 4]; 2], out: Glb<u32>, _: Glb<U32x2>, first: u32, end: u32) {
@@ -78,6 +82,7 @@ pub(crate) mod gpu {
             pub(crate) struct $name;
 
             impl Output for $name {
+                const BYTES: usize = 1;
                 #[inline(always)]
                 #[track_caller]
                 fn store(v: [[f32; 4]; 2], out: Glb<u32>, scales: Glb<U32x2>, first: u32, end: u32) {
