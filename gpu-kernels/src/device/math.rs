@@ -22,6 +22,19 @@ twin! {
 }
 
 twin! {
+    /// `n`, unknown to the compiler and new at each call: what follows from it is computed there, not kept in registers.
+    pub fn fresh(n: u32) -> u32 {
+        ptx {
+            let mut n = n;
+            // SAFETY: a comment, no instruction.
+            unsafe { core::arch::asm!("// {}", inout(reg32) n, options(nomem, nostack, preserves_flags)) }
+            n
+        }
+        host { n }
+    }
+}
+
+twin! {
     /// `a * b`, never fused with an addition that follows (`mul.rn`).
     pub fn mul(a: f32, b: f32) -> f32 {
         ptx {

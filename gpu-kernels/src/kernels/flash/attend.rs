@@ -35,17 +35,8 @@ pub(super) struct Inputs {
     pub(super) n_spans: u32,
 }
 
-/// What a warp keeps of a row while it walks a sequence, for its two rows: `g` and `g + 8`.
-struct Rows {
-    /// Visible positions.
-    low: [u32; 2],
-    high: [u32; 2],
-    pos: [u32; 2],
-    slope: [f32; 2],
-}
-
 /// The smallest of all lanes' values.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 fn warp_min(mut v: u32) -> u32 {
     unroll!(I in 0..8 {
@@ -74,29 +65,29 @@ const POS: u32 = 3;
 /// Sequence of a row that does not exist.
 const ABSENT: u32 = NO_SEQUENCE - 1;
 
-/// Softmax state of the lane's two rows: maxima in units of log2, sums (column 0 of a fragment), weighted values.
+/// Softmax state of the lane's two rows: maxima in units of log2, sums, weighted values.
 #[derive(Clone, Copy)]
 struct Part<const NO: usize> {
     max: [f32; 2],
-    sum: FragmentF32,
+    sum: [f32; 2],
     out: [FragmentF32; NO],
 }
 
 impl<const NO: usize> Part<NO> {
     const EMPTY: Part<NO> = Part {
         max: [f32::NEG_INFINITY; 2],
-        sum: FragmentF32([0.0; 4]),
+        sum: [0.0; 2],
         out: [FragmentF32([0.0; 4]); NO],
     };
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn merge(&mut self, part: &Part<NO>) {
         let mut weights = [[0.0; 2]; 2];
         unroll!(R in 0..2 {
             (self.max[R], weights[R]) = state::weights(self.max[R], part.max[R]);
         });
-        unroll!(I in 0..4 {
-            self.sum.0[I] = state::merge(self.sum.0[I], part.sum.0[I], weights[I / 2]);
+        unroll!(R in 0..2 {
+            self.sum[R] = state::merge(self.sum[R], part.sum[R], weights[R]);
         });
         let mut n = 0;
         while n < NO {
@@ -179,41 +170,55 @@ impl<
         }
     }
 
-    /// Four elements of a row's query as two words per plane; zeros beyond the head and for rows that are not there.
+    /// A row of the tile as (token, head) in one number: its row of `q` and of `out`.
+    #[inline(always)]
+    fn head_row(x: &Inputs, span: Span, row: u32) -> usize {
+        let group = x.n_head / x.n_head_kv;
+        let (token, head) = ((span.first + row) / group, (span.first + row) % group);
+        token as usize * x.n_head as usize + (thread::block_idx_y() * group + head) as usize
+    }
+
+    /// Two neighbours of a query as a word per plane; zeros beyond the head and for rows that are not there.
     #[inline(always)]
     #[track_caller]
-    fn query_pair(x: &Inputs, span: Span, row: u32, column: u32) -> [u32; 2] {
-        let group = x.n_head / x.n_head_kv;
-        if row >= span.n || column >= x.head_dim[0] {
+    fn query_pair(x: &Inputs, query: Glb<F32x2>, there: bool, column: u32) -> [u32; 2] {
+        if !there || column >= x.head_dim[0] {
             return [0; 2];
         }
-        let (token, head) = ((span.first + row) / group, (span.first + row) % group);
-        let head = token as usize * x.n_head as usize + (thread::block_idx_y() * group + head) as usize;
-        let F32x2([low, high]) = x.q.offset(head * (x.head_dim[0] / 2) as usize).ld_nc(column / 2);
+        let F32x2([low, high]) = query.ld_nc(column / 2);
         C::pack(low, high)
     }
 
     /// Starts (or, if not asynchronous, does) the copy of a block of K and V.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     fn load(x: &Inputs, page: u32, block: u32, len: u32, stage: u32) {
         let first = block * Self::BLOCK;
         let n_valid = if first < len { len - first } else { 0 };
-        unroll!(PART in 0..2 {
-            let row = (page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize) * PAGE
-                + (first % PAGE as u32) as usize;
-            let from = if PART == 0 { x.k } else { x.v }.offset(row * x.row_bytes[PART] as usize);
-            let to = Self::store(PART, stage);
-            if ASYNC {
-                store::copy(from, to, Self::BLOCK, n_valid, x.head_dim[PART], Self::THREADS);
-            } else {
-                store::fill::<C>(x.format[PART], from, to, Self::BLOCK, n_valid, x.head_dim[PART], Self::THREADS);
-            }
-        });
+        let row = (page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize) * PAGE
+            + (first % PAGE as u32) as usize;
+        let from = |part: usize| if part == 0 { x.k } else { x.v }.offset(row * x.row_bytes[part] as usize);
+        if ASYNC {
+            unroll!(PART in 0..2 {
+                let to = Self::store(PART, stage);
+                store::copy(from(PART), to, Self::BLOCK, n_valid, x.head_dim[PART], Self::THREADS);
+            });
+            return;
+        }
+        // One after the other in a loop: the widening of every format is long.
+        let parts = math::opaque(2);
+        let mut part = 0;
+        while part < parts {
+            let of = |pair: [u32; 2]| if part == 0 { pair[0] } else { pair[1] };
+            let [k, v] = [Self::store(0, stage), Self::store(1, stage)];
+            let (from, to) = if part == 0 { (from(0), k) } else { (from(1), v) };
+            store::fill::<C>(of(x.format), from, to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            part += 1;
+        }
     }
 
     /// Zeros in the columns of a tile that the head does not have; no block's copy touches them.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     fn pad(to: Store, n_rows: u32, head_dim: u32) {
         let (given, pad) = (head_dim / 8, to.units - head_dim / 8);
@@ -229,10 +234,9 @@ impl<
     }
 
     /// `s = q · k` for this warp's columns of a block.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn scores(q: &[FragmentA; KS], keys: Store, row_group: u32, sharer: u32) -> [FragmentF32; NS] {
-        let lane = thread::lane_id();
+    fn scores(q: &[FragmentA; KS], keys: Store, lane: u32, row_group: u32, sharer: u32) -> [FragmentF32; NS] {
         let mut s = [FragmentF32::default(); NS];
         let mut step = 0;
         while step < KS {
@@ -269,10 +273,9 @@ impl<
     }
 
     /// The largest score of each of the lane's two rows, over all warps that share them.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn maxima(s: &[FragmentF32; NS], row_group: u32, sharer: u32) -> [f32; 2] {
-        let lane = thread::lane_id();
+    fn maxima(s: &[FragmentF32; NS], lane: u32, row_group: u32, sharer: u32) -> [f32; 2] {
         let mut max = [f32::NEG_INFINITY; 2];
         let mut n = 0;
         while n < NS {
@@ -317,10 +320,9 @@ impl<
     }
 
     /// Shares the warp's columns of probabilities with the others.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn share(p: &[[[u32; 2]; 2]; NS], row_group: u32, sharer: u32) {
-        let lane = thread::lane_id();
+    fn share(p: &[[[u32; 2]; 2]; NS], lane: u32, row_group: u32, sharer: u32) {
         let words = Smem::<u32>::dynamic(0, 4 * Self::LAYOUT.end as u32);
         let plane = Self::TILE_ROWS * Self::BLOCK / 8;
         let mut n = 0;
@@ -339,9 +341,9 @@ impl<
     }
 
     /// Step `step` of the probabilities as A; `p` the warp's own, used where it has all.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn probabilities(p: &[[[u32; 2]; 2]; NS], step: usize, row_group: u32) -> [FragmentA; 2] {
+    fn probabilities(p: &[[[u32; 2]; 2]; NS], step: usize, lane: u32, row_group: u32) -> [FragmentA; 2] {
         let mut a = [FragmentA::default(); 2];
         if SHARERS == 1 {
             unroll!(PLANE in 0..2 {
@@ -349,7 +351,6 @@ impl<
                 a[PLANE] = FragmentA([low[0][PLANE], low[1][PLANE], high[0][PLANE], high[1][PLANE]]);
             });
         } else {
-            let lane = thread::lane_id();
             let at = Self::probability_at(16 * row_group + lane % 16, 2 * step as u32 + lane / 16);
             a[0] = FragmentA(mma::load_x4(Self::smem(), at));
             if C::PLANES == 2 {
@@ -361,23 +362,33 @@ impl<
     }
 
     /// One block of positions from `first` on: the state of the lane's rows in the span goes on.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     fn block(
         x: &Inputs,
         q: &[FragmentA; KS],
-        rows: &Rows,
+        range: [u32; 2],
         masked: bool,
         part: &mut Part<NO>,
         first: u32,
         stage: u32,
     ) {
-        let lane = thread::lane_id();
-        let (row_group, sharer) = (thread::warp_id() / SHARERS as u32, thread::warp_id() % SHARERS as u32);
-        let mut s = Self::scores(q, Self::store(0, stage), row_group, sharer);
+        // Computed anew for each block: addresses that stayed in registers would be more than there are.
+        let thread = math::fresh(thread::thread_idx_x());
+        let (lane, row_group, sharer) = (thread % 32, thread / 32 / SHARERS as u32, thread / 32 % SHARERS as u32);
+        let row = |r: usize| 16 * row_group + 8 * r as u32 + lane / 4;
+        let mut s = Self::scores(q, Self::store(0, stage), lane, row_group, sharer);
         let mut to_log2 = x.scale;
         if x.flags & TRANSFORM != 0 {
             to_log2 = math::LOG2_E;
+            let (mut pos, mut slope) = ([0; 2], [0.0; 2]);
+            unroll!(R in 0..2 {
+                if !x.slopes.is_null() {
+                    let group = x.n_head / x.n_head_kv;
+                    pos[R] = Self::table(POS).ld(row(R));
+                    slope[R] = x.slopes.ld_nc(thread::block_idx_y() * group + (Self::tile(x).first + row(R)) % group);
+                }
+            });
             let mut n = 0;
             while n < NS {
                 unroll!(I in 0..4 {
@@ -386,18 +397,26 @@ impl<
                     if x.softcap != 0.0 {
                         v = x.softcap * math::tanh(v);
                     }
-                    let distance = math::fabs(rows.pos[I / 2] as f32 - column as f32);
-                    s[n].0[I] = math::fma(-rows.slope[I / 2], distance, v);
+                    let distance = math::fabs(pos[I / 2] as f32 - column as f32);
+                    s[n].0[I] = math::fma(-slope[I / 2], distance, v);
                 });
                 n += 1;
             }
         }
         if masked {
+            // Rows of other sequences see nothing of this one.
+            let (mut low, mut high) = ([0; 2], [0; 2]);
+            unroll!(R in 0..2 {
+                if row(R) >= range[0] && row(R) < range[1] {
+                    low[R] = Self::table(LOW).ld(row(R));
+                    high[R] = Self::table(HIGH).ld(row(R));
+                }
+            });
             let mut n = 0;
             while n < NS {
                 unroll!(I in 0..4 {
                     let column = first + 8 * (sharer * NS as u32 + n as u32) + 2 * (lane % 4) + I as u32 % 2;
-                    if column < rows.low[I / 2] || column >= rows.high[I / 2] {
+                    if column < low[I / 2] || column >= high[I / 2] {
                         s[n].0[I] = f32::NEG_INFINITY;
                     }
                 });
@@ -405,7 +424,7 @@ impl<
             }
         }
 
-        let max = Self::maxima(&s, row_group, sharer);
+        let max = Self::maxima(&s, lane, row_group, sharer);
         let mut rescale = [1.0; 2];
         let mut to = [0.0; 2];
         unroll!(R in 0..2 {
@@ -424,11 +443,11 @@ impl<
             n += 1;
         }
         if SHARERS > 1 {
-            Self::share(&p, row_group, sharer);
+            Self::share(&p, lane, row_group, sharer);
         }
         if warp::ballot(rescale[0] != 1.0 || rescale[1] != 1.0) != 0 {
-            unroll!(I in 0..4 {
-                part.sum.0[I] *= rescale[I / 2];
+            unroll!(R in 0..2 {
+                part.sum[R] *= rescale[R];
             });
             let mut n = 0;
             while n < NO {
@@ -440,10 +459,12 @@ impl<
         }
 
         let values = Self::store(1, stage);
+        // A sum stands in every column of its row.
+        let mut sum = FragmentF32([part.sum[0], part.sum[0], part.sum[1], part.sum[1]]);
         let mut step = 0;
         while step < NS * SHARERS / 2 {
-            let a = Self::probabilities(&p, step, row_group);
-            C::sum(&mut part.sum, &a);
+            let a = Self::probabilities(&p, step, lane, row_group);
+            C::sum(&mut sum, &a);
             let mut n = 0;
             while n < NO {
                 let column = sharer * NO as u32 + n as u32 + lane / 16;
@@ -461,10 +482,11 @@ impl<
             }
             step += 1;
         }
+        part.sum = [sum.0[0], sum.0[2]];
     }
 
     /// Rows `cur..end` of the tile: one sequence.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     fn sequence(
         x: &Inputs,
@@ -475,7 +497,6 @@ impl<
     ) {
         let lane = thread::lane_id();
         let row_group = thread::warp_id() / SHARERS as u32;
-        let group = x.n_head / x.n_head_kv;
         let U32x2([first_page, len]) = x.sequences.ld_nc(sequence);
 
         // What rows of the CTA and of the warp see, together; rows of other sequences see nothing.
@@ -501,20 +522,6 @@ impl<
         // Rows that are not there may see what they like.
         let all_low = !warp_min(if inside { !low } else { u32::MAX });
         let all_high = warp_min(if inside { high } else if there { 0 } else { u32::MAX });
-
-        let mut rows = Rows { low: [0; 2], high: [0; 2], pos: [0; 2], slope: [0.0; 2] };
-        unroll!(R in 0..2 {
-            let r = 16 * row_group + 8 * R as u32 + lane / 4;
-            if r >= range[0] && r < range[1] {
-                rows.low[R] = Self::table(LOW).ld(r);
-                rows.high[R] = Self::table(HIGH).ld(r);
-            }
-            if x.flags & TRANSFORM != 0 && !x.slopes.is_null() {
-                rows.pos[R] = Self::table(POS).ld(r);
-                let head = (Self::tile(x).first + r) % group;
-                rows.slope[R] = x.slopes.ld_nc(thread::block_idx_y() * group + head);
-            }
-        });
 
         let (mut block, mut end) = (cta_low / Self::BLOCK, cta_high.div_ceil(Self::BLOCK));
         if x.n_spans > 0 {
@@ -558,7 +565,7 @@ impl<
             let first = block * Self::BLOCK;
             if first < warp_high && first + Self::BLOCK > warp_low {
                 let masked = first < all_low || first + Self::BLOCK > all_high;
-                Self::block(x, q, &rows, masked, &mut part, first, stage);
+                Self::block(x, q, range, masked, &mut part, first, stage);
             }
             block += 1;
             if ASYNC {
@@ -579,25 +586,25 @@ impl<
     /// This CTA's rows.
     #[inline(always)]
     fn tile(x: &Inputs) -> Span {
-        let group = x.n_head / x.n_head_kv;
+        // Computed anew where it is needed: see `block`.
+        let (group, cta) = (x.n_head / x.n_head_kv, math::fresh(thread::block_idx_x()));
         let (first, end) = if x.flags & PER_TOKEN != 0 {
             let tiles = group.div_ceil(Self::TILE_ROWS);
-            let token = thread::block_idx_x() / tiles;
-            let first = token * group + thread::block_idx_x() % tiles * Self::TILE_ROWS;
-            (first, (token + 1) * group)
+            let token = cta / tiles;
+            (token * group + cta % tiles * Self::TILE_ROWS, (token + 1) * group)
         } else {
             // The last tokens see most: they start first.
-            ((thread::grid_dim_x() - 1 - thread::block_idx_x()) * Self::TILE_ROWS, x.n_tokens * group)
+            ((thread::grid_dim_x() - 1 - cta) * Self::TILE_ROWS, x.n_tokens * group)
         };
         let left = end - first;
         Span { first, n: if left < Self::TILE_ROWS { left } else { Self::TILE_ROWS } }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     pub(super) fn run(x: Inputs) {
         let (tid, lane) = (thread::thread_idx_x(), thread::lane_id());
-        let (row_group, sharer) = (thread::warp_id() / SHARERS as u32, thread::warp_id() % SHARERS as u32);
+        let row_group = thread::warp_id() / SHARERS as u32;
         let group = x.n_head / x.n_head_kv;
         let span = Self::tile(&x);
 
@@ -638,16 +645,21 @@ impl<
             });
         });
         let mut q = [FragmentA::default(); KS];
+        let half = (x.head_dim[0] / 2) as usize;
         if Self::TILE.q_in_registers() {
-            let mut step = 0;
-            while step < KS {
-                unroll!(I in 0..4 {
-                    let row = 16 * row_group + lane / 4 + 8 * (I as u32 % 2);
-                    let column = (16 * step + 8 * (I / 2)) as u32 + 2 * (lane % 4);
-                    q[step].0[I] = Self::query_pair(&x, span, row, column)[0];
-                });
-                step += 1;
-            }
+            unroll!(R in 0..2 {
+                let row = 16 * row_group + 8 * R as u32 + lane / 4;
+                let there = row < span.n;
+                let query = x.q.offset(Self::head_row(&x, span, if there { row } else { 0 }) * half);
+                let mut step = 0;
+                while step < KS {
+                    unroll!(I in 0..2 {
+                        let column = (16 * step + 8 * I) as u32 + 2 * (lane % 4);
+                        q[step].0[2 * I + R] = Self::query_pair(&x, query, there, column)[0];
+                    });
+                    step += 1;
+                }
+            });
         } else {
             let queries = Self::queries();
             let words = Smem::<u32>::dynamic(0, 4 * Self::LAYOUT.end as u32);
@@ -655,7 +667,9 @@ impl<
             let mut i = tid;
             while i < Self::TILE_ROWS * pairs {
                 let (row, pair) = (i / pairs, i % pairs);
-                let planes = Self::query_pair(&x, span, row, 2 * pair);
+                let there = row < span.n;
+                let query = x.q.offset(Self::head_row(&x, span, if there { row } else { 0 }) * half);
+                let planes = Self::query_pair(&x, query, there, 2 * pair);
                 let at = 4 * queries.at(row, pair / 4) + pair % 4;
                 words.st(at, planes[0]);
                 if C::PLANES == 2 {
@@ -687,23 +701,24 @@ impl<
             first = end;
         }
 
-        // Out they go.
+        // Out they go. Nothing of before is needed for it, so nothing stays in registers.
+        let (thread, span) = (math::fresh(thread::thread_idx_x()), Self::tile(&x));
+        let (lane, row_group, sharer) = (thread % 32, thread / 32 / SHARERS as u32, thread / 32 % SHARERS as u32);
         unroll!(R in 0..2 {
             let row = 16 * row_group + 8 * R as u32 + lane / 4;
             if row < span.n {
-                let (token, head) = ((span.first + row) / group, (span.first + row) % group);
-                let head = thread::block_idx_y() * group + head;
-                let mut at = token as usize * x.n_head as usize + head as usize;
-                let (mut to, mut factor) = (x.out, 1.0);
+                let mut at = Self::head_row(&x, span, row);
+                let (to, factor);
                 if x.n_spans > 0 {
+                    factor = 1.0;
                     at = at * x.n_spans as usize + thread::block_idx_z() as usize;
                     let stride = (x.head_dim[1] / 2 + 1) as usize;
                     to = x.scratch.offset(at * stride);
                     if sharer == 0 && lane.is_multiple_of(4) {
-                        to.st(x.head_dim[1] / 2, F32x2([total.max[R], total.sum.0[2 * R]]));
+                        to.st(x.head_dim[1] / 2, F32x2([total.max[R], total.sum[R]]));
                     }
                 } else {
-                    factor = state::normaliser(total.max[R], total.sum.0[2 * R], super::sink(x.sinks, head));
+                    factor = state::normaliser(total.max[R], total.sum[R], super::sink(x.sinks, (at % x.n_head as usize) as u32));
                     to = x.out.offset(at * (x.head_dim[1] / 2) as usize);
                 }
                 let mut n = 0;

@@ -48,7 +48,6 @@ impl Class {
 /// An entry and what it takes.
 #[derive(Clone, Copy, Debug)]
 struct Variant {
-    dim: usize,
     class: Class,
     entry: &'static str,
     tile: Tile,
@@ -59,7 +58,6 @@ macro_rules! variants {
         $($dim:literal $suffix:literal $class:ident $kind:ident $asynchronous:literal
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         const $table: &[Variant] = &[$(Variant {
-            dim: $dim,
             class: Class::$class,
             entry: concat!($prefix, $dim, "_", $suffix),
             tile: Tile::new(
@@ -231,9 +229,10 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     let dims = [cache.head_dim_k, cache.head_dim_v];
     let class = Class::of([cache.type_k, cache.type_v]);
     let decode = args.geometry != Geometry::Prefill;
-    // Of the tables that come first, so prefill finds its own before decode's tile of head 576.
-    let tables = if decode { [DECODE, SPLIT_DECODE].as_slice() } else { &[PREFILL, SPLIT_PREFILL, DECODE, SPLIT_DECODE] };
-    let mut variants = tables.iter().copied().flatten();
+    // In the order of the tables: prefill finds its own tile of a head before that of decode.
+    let decodes = [DECODE, LARGE_DECODE, SPLIT_DECODE];
+    let prefills = if decode { [].as_slice() } else { &[PREFILL, SPLIT_PREFILL] };
+    let mut variants = prefills.iter().chain(&decodes).copied().flatten();
     let variant = variants
         .find(|v| v.class == class && dims[0] <= v.tile.dims[0] && dims[1] <= v.tile.dims[1])
         .ok_or_else(|| shape("head_dim", "at most 576 for keys, 512 for values", dims[0].max(dims[1])))?;
@@ -578,7 +577,12 @@ impl Kernel for Flash {
     const NMSE_MAX: f64 = 2e-6;
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
-        &[super::attend::DECODE, super::attend::PREFILL, super::merge::ENTRIES];
+        &[
+        super::attend::DECODE,
+        super::attend::LARGE_DECODE,
+        super::attend::PREFILL,
+        super::merge::ENTRIES,
+    ];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)

@@ -43,10 +43,12 @@ macro_rules! for_each_table {
         $callback! { DECODE "flash_decode_" (128, 3)
             64 "f16" F16 Half true [4 2 2] [4 1];
             128 "f16" F16 Half true [8 2 4] [4 1];
-            256 "f16" F16 Half true [16 1 8] [4 1];
-            576 "f16" F16 Half true [36 1 16] [4 1];
             64 "wide" Wide Half false [4 2 2] [4 1];
             128 "wide" Wide Half false [8 2 4] [4 1];
+        }
+        $callback! { LARGE_DECODE "flash_decode_" (128, 2)
+            256 "f16" F16 Half true [16 1 8] [4 1];
+            576 "f16" F16 Half true [36 1 16] [4 1];
             256 "wide" Wide Half false [16 1 8] [4 1];
             576 "wide" Wide Half false [36 1 16] [4 1];
         }
@@ -58,7 +60,7 @@ macro_rules! for_each_table {
             128 "wide" Wide Half false [8 8 16] [1 8];
             256 "wide" Wide Half false [16 2 16] [2 4];
         }
-        $callback! { SPLIT_DECODE "flash_decode_" (128, 3)
+        $callback! { SPLIT_DECODE "flash_decode_" (128, 2)
             64 "split" Split Split false [4 1 2] [4 1];
             128 "split" Split Split false [8 1 4] [4 1];
             256 "split" Split Split false [16 1 16] [2 1];
@@ -155,9 +157,9 @@ impl Tile {
         ROWS * self.row_groups
     }
 
-    /// Whether a warp keeps its queries in registers.
+    /// Whether a warp keeps its queries in registers: where they and twice the outputs leave room for the rest.
     const fn q_in_registers(&self) -> bool {
-        self.planes == 1 && self.dims[0] <= 256
+        self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 192
     }
 
     const fn layout(&self) -> Layout {

@@ -85,7 +85,7 @@ impl Store {
         self.start + r * self.units + (c ^ (r & 7))
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     fn put<C: Class>(&self, r: u32, c: u32, values: [f32; 8]) {
         let mut words = [[0; 4]; 2];
@@ -102,7 +102,7 @@ impl Store {
 }
 
 /// Rows of floats, widened; rows from `n_valid` on become zero.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 fn fill_floats<C: Class, T: Float>(
     from: Glb<u8>,
@@ -150,7 +150,7 @@ impl<T: Float> Pair for T {
 }
 
 /// Rows of blocks, widened; rows from `n_valid` on become zero.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 fn fill_blocks<C: Class, F: BlockFormat>(
     from: Glb<u8>,
@@ -187,7 +187,7 @@ fn fill_blocks<C: Class, F: BlockFormat>(
 }
 
 /// Rows of any format.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 pub(super) fn fill<C: Class>(
     format: u32,
@@ -219,12 +219,17 @@ pub(super) fn fill<C: Class>(
 }
 
 /// Rows of f16 as they are, without waiting; rows from `n_valid` on become zero.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim: u32, threads: u32) {
-    let given = head_dim / 8;
-    let mut i = thread::thread_idx_x();
-    while i < n_rows * to.units {
+    // Computed anew for each block: see `attend::block`.
+    let (given, thread) = (head_dim / 8, math::fresh(thread::thread_idx_x()));
+    // The threads go through the tile together, and come out even. Large tiles in a loop, for their addresses' sake.
+    let units = n_rows * to.units;
+    let units = if units > 8 * threads { math::opaque(units) } else { units };
+    let mut first = 0;
+    while first < units {
+        let i = first + thread;
         let (r, c) = (i / to.units, i % to.units);
         if c < given {
             if r < n_valid {
@@ -233,6 +238,6 @@ pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim
                 to.rows.st(to.at(r, c), U32x4([0; 4]));
             }
         }
-        i += threads;
+        first += threads;
     }
 }
