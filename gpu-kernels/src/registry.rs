@@ -2,22 +2,9 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    argmax, dequantise, elementwise, flash, get_rows, glu, layer_norm, mmf, mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort,
-    quantise_act, repack, rms_norm, rope, round_act, softmax, top_k,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, layer_norm, mmf, mmq, mmvf, mmvq, moe_combine,
+    moe_route, moe_sort, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax, top_k,
 };
-use crate::kernels::argmax;
-use crate::kernels::argsort;
-use crate::kernels::copy;
-use crate::kernels::cumsum;
-use crate::kernels::elementwise;
-use crate::kernels::glu;
-use crate::kernels::layer_norm;
-use crate::kernels::moe_combine;
-use crate::kernels::moe_route;
-use crate::kernels::sample;
-use crate::kernels::set_rows;
-use crate::kernels::top_k;
-use crate::kernels::{dequantise, mmvq, quantise_act, rms_norm, rope, softmax};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
