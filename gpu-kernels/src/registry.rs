@@ -2,7 +2,7 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, layer_norm, mmf, mmq, mmvf, mmvq, moe_combine,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, layer_norm, mmf, mmf32, mmq, mmvf, mmvq, moe_combine,
     moe_route, moe_sort, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax, top_k,
 };
 
@@ -16,6 +16,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &round_act::RoundAct,
     &mmvf::Mmvf,
     &mmf::Mmf,
+    &mmf32::Mmf32,
     &mmq::Mmq,
     &moe_sort::MoeSort,
     &rms_norm::RmsNorm,

@@ -37,6 +37,7 @@ fn probe(memory: Glb<u32>, x: u32) {
     value ^= atomic::add_shared(words, lane ^ 1, 1);
 
     async_copy::copy16(vectors, lane, memory.cast(), lane);
+    async_copy::copy16_or_zero(vectors, lane + 32, memory.cast(), lane, x > 3);
     async_copy::commit();
     async_copy::wait::<0>();
     sync::sync_threads();

@@ -4,9 +4,11 @@
 //! * Shapes: `w` [n_rows, k] in fragments (`tile.rs`), 16-byte aligned, k a multiple of 4; activations as `round_act`
 //!   writes them; `y` f32 [n_cols, n_rows]. Any number of columns; `mmvf` is faster up to 32. Parts and epilogue:
 //!   `product.rs`.
+//! * Mixture: columns are pairs of token and slot sorted by expert (`moe_sort`), in tiles of 64 or 128, activations rounded so
+//!   (`round_act`); weights are [n_expert, n_rows, k], biases [n_expert, n_rows]; `y` has a row per pair, unsorted.
 //! * Result and tolerance: `mmvf`'s, bit for bit.
 //! * Geometry: a CTA computes 128 rows × 128 columns with 8 warps (64 × 32 each), or 64 × 64 with 4 warps (32 × 32 each)
-//!   where the large tiles would be too few for a GPU or their two stages too large for its shared memory. Of a gated pair
+//!   where the large tiles would be too few for the GPU or their two stages too large for its shared memory. Of a gated pair
 //!   it takes half the rows of each matrix. Column tiles are neighbours in the grid, so that they read the same weights
 //!   at the same time.
 //! * Bytes: the weights, 2 · n_cols · k and 4 · n_cols · n_rows once. FLOPs: 2 · n_rows · n_cols · k.
@@ -48,22 +50,22 @@ mod gpu {
     use crate::device::mma::{FragmentA, FragmentB, FragmentF32, load_x4};
     use crate::device::{Glb, Smem, U32x4, async_copy, sync, thread};
     use crate::kernels::mmvf::Half;
-    use crate::kernels::product_float::{GpuPart, Shape, finish, select};
+    use crate::kernels::product::{Gate, Part, choose_at};
 
     /// Stages between two folds of the sums: a span of 256.
     const SPAN_STAGES: u32 = 256 / 16 / STEPS;
     /// Copies of weights, and of activations, per thread and stage: both tiles come out the same.
     const COPIES: usize = 4;
 
-    /// Waits for the oldest of `stages` stages under way.
+    /// Waits until at most this many of the latest stages are under way: the ring's size less `done`, 1 or 2.
     #[inline(always)]
-    fn wait_for_oldest(stages: u32) {
-        match stages {
-            2 => async_copy::wait::<1>(),
-            3 => async_copy::wait::<2>(),
-            4 => async_copy::wait::<3>(),
-            5 => async_copy::wait::<4>(),
-            _ => async_copy::wait::<5>(),
+    fn wait_for_all_but(stages: u32, done: u32) {
+        match (stages, done) {
+            (5, 1) => async_copy::wait::<4>(),
+            (5, _) => async_copy::wait::<3>(),
+            (3, 1) => async_copy::wait::<2>(),
+            (3, _) | (_, 1) => async_copy::wait::<1>(),
+            _ => async_copy::wait::<0>(),
         }
     }
 
@@ -101,11 +103,15 @@ mod gpu {
     /// The kernel.
     #[inline(always)]
     fn mmf<H: Half, const ACROSS: u32, const DOWN: u32, const M: usize, const N: usize>(
-        p0: GpuPart,
-        p1: GpuPart,
-        p2: GpuPart,
+        p0: Part,
+        p1: Part,
+        p2: Part,
         x: Glb<U32x4>,
-        shape: Shape,
+        order: Glb<u32>,
+        of_expert: Glb<U32x4>,
+        gate: Gate,
+        k: u32,
+        n_cols: u32,
         stages: u32,
     ) {
         let (threads, row_tiles) =
@@ -122,18 +128,31 @@ mod gpu {
             )
         };
         let (i, lane, warp) = (thread::thread_idx_x(), thread::lane_id(), thread::warp_id());
-        let part = select(p0, p1, p2, thread::block_idx_y());
-        let gated = shape.glu != 0;
+        let part = choose_at(p0, p1, p2, thread::block_idx_y());
+        let gated = gate.is_some();
         let cta_rows = if gated { row_tiles * 8 } else { row_tiles * 16 };
         let first_row = (thread::block_idx_y() - part.first_cta) * cta_rows;
         let first_block = thread::block_idx_x() * blocks;
-        let n_k16 = shape.k.div_ceil(16);
+        // Of a mixture, the columns of the tile and their place among the sorted pairs; the grid is one tile each.
+        let mixture = !order.is_null();
+        let (expert, first_pair, n_cols) = if mixture {
+            let U32x4([expert, first, number, _]) = of_expert.ld_nc(thread::block_idx_x());
+            (expert, first, first_block * 8 + number)
+        } else {
+            (0, 0, n_cols)
+        };
+        if n_cols == first_block * 8 {
+            return;
+        }
+        let n_k16 = k.div_ceil(16);
         let n_stages = n_k16.div_ceil(STEPS);
         let vectors: Smem<U32x4> = Smem::dynamic(0, stages * size);
 
         // The row tile of slot `slot` of the CTA, and its matrix: the upper half of a warp's slots are up's rows. Tiles
         // beyond the matrix repeat its last; they are not stored.
         let last_tile = part.n_rows.div_ceil(16) - 1;
+        // Matrices are padded to 32 rows: two row tiles.
+        let matrix = expert as usize * 2 * part.n_rows.div_ceil(32) as usize;
         let from_a: [Glb<U32x4>; COPIES] = core::array::from_fn(|j| {
             let at = i + j as u32 * threads;
             let slot = at / (STEPS * 32);
@@ -147,34 +166,34 @@ mod gpu {
             };
             let tile = first_row / 16 + tile;
             let tile = if tile < last_tile { tile } else { last_tile };
-            w.cast::<U32x4>().offset(tile as usize * n_k16 as usize * 32 + (at % (STEPS * 32)) as usize)
+            let tile = matrix + tile as usize;
+            w.cast::<U32x4>().offset(tile * n_k16 as usize * 32 + (at % (STEPS * 32)) as usize)
         });
         // Blocks beyond the columns repeat the last.
-        let last_block = (shape.n_cols - 1) / 8;
+        let last_block = (n_cols - 1) / 8;
         let from_b: [u32; COPIES] = core::array::from_fn(|j| {
             let at = i + j as u32 * threads;
             let block = first_block + at / (STEPS * 16);
             let block = if block < last_block { block } else { last_block };
             block * n_k16 * 16 + at % (STEPS * 16)
         });
-        // The steps of k that this thread copies.
+        // The steps of k that this thread copies: zeros beyond k, and nothing but zeros beyond the last stage.
         let (step_a, step_b) = (i % (STEPS * 32) / 32, i % (STEPS * 16) / 16);
-        let copy = |stage: u32, slot: u32| {
-            let to = slot * size + i;
-            let (there_a, there_b) = (stage * STEPS + step_a < n_k16, stage * STEPS + step_b < n_k16);
+        let copy_a = |stage: u32, slot: u32| {
+            let there = stage * STEPS + step_a < n_k16;
             let mut j = 0;
             while j < COPIES {
-                let to = to + j as u32 * threads;
-                if there_a {
-                    async_copy::copy16(vectors, to, from_a[j], stage * STEPS * 32);
-                } else {
-                    vectors.st(to, U32x4([0; 4]));
-                }
-                if there_b {
-                    async_copy::copy16(vectors, to + size_a, x, from_b[j] + stage * STEPS * 16);
-                } else {
-                    vectors.st(to + size_a, U32x4([0; 4]));
-                }
+                let to = slot * size + i + j as u32 * threads;
+                async_copy::copy16_or_zero(vectors, to, from_a[j], stage * STEPS * 32, there);
+                j += 1;
+            }
+        };
+        let copy_b = |stage: u32, slot: u32| {
+            let there = stage * STEPS + step_b < n_k16;
+            let mut j = 0;
+            while j < COPIES {
+                let to = slot * size + size_a + i + j as u32 * threads;
+                async_copy::copy16_or_zero(vectors, to, x, from_b[j] + stage * STEPS * 16, there);
                 j += 1;
             }
         };
@@ -187,66 +206,68 @@ mod gpu {
 
         let mut slot = 0;
         while slot < stages {
-            if slot < n_stages {
-                copy(slot, slot);
-            }
+            copy_a(slot, slot);
+            copy_b(slot, slot);
             async_copy::commit();
             slot += 1;
         }
-        wait_for_oldest(stages);
+        wait_for_all_but(stages, 1);
         sync::sync_threads();
 
         let mut totals = [[FragmentF32::default(); N]; M];
-        let mut sums = [[FragmentF32::default(); N]; M];
         let mut steps = [Step::<M, N>::load(vectors, a, b, 0), Step::ZERO];
-        let (mut stage, mut slot) = (0, 0);
+        // The stage in registers, its slot, and the slot of the stage before, which is free.
+        let (mut stage, mut slot, mut free) = (0, 0, stages - 1);
         while stage < n_stages {
-            unroll!(STEP in 0..4 {
-                const { assert!(STEPS == 4) };
-                if STEP < 3 {
-                    steps[(STEP + 1) % 2] =
-                        Step::load(vectors, slot * size + a, slot * size + b, STEP as u32 + 1);
-                } else {
-                    // Every warp has this stage in registers: its slot is free.
-                    let next = if slot + 1 < stages { slot + 1 } else { 0 };
-                    if stage + 1 < n_stages {
-                        // One more stage than is under way was begun.
-                        async_copy_wait_next(stages);
+            let end = if stage + SPAN_STAGES < n_stages { stage + SPAN_STAGES } else { n_stages };
+            let mut sums = [[FragmentF32::default(); N]; M];
+            while stage < end {
+                unroll!(STEP in 0..4 {
+                    const { assert!(STEPS == 4) };
+                    if STEP < 3 {
+                        let (a, b) = (slot * size + a, slot * size + b);
+                        steps[(STEP + 1) % 2] = Step::load(vectors, a, b, STEP as u32 + 1);
+                    } else {
+                        // Every warp has this stage in registers once all are here. Beyond the last stage lie zeros.
+                        wait_for_all_but(stages, 2);
                         sync::sync_threads();
-                        if stage + stages < n_stages {
-                            copy(stage + stages, slot);
-                        }
+                        free = slot;
+                        slot = if slot + 1 < stages { slot + 1 } else { 0 };
+                        steps[0] = Step::load(vectors, slot * size + a, slot * size + b, 0);
+                    }
+                    // The first stage finds every slot filled.
+                    if STEP == 0 && stage > 0 {
+                        copy_a(stage - 1 + stages, free);
+                    }
+                    if STEP == 1 && stage > 0 {
+                        copy_b(stage - 1 + stages, free);
                         async_copy::commit();
-                        steps[0] = Step::load(vectors, next * size + a, next * size + b, 0);
                     }
-                    slot = next;
-                }
-                let mut m = 0;
-                while m < M {
-                    let mut n = 0;
-                    while n < N {
-                        H::mma(&mut sums[m][n], steps[STEP % 2].a[m], steps[STEP % 2].b[n]);
-                        n += 1;
+                    let mut m = 0;
+                    while m < M {
+                        let mut n = 0;
+                        while n < N {
+                            H::mma(&mut sums[m][n], steps[STEP % 2].a[m], steps[STEP % 2].b[n]);
+                            n += 1;
+                        }
+                        m += 1;
                     }
-                    m += 1;
+                });
+                stage += 1;
+            }
+            let mut m = 0;
+            while m < M {
+                let mut n = 0;
+                while n < N {
+                    unroll!(R in 0..4 {
+                        totals[m][n].0[R] += sums[m][n].0[R];
+                    });
+                    n += 1;
                 }
-            });
-            stage += 1;
-            if stage % SPAN_STAGES == 0 || stage == n_stages {
-                let mut m = 0;
-                while m < M {
-                    let mut n = 0;
-                    while n < N {
-                        unroll!(R in 0..4 {
-                            totals[m][n].0[R] += sums[m][n].0[R];
-                        });
-                        sums[m][n] = FragmentF32::default();
-                        n += 1;
-                    }
-                    m += 1;
-                }
+                m += 1;
             }
         }
+        async_copy::wait::<0>();
 
         // Through shared memory, a column after the other; rows are swapped in eights, so that the lanes of a fragment hit
         // 32 banks.
@@ -279,11 +300,12 @@ mod gpu {
             while column < n_columns {
                 unroll!(J in 0..4 {
                     let column = column + J as u32 * columns_at_once;
-                    let line = first_block * 8 + column;
-                    if column < n_columns && line < shape.n_cols {
+                    if column < n_columns && first_block * 8 + column < n_cols {
                         let sum = results.ld(place(gate_row, column));
                         let up = if gated { results.ld(place(gate_row + half, column)) } else { 0.0 };
-                        finish(&part, &shape, p1.bias, (line, output_row, output_row), (sum, up));
+                        let line =
+                            if mixture { order.ld_nc(first_pair + column) } else { first_block * 8 + column };
+                        part.finish(gate, p1, expert, line, output_row, [sum, up]);
                     }
                 });
                 column += 4 * columns_at_once;
@@ -291,30 +313,24 @@ mod gpu {
         }
     }
 
-    /// Waits until the stage after the one in registers is there: of `stages` begun, one is done.
-    #[inline(always)]
-    fn async_copy_wait_next(stages: u32) {
-        match stages {
-            2 => async_copy::wait::<0>(),
-            3 => async_copy::wait::<1>(),
-            4 => async_copy::wait::<2>(),
-            5 => async_copy::wait::<3>(),
-            _ => async_copy::wait::<4>(),
-        }
-    }
-
     kernels! {
         in "mmf";
         pub(super) LARGE: threads(256, 1);
-        fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
+        fn (
+            p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,
+            k: u32, n_cols: u32, stages: u32,
+        );
         "mmf_F16_128" => mmf::<f16, 4, 2, 4, 4>;
         "mmf_BF16_128" => mmf::<bf16, 4, 2, 4, 4>;
     }
 
     kernels! {
         in "mmf";
-        pub(super) SMALL: threads(128, 4);
-        fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<U32x4>, shape: Shape, stages: u32);
+        pub(super) SMALL: threads(128, 3);
+        fn (
+            p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,
+            k: u32, n_cols: u32, stages: u32,
+        );
         "mmf_F16_64" => mmf::<f16, 2, 2, 2, 4>;
         "mmf_BF16_64" => mmf::<bf16, 2, 2, 2, 4>;
     }
@@ -328,29 +344,27 @@ mod host {
 
     use super::{Large, Small};
     use crate::case::{Kernel, Problem, Random};
-    use crate::kernels::product_float::case::{self, Case};
-    use crate::kernels::product_float::{Glu, Matrix, Shape, parts};
-    use crate::kernels::round_act;
+    use crate::kernels::float_case::{self, Case};
+    use crate::kernels::product::{Glu, Matrix, with_gate, with_parts};
+    use crate::kernels::round_act::{self, SortedPairs};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
-
-    /// Large tiles that keep a GPU busy; fewer, and small ones do it better.
-    const MIN_LARGE_TILES: usize = 96;
-    /// Small tiles from which two or three share a multiprocessor, so that fewer stages each will do.
-    const SHARING_TILES: usize = 264;
-    /// Most stages.
-    const MAX_STAGES: u32 = 6;
 
     /// Arguments; see the contract. `format` is F16 or BF16, `x` as `round_act` writes it.
     #[derive(Clone, Copy, Debug)]
     #[allow(missing_docs)] // the contract's names
     pub struct Args<'a> {
         pub format: FormatId,
-        pub matrices: &'a [Matrix],
+        pub parts: &'a [Matrix],
         pub glu: Option<Glu>,
         pub x: DevicePtr,
         pub k: usize,
+        /// Of a mixture not used.
         pub n_cols: usize,
-        /// Most shared memory that a CTA can have on the device: how many stages there are.
+        /// Its tiles have 64 or 128 columns, which decides on the kernel's.
+        pub mixture: Option<SortedPairs>,
+        /// Of the device; like the next, it decides on speed alone.
+        pub n_sm: u32,
+        /// Of the device: 32 KiB at least.
         pub smem_per_cta_bytes: u32,
     }
 
@@ -363,35 +377,62 @@ mod host {
             FormatId::BF16 => true,
             format => return Err(LaunchError::Format { kernel, format }),
         };
-        let shape = Shape::new(check, args.k, args.n_cols, 1, args.glu)?;
+        check.multiple("k", args.k, 4, "a multiple of 4")?;
+        let k = check.size("k", args.k)?;
         check.aligned("x", args.x, 16)?;
-        let rows: usize = args.matrices.iter().map(|matrix| matrix.n_rows.div_ceil(128)).sum();
-        let tiles = rows * args.n_cols.div_ceil(128);
-        let large = tiles >= MIN_LARGE_TILES && args.smem_per_cta_bytes >= 2 * 16 * Large::STAGE;
+        let large = match args.mixture {
+            None => {
+                let rows: usize = args.parts.iter().map(|part| part.n_rows.div_ceil(128)).sum();
+                // Large tiles for three quarters of the multiprocessors do more than small ones for all.
+                let busy = 4 * rows * args.n_cols.div_ceil(128) >= 3 * args.n_sm as usize;
+                busy && args.smem_per_cta_bytes >= 2 * 16 * Large::STAGE
+            }
+            Some(SortedPairs { tile_cols, .. }) if matches!(tile_cols, 64 | 128) => tile_cols == 128,
+            Some(SortedPairs { tile_cols, .. }) => {
+                let (expected, got) = ("64 or 128", tile_cols as u64);
+                return Err(LaunchError::Shape { kernel, what: "tile_cols", expected, got });
+            }
+        };
         let (entry, cta, row_tiles, blocks, stage) = if large {
             (["mmf_F16_128", "mmf_BF16_128"], Large::THREADS, Large::ROW_TILES, Large::BLOCKS, Large::STAGE)
         } else {
             (["mmf_F16_64", "mmf_BF16_64"], Small::THREADS, Small::ROW_TILES, Small::BLOCKS, Small::STAGE)
         };
-        let cta_rows = if args.glu.is_some() { 8 } else { 16 } * row_tiles as usize;
-        let ([p0, p1, p2], grid_y) = parts(check, args.matrices, args.glu.is_some(), cta_rows)?;
-        let grid_y = check.grid("row tiles", grid_y as usize)?;
-        let grid_x = shape.n_cols.div_ceil(8 * blocks);
-        let room = args.smem_per_cta_bytes / (16 * stage);
-        let most = if large || grid_x as usize * (grid_y as usize) < SHARING_TILES { MAX_STAGES } else { 4 };
-        if room < 2 {
-            let got = args.smem_per_cta_bytes.into();
-            let expected = "32768 or more";
-            return Err(LaunchError::Shape { kernel, what: "smem_per_cta_bytes", expected, got });
-        }
-        let stages = room.min(most);
+        let cta_rows = if args.glu.is_some() { 8 } else { 16 } * row_tiles;
+        let (params, n_ctas) =
+            with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(cta_rows))?;
+        let grid_y = check.grid("row tiles", n_ctas as usize)?;
+        let (grid_x, n_cols, order, tiles) = match args.mixture {
+            None => {
+                let n_cols = check.size("n_cols", args.n_cols)?;
+                (n_cols.div_ceil(8 * blocks), n_cols, DevicePtr::NULL, DevicePtr::NULL)
+            }
+            Some(SortedPairs { order, tiles, n_tiles, .. }) => {
+                check.aligned("order", order, 4)?;
+                check.aligned("tiles", tiles, 16)?;
+                let n_tiles = check.size("n_tiles", n_tiles)?;
+                (n_tiles, n_tiles * 8 * blocks, order, tiles)
+            }
+        };
+        let params = with_gate(params.with(args.x).with(order).with(tiles), args.glu);
+        let shared = !large && grid_x as usize * grid_y as usize >= 2 * args.n_sm as usize;
+        let stages = match args.smem_per_cta_bytes / (16 * stage) {
+            0..=1 => {
+                let got = args.smem_per_cta_bytes.into();
+                let expected = "two stages: 32 KiB, or 64 KiB for tiles of 128 columns";
+                return Err(LaunchError::Shape { kernel, what: "smem_per_cta_bytes", expected, got });
+            }
+            2 => 2,
+            5.. if !shared => 5,
+            _ => 3,
+        };
         Ok(Launch {
             entry: entry[usize::from(bf16)],
             grid: [grid_x, grid_y, 1],
             cta,
             cluster: 1,
             smem_bytes: stages * 16 * stage,
-            params: Params::new().with(p0).with(p1).with(p2).with(args.x).with(shape).with(stages),
+            params: params.with(k).with(n_cols).with(stages),
         })
     }
 
@@ -412,10 +453,12 @@ mod host {
             Case::plain(BF16, &[100], 64 * 9 + 16, 70),
             Case { addends: true, ..Case::plain(F16, &[70, 20, 64], 128, 40) },
             Case { addends: true, glu: Some(Glu::Silu), ..Case::plain(F16, &[50, 50], 320, 48) },
-            // Enough columns for large tiles; whole ones and cut ones.
-            Case::plain(F16, &[128], 64 * 5, 96 * 128),
-            Case { addends: true, ..Case::plain(BF16, &[129, 16], 36, 31 * 128 + 5) },
-            Case { glu: Some(Glu::Gelu), ..Case::plain(F16, &[72, 72], 272, 47 * 128 + 1) },
+            // From 100 columns on a small device: large tiles, whole ones and cut ones.
+            Case::plain(F16, &[128], 64 * 9, 128),
+            Case { addends: true, experts: Some((5, 3)), ..Case::plain(F16, &[40, 16], 144, 90) },
+            Case { experts: Some((2, 1)), glu: Some(Glu::Silu), ..Case::plain(BF16, &[70, 70], 64, 140) },
+            Case { addends: true, ..Case::plain(BF16, &[129, 16], 36, 133) },
+            Case { glu: Some(Glu::Gelu), ..Case::plain(F16, &[72, 72], 272, 129) },
         ];
         const NMSE_MAX: f64 = 1e-10;
         #[cfg(feature = "emu")]
@@ -423,12 +466,17 @@ mod host {
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let Case { format, k, n_cols, glu, .. } = *case;
-            // Room for 2 stages of the large tile and 4 of the small, or for 3 and 6.
-            let smem_per_cta_bytes = if n_cols % 2 == 0 { 65_536 } else { 98_304 };
-            case::problem(case, random, round_act::tiles_bytes(n_cols, k), move |operands| {
-                let (x, tiles, matrices) = (operands.x, operands.scratch, &operands.matrices);
-                let round = round_act::launch(&round_act::Args { format, x, tiles, n_cols, k })?;
-                let args = Args { format, matrices, glu, x: tiles, k, n_cols, smem_per_cta_bytes };
+            let n_sm = if n_cols < 100 { 64 } else { 1 };
+            // Room for 2, 3 and 5 stages of the large tile, for 3 and 5 of the small one.
+            let smem_per_cta_bytes = [65_536, 98_304, 166_912][n_cols % 3];
+            let columns = case.experts.map_or(n_cols, |_| case.max_tiles() * case.tile_cols());
+            let scratch = round_act::tiles_bytes(columns, k);
+            float_case::problem(case, random, scratch, move |operands| {
+                let (x, tiles, parts) = (operands.x, operands.scratch, &operands.matrices);
+                let mixture = operands.sorted;
+                let round = round_act::launch(&round_act::Args { format, x, tiles, n_cols, k, mixture })?;
+                let args =
+                    Args { format, parts, glu, x: tiles, k, n_cols, mixture, n_sm, smem_per_cta_bytes };
                 Ok(vec![round, launch(&args)?])
             })
         }

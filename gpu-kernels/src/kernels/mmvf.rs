@@ -41,7 +41,7 @@ mod gpu {
     use super::{COLUMN, PARTIAL, THREADS, WINDOW};
     use crate::device::mma::{self, FragmentA, FragmentB, FragmentF32};
     use crate::device::{F32x2, Float, Glb, Smem, U32x4, sync, thread};
-    use crate::kernels::product_float::{GpuPart, Shape, finish, select};
+    use crate::kernels::product::{Gate, Part, choose};
     use crate::kernels::round_act::pair;
     use crate::tile::SPAN;
 
@@ -179,28 +179,28 @@ mod gpu {
     #[inline(always)]
     #[track_caller]
     fn mmvf<H: Half, C: Columns, const BLOCKS: usize>(
-        p1: &GpuPart,
-        part: GpuPart,
+        [part, up]: [Part; 2],
+        gate: Gate,
         columns: C,
-        expert: u32,
-        first_line: u32,
-        shape: &Shape,
+        k: u32,
+        n_cols: u32,
+        [expert, first_line]: [u32; 2],
     ) {
         let (lane, warp) = (thread::lane_id(), thread::warp_id());
-        let gated = shape.glu != 0;
+        let gated = gate.is_some();
         // A gated pair is two row tiles, one of each matrix.
         let two_tiles = gated || BLOCKS > 1;
         let tiles_per_cta = if two_tiles && !gated { 2 } else { 1 };
         let first_tile = (thread::block_idx_x() - part.first_cta) * tiles_per_cta;
 
-        let n_k16 = shape.k.div_ceil(16);
+        let n_k16 = k.div_ceil(16);
         // Matrices are padded to 32 rows: two row tiles.
         let tiles_per_matrix = 2 * part.n_rows.div_ceil(32);
         let first = expert as usize * tiles_per_matrix as usize + first_tile as usize;
         let of_tile = |w: Glb<u8>, tile: usize| {
             w.cast::<U32x4>().offset((first + tile) * 32 * n_k16 as usize + lane as usize)
         };
-        let (w0, w1) = (of_tile(part.w, 0), if gated { of_tile(p1.w, 0) } else { of_tile(part.w, 1) });
+        let (w0, w1) = (of_tile(part.w, 0), if gated { of_tile(up.w, 0) } else { of_tile(part.w, 1) });
         // Items alternate between the row tiles.
         let shift = two_tiles as u32;
         let weights = |item: u32| {
@@ -209,7 +209,7 @@ mod gpu {
         };
         let n_whole = n_k16 / FRAGMENTS << shift;
         let n_items = n_k16.div_ceil(FRAGMENTS) << shift;
-        let last_block = (shape.n_cols - 1) / 8;
+        let last_block = (n_cols - 1) / 8;
 
         let partials: Smem<f32> = Smem::dynamic(0, WINDOW);
         let partial = BLOCKS as u32 * PARTIAL;
@@ -286,17 +286,17 @@ mod gpu {
         unroll!(J in 0..2 {
             let output = thread::thread_idx_x() + J as u32 * THREADS;
             let column = output / 16;
-            if column < shape.n_cols && output < BLOCKS as u32 * 128 {
+            if column < n_cols && output < BLOCKS as u32 * 128 {
                 let line = first_line + column;
                 let row = first_tile * 16 + output % 16;
-                let store = |row: u32, sums: (f32, f32)| {
+                let store = |row: u32, sums: [f32; 2]| {
                     if row < part.n_rows {
-                        finish(&part, shape, p1.bias, (line, row, expert * part.n_rows + row), sums);
+                        part.finish(gate, up, expert, line, row, sums);
                     }
                 };
-                store(row, (totals[0][J], totals[1][J]));
+                store(row, [totals[0][J], totals[1][J]]);
                 if two_tiles && !gated {
-                    store(row + 16, (totals[1][J], 0.0));
+                    store(row + 16, [totals[1][J], 0.0]);
                 }
             }
         });
@@ -304,32 +304,50 @@ mod gpu {
 
     /// On f32 activations, up to 8 columns, or pairs of a mixture.
     #[inline(always)]
-    fn plain<H: Half>(p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<F32x2>, ids: Glb<u32>, shape: Shape) {
-        let part = select(p0, p1, p2, thread::block_idx_x());
+    fn plain<H: Half>(
+        p0: Part,
+        p1: Part,
+        p2: Part,
+        x: Glb<F32x2>,
+        ids: Glb<u32>,
+        gate: Gate,
+        k: u32,
+        n_cols: u32,
+        pairs_per_x: u32,
+    ) {
         let pair = thread::block_idx_y();
-        let (expert, first_x) =
-            if ids.is_null() { (0, 0) } else { (ids.ld_nc(pair), pair / shape.pairs_per_x) };
+        let (expert, first_x) = if ids.is_null() { (0, 0) } else { (ids.ld_nc(pair), pair / pairs_per_x) };
         let (g, t) = (thread::lane_id() / 4, thread::lane_id() % 4);
-        let column = first_x + if g < shape.n_cols { g } else { shape.n_cols - 1 };
-        let pairs = x.offset(column as usize * (shape.k / 2) as usize + t as usize);
-        let n_pairs = shape.k / 2 - if t < shape.k / 2 { t } else { shape.k / 2 };
+        let column = first_x + if g < n_cols { g } else { n_cols - 1 };
+        let pairs = x.offset(column as usize * (k / 2) as usize + t as usize);
+        let n_pairs = k / 2 - if t < k / 2 { t } else { k / 2 };
         let columns = Plain::<H> { pairs, n_pairs, format: core::marker::PhantomData };
-        mmvf::<H, _, 1>(&p1, part, columns, expert, pair, &shape);
+        mmvf::<H, _, 1>([choose(p0, p1, p2), p1], gate, columns, k, n_cols, [expert, pair]);
     }
 
     /// On tiles, up to `8 * BLOCKS` columns.
     #[inline(always)]
-    fn tiles<H: Half, const BLOCKS: usize>(p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<u32>, shape: Shape) {
-        let part = select(p0, p1, p2, thread::block_idx_x());
+    fn tiles<H: Half, const BLOCKS: usize>(
+        p0: Part,
+        p1: Part,
+        p2: Part,
+        x: Glb<u32>,
+        gate: Gate,
+        k: u32,
+        n_cols: u32,
+    ) {
         let words = x.offset(thread::lane_id() as usize);
-        let columns = Tiles { words, n_tiles: 2 * shape.k.div_ceil(16) };
-        mmvf::<H, _, BLOCKS>(&p1, part, columns, 0, 0, &shape);
+        let columns = Tiles { words, n_tiles: 2 * k.div_ceil(16) };
+        mmvf::<H, _, BLOCKS>([choose(p0, p1, p2), p1], gate, columns, k, n_cols, [0, 0]);
     }
 
     kernels! {
         in "mmvf";
         pub(super) PLAIN: threads(256, 2);
-        fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<F32x2>, ids: Glb<u32>, shape: Shape);
+        fn (
+            p0: Part, p1: Part, p2: Part, x: Glb<F32x2>, ids: Glb<u32>, gate: Gate, k: u32, n_cols: u32,
+            pairs_per_x: u32,
+        );
         "mmvf_F16" => plain::<f16>;
         "mmvf_BF16" => plain::<bf16>;
     }
@@ -337,7 +355,7 @@ mod gpu {
     kernels! {
         in "mmvf";
         pub(super) TILES: threads(256, 2);
-        fn (p0: GpuPart, p1: GpuPart, p2: GpuPart, x: Glb<u32>, shape: Shape);
+        fn (p0: Part, p1: Part, p2: Part, x: Glb<u32>, gate: Gate, k: u32, n_cols: u32);
         "mmvf_F16_n8" => tiles::<f16, 1>;
         "mmvf_F16_n16" => tiles::<f16, 2>;
         "mmvf_F16_n32" => tiles::<f16, 4>;
@@ -355,8 +373,8 @@ mod host {
 
     use super::{THREADS, WINDOW};
     use crate::case::{Kernel, Problem, Random};
-    use crate::kernels::product_float::case::{self, Case};
-    use crate::kernels::product_float::{Experts, Glu, Matrix, Shape, parts};
+    use crate::kernels::float_case::{self, Case};
+    use crate::kernels::product::{Glu, Matrix, Mixture, with_gate, with_parts};
     use crate::kernels::round_act;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
@@ -379,13 +397,14 @@ mod host {
     #[allow(missing_docs)] // the contract's names
     pub struct Args<'a> {
         pub format: FormatId,
-        pub matrices: &'a [Matrix],
+        pub parts: &'a [Matrix],
         pub glu: Option<Glu>,
+        /// Of a mixture plain.
         pub x: Activations,
-        /// With experts `n_cols` counts pairs, and `x` is plain.
-        pub experts: Option<Experts>,
         pub k: usize,
+        /// Of a mixture rows of activations, of which nothing is asked here.
         pub n_cols: usize,
+        pub mixture: Option<Mixture>,
     }
 
     /// One launch for all rows of all matrices.
@@ -397,49 +416,52 @@ mod host {
             FormatId::BF16 => true,
             format => return Err(LaunchError::Format { kernel, format }),
         };
-        let (max, expected) = match (args.x, args.experts) {
-            (Activations::Plain(_), None) => (MAX_PLAIN_COLS, "1 to 8 with f32 activations"),
-            // A grid's second dimension.
-            (Activations::Plain(_), Some(_)) => (65_535, "1 to 65535 pairs"),
-            (Activations::Tiles(_), None) => (MAX_COLS, "1 to 32"),
-            (Activations::Tiles(_), Some(_)) => (0, "f32 activations for a mixture"),
+        // A pair is a column by itself.
+        let n_cols = if args.mixture.is_some() { 1 } else { args.n_cols };
+        let (max, expected) = match args.x {
+            Activations::Plain(_) => (MAX_PLAIN_COLS, "1 to 8 with f32 activations"),
+            Activations::Tiles(_) if args.mixture.is_some() => (0, "f32 activations of a mixture"),
+            Activations::Tiles(_) => (MAX_COLS, "1 to 32"),
         };
-        if !(1..=max).contains(&args.n_cols) {
+        if !(1..=max).contains(&n_cols) {
             let got = args.n_cols as u64;
             return Err(LaunchError::Shape { kernel, what: "n_cols", expected, got });
         }
-        let pairs_per_x = args.experts.map_or(1, |experts| experts.pairs_per_x);
-        // A pair is a column by itself.
-        let n_cols = if args.experts.is_some() { 1 } else { args.n_cols };
-        let shape = Shape::new(check, args.k, n_cols, pairs_per_x, args.glu)?;
-        let (entry, blocks) = match (args.x, args.n_cols) {
+        check.multiple("k", args.k, 4, "a multiple of 4")?;
+        let k = check.size("k", args.k)?;
+        let (entry, blocks) = match (args.x, n_cols) {
             (Activations::Plain(_), _) => (["mmvf_F16", "mmvf_BF16"], 1),
             (Activations::Tiles(_), 1..=8) => (["mmvf_F16_n8", "mmvf_BF16_n8"], 1),
             (Activations::Tiles(_), 9..=16) => (["mmvf_F16_n16", "mmvf_BF16_n16"], 2),
             _ => (["mmvf_F16_n32", "mmvf_BF16_n32"], 4),
         };
         let rows = if blocks > 1 && args.glu.is_none() { 32 } else { 16 };
-        let ([p0, p1, p2], grid_x) = parts(check, args.matrices, args.glu.is_some(), rows)?;
-        let params = Params::new().with(p0).with(p1).with(p2);
-        let params = match args.x {
+        let (params, n_ctas) =
+            with_parts(kernel, Params::new(), args.parts, args.glu, |n_rows| n_rows.div_ceil(rows))?;
+        let shape = |params: Params| with_gate(params, args.glu).with(k).with(n_cols as u32);
+        let (params, n_lines) = match args.x {
             Activations::Plain(x) => {
                 check.aligned("x", x, 8)?;
-                let ids = args.experts.map_or(DevicePtr::NULL, |experts| experts.ids);
+                let (ids, n_pairs, pairs_per_x) = match args.mixture {
+                    None => (DevicePtr::NULL, 1, 1),
+                    Some(mixture) => (mixture.ids, mixture.n_pairs, mixture.pairs_per_x),
+                };
                 check.aligned("ids", ids, 4)?;
-                params.with(x).with(ids)
+                let pairs_per_x = check.size("pairs_per_x", pairs_per_x)?;
+                (shape(params.with(x).with(ids)).with(pairs_per_x), check.grid("n_pairs", n_pairs)?)
             }
             Activations::Tiles(x) => {
                 check.aligned("x", x, 16)?;
-                params.with(x)
+                (shape(params.with(x)), 1)
             }
         };
         Ok(Launch {
             entry: entry[usize::from(bf16)],
-            grid: [grid_x, if args.experts.is_some() { args.n_cols as u32 } else { 1 }, 1],
+            grid: [n_ctas, n_lines, 1],
             cta: THREADS,
             cluster: 1,
             smem_bytes: 4 * WINDOW,
-            params: params.with(shape),
+            params,
         })
     }
 
@@ -480,18 +502,24 @@ mod host {
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let Case { format, k, n_cols, glu, .. } = *case;
             let scratch = round_act::tiles_bytes(n_cols, k);
-            case::problem(case, random, scratch, move |operands| {
-                // Few columns take both ways in turn; the bits are the same.
-                let tiles = operands.experts.is_none() && n_cols > 4;
+            float_case::problem(case, random, scratch, move |operands| {
+                let tiles = operands.mixture.is_none() && n_cols > 4;
                 let mut launches = vec![];
                 if tiles {
                     let (x, tiles) = (operands.x, operands.scratch);
-                    launches.push(round_act::launch(&round_act::Args { format, x, tiles, n_cols, k })?);
+                    launches.push(round_act::launch(&round_act::Args {
+                        format,
+                        x,
+                        tiles,
+                        n_cols,
+                        k,
+                        mixture: None,
+                    })?);
                 }
                 let x =
                     if tiles { Activations::Tiles(operands.scratch) } else { Activations::Plain(operands.x) };
-                let (matrices, experts) = (&operands.matrices, operands.experts);
-                launches.push(launch(&Args { format, matrices, glu, x, experts, k, n_cols })?);
+                let (parts, mixture) = (&operands.matrices, operands.mixture);
+                launches.push(launch(&Args { format, parts, glu, x, k, n_cols, mixture })?);
                 Ok(launches)
             })
         }

@@ -615,7 +615,7 @@ mod host {
     }
 
     /// Random weights of a format, as bytes and decoded.
-    pub(crate) struct Weights<'a>(pub &'a mut Random, pub usize);
+    pub struct Weights<'a>(pub &'a mut Random, pub usize);
 
     impl Visitor for Weights<'_> {
         type Output = (Vec<u8>, Vec<f32>);

@@ -12,13 +12,13 @@ pub mod get_rows;
 pub mod layer_norm;
 pub mod flash;
 pub mod mmf;
+pub mod mmf32;
 pub mod mmvf;
 pub mod mmvq;
 pub mod moe_combine;
 pub mod moe_route;
 pub mod output;
 pub mod product;
-pub mod product_float;
 pub mod epilogue;
 mod int8_tile;
 pub mod mmq;
@@ -33,6 +33,8 @@ pub mod set_rows;
 pub mod softmax;
 pub mod top_k;
 
+#[cfg(not(target_arch = "nvptx64"))]
+pub(crate) mod float_case;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod order;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]

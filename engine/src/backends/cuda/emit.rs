@@ -14,8 +14,8 @@ use gpu_kernels::kernels::mmq::{self, Cut};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
 use gpu_kernels::kernels::{
-    argmax, epilogue, get_rows, glu, layer_norm, mmf, mmvf, mmvq, moe_combine, moe_route, moe_sort, product_float,
-    quantise_act, rms_norm, rope, round_act,
+    argmax, epilogue, get_rows, glu, layer_norm, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
+    quantise_act, rms_norm, rope, round_act, set_rows,
 };
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
 use quant::FormatId;
@@ -488,28 +488,29 @@ impl Emit<'_> {
                     mixture,
                 })?)
             }
-            Factor::Floats(_) if format == FormatId::F32 => Err(words("a product with F32 weights")),
-            Factor::Rounded(tiles) if n > mmvf::MAX_COLS => {
-                let (matrices, glu) = float_terms(&matrices, glu);
-                Ok(mmf::launch(&mmf::Args {
-                    format,
-                    matrices: &matrices,
-                    glu,
-                    x: self.value(tiles),
-                    k,
-                    n_cols: n,
-                    smem_per_cta_bytes: self.device.smem_per_cta_bytes,
-                })?)
+            Factor::Floats(x) if format == FormatId::F32 => {
+                let (parts, x, n_cols, mixture) = (&matrices[..], self.place(x), n, None);
+                Ok(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture })?)
             }
+            Factor::Rounded(tiles) if n > mmvf::MAX_COLS => Ok(mmf::launch(&mmf::Args {
+                format,
+                parts: &matrices,
+                glu,
+                x: self.value(tiles),
+                k,
+                n_cols: n,
+                mixture: None,
+                n_sm: self.device.n_sm,
+                smem_per_cta_bytes: self.device.smem_per_cta_bytes,
+            })?),
             Factor::Floats(_) | Factor::Rounded(_) => {
                 let x = match x {
                     Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
                     Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
                     Factor::Acts(_) => unreachable!("matched above"),
                 };
-                let (matrices, glu) = float_terms(&matrices, glu);
-                let (matrices, experts, n_cols) = (&matrices[..], None, n);
-                Ok(mmvf::launch(&mmvf::Args { format, matrices, glu, x, experts, k, n_cols })?)
+                let (parts, n_cols, mixture) = (&matrices[..], n, None);
+                Ok(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture })?)
             }
         }
     }
@@ -564,20 +565,16 @@ impl Emit<'_> {
                     mixture: Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x }),
                 }))
             }
-            Factor::Floats(_) if format == FormatId::F32 => Err(words("a mixture with F32 weights")),
             Factor::Floats(x) => {
-                let (matrices, glu) = float_terms(&matrices, glu);
-                one(mmvf::launch(&mmvf::Args {
-                    format,
-                    matrices: &matrices,
-                    glu,
-                    x: mmvf::Activations::Plain(self.place(x)),
-                    experts: Some(product_float::Experts { ids: self.place(p.ids), pairs_per_x }),
-                    k: p.k,
-                    n_cols: n_pairs,
-                }))
+                let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
+                let (parts, x, n_cols, k) = (&matrices[..], self.place(x), n_pairs / pairs_per_x, p.k);
+                if format == FormatId::F32 {
+                    return one(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture }));
+                }
+                let x = mmvf::Activations::Plain(x);
+                one(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture }))
             }
-            Factor::Rounded(_) => Err(words("a mixture of rounded activations")),
+            Factor::Rounded(_) => Err(Refusal::Words(String::from("rounded activations of a mixture"))),
         }
     }
 
@@ -633,9 +630,20 @@ impl Emit<'_> {
         Ok(launches.iter().copied().collect())
     }
 
-    fn store(&self, _: &Store) -> Result<Vec<Launch>, Refusal> {
-        let _ = self.kv()?.at(0, KvPart::K);
-        Err(words("kv_store"))
+    fn store(&self, store: &Store) -> Result<Vec<Launch>, Refusal> {
+        let kv = self.kv()?;
+        let n_head_kv = kv.layout.layers[store.il].n_head_kv;
+        let part = |src: Place, part: KvPart| {
+            set_rows::launch(&set_rows::Args {
+                to: kv.layout.format(part),
+                src: self.place(src),
+                ids: set_rows::Ids::I32(self.inputs.kv_rows(n_head_kv)),
+                dst: kv.at(store.il, part),
+                n_rows: store.n * n_head_kv,
+                n: kv.layout.head_dim(store.il, part),
+            })
+        };
+        Ok(vec![part(store.k, KvPart::K)?, part(store.v, KvPart::V)?])
     }
 }
 
@@ -658,25 +666,6 @@ fn int8_terms(
     (parts.iter().map(matrix).collect(), glu)
 }
 
-fn float_terms(
-    parts: &[product::Matrix],
-    glu: Option<product::Glu>,
-) -> (Vec<product_float::Matrix>, Option<product_float::Glu>) {
-    let matrix = |m: &product::Matrix| product_float::Matrix {
-        w: m.w,
-        bias: m.bias,
-        residual: m.residual,
-        y: m.y,
-        n_rows: m.n_rows,
-    };
-    let glu = glu.map(|glu| match glu {
-        product::Glu::Silu => product_float::Glu::Silu,
-        product::Glu::Gelu => product_float::Glu::Gelu,
-        product::Glu::SwigluOai { alpha, limit } => product_float::Glu::SwigluOai { alpha, limit },
-    });
-    (parts.iter().map(matrix).collect(), glu)
-}
-
 /// Why there are no launches.
 enum Refusal {
     Launch(LaunchError),
@@ -687,10 +676,6 @@ impl From<LaunchError> for Refusal {
     fn from(error: LaunchError) -> Refusal {
         Refusal::Launch(error)
     }
-}
-
-fn words(what: &str) -> Refusal {
-    Refusal::Words(format!("{what}: no kernel"))
 }
 
 fn one(launch: Result<Launch, LaunchError>) -> Result<Vec<Launch>, Refusal> {

@@ -344,7 +344,11 @@ impl Backend for Cuda {
         let prepared = &self.plans[&plan.0];
         let stale = prepared.ready.get(&class).is_none_or(|r| r.generation != self.generation());
         if stale {
-            let layout = InputLayout::new(step.tokens.len(), step.output_rows.len());
+            let mut heads: Vec<usize> =
+                self.kv.iter().flat_map(|kv| &kv.layout.layers).map(|layer| layer.n_head_kv).collect();
+            heads.sort_unstable();
+            heads.dedup();
+            let layout = InputLayout::new(step.tokens.len(), step.output_rows.len(), &heads);
             let plan_of = prepared.plan.clone();
             let ready = self.ready(&plan_of, layout, class)?;
             self.plans.get_mut(&plan.0).expect("a prepared plan").ready.insert(class, ready);
