@@ -37,5 +37,6 @@ pub mod top_k;
 pub(crate) mod float_case;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod order;
+pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
