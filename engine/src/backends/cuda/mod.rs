@@ -9,6 +9,8 @@
 
 mod emit;
 mod fuse;
+#[cfg(feature = "cuda")]
+pub mod hosted;
 mod inputs;
 mod memory;
 mod program;
