@@ -252,7 +252,7 @@ pub fn tanh(x: f32) -> f32 {
 #[inline(always)]
 pub fn erfc(x: f32) -> f32 {
     let t = rcp(fma(0.327_591_1, x, 1.0));
-    let terms = [0.254_829_59, -0.284_496_74, 1.421_413_7, -1.453_152_1, 1.061_405_4];
+    let terms = [0.254_829_6, -0.284_496_74, 1.421_413_7, -1.453_152_1, 1.061_405_4];
     let series = terms.iter().rev().fold(0.0, |sum, &term| fma(sum, t, term));
     series * t * ex2(-x * x * LOG2_E)
 }

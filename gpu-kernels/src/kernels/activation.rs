@@ -27,14 +27,23 @@ macro_rules! functions {
             }
         }
 
-        /// The function of this number, of each element: many at a branch, so that their latencies overlap.
+        /// The function of this number, of each of up to eight elements: many at a branch, so that their latencies overlap.
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         #[inline(always)]
         pub(crate) fn apply<const N: usize>(function: u32, x: [[f32; 4]; N], a: f32, b: f32) -> [[f32; 4]; N] {
             $(if function == Function::$name as u32 {
                 let ($a, $b) = (a, b);
                 let _ = ($a, $b);
-                return x.map(|x| x.map(|$x| $device));
+                let mut y = x;
+                unroll!(H in 0..2 {
+                    if H < N {
+                        unroll!(J in 0..4 {
+                            let $x = x[H][J];
+                            y[H][J] = $device;
+                        });
+                    }
+                });
+                return y;
             })+
             x
         }

@@ -30,25 +30,26 @@ mod gpu {
     use crate::kernels::output::SPAN4;
     use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, read};
 
-    /// Both factors of each element.
     #[inline(always)]
-    fn factors(
-        kind: u32,
-        gate: [[f32; 4]; 2],
-        up: [[f32; 4]; 2],
-        alpha: f32,
-        limit: f32,
-    ) -> [[[f32; 4]; 2]; 2] {
+    fn gated(kind: u32, gate: [[f32; 4]; 2], up: [[f32; 4]; 2], alpha: f32, limit: f32) -> [[f32; 4]; 2] {
+        let mut y = gate;
         if kind == OAI {
-            let gated = |gate: f32| {
-                let gate = math::fmin(gate, limit);
-                gate * math::sigmoid(alpha * gate)
-            };
-            let shifted = |up: f32| math::fmin(math::fmax(up, -limit), limit) + 1.0;
-            [gate.map(|v| v.map(gated)), up.map(|v| v.map(shifted))]
+            unroll!(H in 0..2 {
+                unroll!(J in 0..4 {
+                    let gate = math::fmin(gate[H][J], limit);
+                    let up = math::fmin(math::fmax(up[H][J], -limit), limit);
+                    y[H][J] = math::mul(gate * math::sigmoid(alpha * gate), up + 1.0);
+                });
+            });
         } else {
-            [apply(kind, gate, 0.0, 0.0), up]
+            y = apply(kind, gate, 0.0, 0.0);
+            unroll!(H in 0..2 {
+                unroll!(J in 0..4 {
+                    y[H][J] = math::mul(y[H][J], up[H][J]);
+                });
+            });
         }
+        y
     }
 
     #[inline(always)]
@@ -75,13 +76,7 @@ mod gpu {
         }
         let gate = read(gate.offset(row as usize * gate_stride4 as usize), span, n4, 0.0);
         let up = read(up.offset(row as usize * up_stride4 as usize), span, n4, 0.0);
-        let [mut v, up] = factors(kind, gate, up, alpha, limit);
-        unroll!(H in 0..2 {
-            unroll!(J in 0..4 {
-                v[H][J] = math::mul(v[H][J], up[H][J]);
-            });
-        });
-        T::store(v, y, scales, row * n4 + span * SPAN4, row * n4 + n4);
+        T::store(gated(kind, gate, up, alpha, limit), y, scales, row * n4 + span * SPAN4, row * n4 + n4);
     }
 
     kernels! {

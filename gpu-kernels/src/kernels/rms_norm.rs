@@ -124,8 +124,9 @@ mod gpu {
         let (first, step, spans) = (thread::warp_id(), thread::block_dim_x() / 32, n4.div_ceil(SPAN4));
 
         // Sum of squares. Each warp keeps its first span; more than one it has only in rows beyond 8192.
-        let v = row.sum(first);
+        // All loads before the store of h, which waits for the first of them.
         let (w, a) = (read(weight, first, n4, 1.0), read(row.add, first, n4, 0.0));
+        let v = row.sum(first);
         let mut squares = [0.0f32; 4];
         add_squares(&mut squares, v);
         let mut span = first + step;
@@ -170,8 +171,8 @@ mod gpu {
         let start = index * n4;
         let of_row = |array: Glb<F32x4>| if array.is_null() { array } else { array.offset(start as usize) };
         let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
-        let v = row.sum(0);
         let (w, a) = (read(weight, 0, n4, 1.0), read(row.add, 0, n4, 0.0));
+        let v = row.sum(0);
         let mut squares = [0.0f32; 4];
         add_squares(&mut squares, v);
         let sum = warp::sum_f32((squares[0] + squares[1]) + (squares[2] + squares[3]));

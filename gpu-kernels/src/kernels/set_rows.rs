@@ -41,7 +41,7 @@ mod gpu {
     fn of_lanes<T: Copy>(mut value: T, step: impl Fn(T, u32) -> T) -> T {
         unroll!(S in 0..4 {
             if S < 3 {
-                value = step(value, LANES / 2 >> S);
+                value = step(value, (LANES / 2) >> S);
             }
         });
         value
@@ -217,20 +217,24 @@ mod gpu {
         }
     }
 
-    /// Between two neighbouring values of the codebook; exact.
-    #[inline(always)]
-    fn midpoint(i: usize) -> f32 {
-        (IQ4[i] as f32 + IQ4[i + 1] as f32) * 0.5
-    }
+    /// Between each value of the codebook and the next, and the step to it; nothing after the last.
+    const STEPS: [(f32, f32); 16] = {
+        let (mut steps, mut i) = ([(f32::INFINITY, 0.0); 16], 0);
+        while i < 15 {
+            let (low, high) = (IQ4[i] as f32, IQ4[i + 1] as f32);
+            steps[i] = ((low + high) * 0.5, high - low);
+            i += 1;
+        }
+        steps
+    };
 
     /// The codebook's value nearest to `x`, the upper one of two equally near.
     #[inline(always)]
     fn nearest_value(x: f32) -> f32 {
         let mut value = IQ4[0] as f32;
         unroll!(I in 0..16 {
-            if I < 15 {
-                value += if x < midpoint(I) { 0.0 } else { (IQ4[I + 1] as i32 - IQ4[I] as i32) as f32 };
-            }
+            let (middle, step) = STEPS[I];
+            value += if x < middle { 0.0 } else { step };
         });
         value
     }
@@ -240,9 +244,7 @@ mod gpu {
     fn nearest(x: f32) -> u32 {
         let mut index = 0;
         unroll!(I in 0..16 {
-            if I < 15 {
-                index += if x < midpoint(I) { 0 } else { 1 };
-            }
+            index += if x < STEPS[I].0 { 0 } else { (I < 15) as u32 };
         });
         index
     }
