@@ -5,5 +5,3 @@ pub mod cpu;
 pub mod cuda;
 pub mod reference;
 pub mod split;
-#[cfg(feature = "gpu")]
-pub mod cuda;

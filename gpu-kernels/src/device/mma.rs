@@ -165,18 +165,24 @@ pub fn mma_bf16(c: &mut FragmentF32, a: FragmentA, b: FragmentB) {
 #[track_caller]
 pub fn mma_fma(c: &mut FragmentF32, a: FragmentA, b: FragmentB, value: impl Fn(u16) -> f32) {
     let (g, t) = (thread::lane_id() / 4, thread::lane_id() % 4);
-    // Steps of two in k: the lane of each quad that holds them, for the lower and then the upper half of k.
-    unroll!(STEP in 0..8 {
-        let (half, quad) = (STEP / 4, (STEP % 4) as u32);
-        let rows = [warp::shfl(a.0[2 * half], 4 * g + quad), warp::shfl(a.0[2 * half + 1], 4 * g + quad)];
-        let cols = [warp::shfl(b.0[half], 8 * t + quad), warp::shfl(b.0[half], 8 * t + 4 + quad)];
+    // Steps of two in k, the lower and then the upper half of k; each pair lies in the same lane of every quad. Rolled: a
+    // kernel has dozens of products, and unrolled they would fill the instruction cache and the registers.
+    let (mut step, n_steps) = (0, math::opaque(8));
+    while step < n_steps {
+        let lower = step < 4;
+        let pick = |a: u32, b: u32| if lower { a } else { b };
+        let (top, bottom, right) = (pick(a.0[0], a.0[2]), pick(a.0[1], a.0[3]), pick(b.0[0], b.0[1]));
+        let quad = step % 4;
+        let rows = [warp::shfl(top, 4 * g + quad), warp::shfl(bottom, 4 * g + quad)];
+        let cols = [warp::shfl(right, 8 * t + quad), warp::shfl(right, 8 * t + 4 + quad)];
         let element = |word: u32, i: usize| value((word >> (16 * i)) as u16);
         unroll!(I in 0..2 {
             unroll!(R in 0..4 {
                 c.0[R] = math::fma(element(rows[R / 2], I), element(cols[R % 2], I), c.0[R]);
             });
         });
-    });
+        step += 1;
+    }
 }
 
 /// `c += a · b` on signed bytes, m16n8k32: one instruction from sm_80 on; on sm_75 four of m8n8k16, whose fragments are

@@ -423,6 +423,7 @@ fn a_float_product_by_fma_is_the_tensor_cores() {
     }
     type MmaFn = fn(&mut mma::FragmentF32, mma::FragmentA, mma::FragmentB);
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "product_by_fma" => kernel;

@@ -48,7 +48,7 @@ mod gpu {
 
     use super::{STEPS, Tile};
     use crate::device::mma::{FragmentA, FragmentB, FragmentF32, load_x4};
-    use crate::device::{Glb, Smem, U32x4, async_copy, sync, thread};
+    use crate::device::{Glb, Smem, U32x4, async_copy, math, sync, thread};
     use crate::kernels::mmvf::Half;
     use crate::kernels::product::{Gate, Part, choose_at};
 
@@ -100,9 +100,82 @@ mod gpu {
         }
     }
 
-    /// The kernel.
+    /// Totals after one more span.
     #[inline(always)]
-    fn mmf<H: Half, const ACROSS: u32, const DOWN: u32, const M: usize, const N: usize>(
+    fn add<const M: usize, const N: usize>(totals: &mut [[FragmentF32; N]; M], sums: &[[FragmentF32; N]; M]) {
+        let mut m = 0;
+        while m < M {
+            let mut n = 0;
+            while n < N {
+                unroll!(R in 0..4 {
+                    totals[m][n].0[R] += sums[m][n].0[R];
+                });
+                n += 1;
+            }
+            m += 1;
+        }
+    }
+
+    /// Where in a stage this lane's rows and columns start, in words: the outputs are those that tensor cores would give it.
+    #[derive(Clone, Copy)]
+    struct Place {
+        rows: u32,
+        columns: u32,
+    }
+
+    impl Place {
+        /// The products of pair `pair` of the stage's k, by fma.
+        #[inline(always)]
+        #[track_caller]
+        fn multiply<H: Half, const M: usize, const N: usize>(
+            self,
+            stage: Smem<u32>,
+            pair: u32,
+            sums: &mut [[FragmentF32; N]; M],
+        ) {
+            let value = |word: u32, i: usize| bytemuck::cast::<u16, H>((word >> (16 * i)) as u16).to_f32();
+            // A fragment holds the pairs of a row's lower 8 of k in the registers 0 of four lanes, the upper in 2, and those of
+            // the row 8 below in 1 and 3.
+            let (step, upper, quad) = (pair / 8, pair / 4 % 2, pair % 4);
+            let row = self.rows + step * 128 + quad * 4 + 2 * upper;
+            let column = self.columns + (2 * step + upper) * 32 + quad;
+            let mut columns = [[0; 2]; N];
+            let mut n = 0;
+            while n < N {
+                let column = column + n as u32 * STEPS * 64;
+                columns[n] = [stage.ld(column), stage.ld(column + 4)];
+                n += 1;
+            }
+            let mut m = 0;
+            while m < M {
+                let row = row + m as u32 * STEPS * 128;
+                let rows = [stage.ld(row), stage.ld(row + 1)];
+                let mut n = 0;
+                while n < N {
+                    unroll!(R in 0..4 {
+                        let mut sum = sums[m][n].0[R];
+                        unroll!(I in 0..2 {
+                            sum = math::fma(value(rows[R / 2], I), value(columns[n][R % 2], I), sum);
+                        });
+                        sums[m][n].0[R] = sum;
+                    });
+                    n += 1;
+                }
+                m += 1;
+            }
+        }
+    }
+
+    /// The kernel, with tensor cores, or without by chains of fma on the same tiles.
+    #[inline(always)]
+    pub(super) fn mmf<
+        H: Half,
+        const TENSOR: bool,
+        const ACROSS: u32,
+        const DOWN: u32,
+        const M: usize,
+        const N: usize,
+    >(
         p0: Part,
         p1: Part,
         p2: Part,
@@ -147,6 +220,7 @@ mod gpu {
         let n_k16 = k.div_ceil(16);
         let n_stages = n_k16.div_ceil(STEPS);
         let vectors: Smem<U32x4> = Smem::dynamic(0, stages * size);
+        let words: Smem<u32> = Smem::dynamic(0, 4 * stages * size);
 
         // The row tile of slot `slot` of the CTA, and its matrix: the upper half of a warp's slots are up's rows. Tiles
         // beyond the matrix repeat its last; they are not stored.
@@ -215,56 +289,77 @@ mod gpu {
         sync::sync_threads();
 
         let mut totals = [[FragmentF32::default(); N]; M];
-        let mut steps = [Step::<M, N>::load(vectors, a, b, 0), Step::ZERO];
-        // The stage in registers, its slot, and the slot of the stage before, which is free.
-        let (mut stage, mut slot, mut free) = (0, 0, stages - 1);
-        while stage < n_stages {
-            let end = if stage + SPAN_STAGES < n_stages { stage + SPAN_STAGES } else { n_stages };
-            let mut sums = [[FragmentF32::default(); N]; M];
-            while stage < end {
-                unroll!(STEP in 0..4 {
-                    const { assert!(STEPS == 4) };
-                    if STEP < 3 {
-                        let (a, b) = (slot * size + a, slot * size + b);
-                        steps[(STEP + 1) % 2] = Step::load(vectors, a, b, STEP as u32 + 1);
-                    } else {
-                        // Every warp has this stage in registers once all are here. Beyond the last stage lie zeros.
-                        wait_for_all_but(stages, 2);
-                        sync::sync_threads();
-                        free = slot;
-                        slot = if slot + 1 < stages { slot + 1 } else { 0 };
-                        steps[0] = Step::load(vectors, slot * size + a, slot * size + b, 0);
-                    }
-                    // The first stage finds every slot filled.
-                    if STEP == 0 && stage > 0 {
-                        copy_a(stage - 1 + stages, free);
-                    }
-                    if STEP == 1 && stage > 0 {
-                        copy_b(stage - 1 + stages, free);
-                        async_copy::commit();
-                    }
-                    let mut m = 0;
-                    while m < M {
-                        let mut n = 0;
-                        while n < N {
-                            H::mma(&mut sums[m][n], steps[STEP % 2].a[m], steps[STEP % 2].b[n]);
-                            n += 1;
+        if TENSOR {
+            let mut steps = [Step::<M, N>::load(vectors, a, b, 0), Step::ZERO];
+            // The stage in registers, its slot, and the slot of the stage before, which is free.
+            let (mut stage, mut slot, mut free) = (0, 0, stages - 1);
+            while stage < n_stages {
+                let end = if stage + SPAN_STAGES < n_stages { stage + SPAN_STAGES } else { n_stages };
+                let mut sums = [[FragmentF32::default(); N]; M];
+                while stage < end {
+                    unroll!(STEP in 0..4 {
+                        const { assert!(STEPS == 4) };
+                        if STEP < 3 {
+                            let (a, b) = (slot * size + a, slot * size + b);
+                            steps[(STEP + 1) % 2] = Step::load(vectors, a, b, STEP as u32 + 1);
+                        } else {
+                            // Every warp has this stage in registers once all are here. Beyond the last stage lie zeros.
+                            wait_for_all_but(stages, 2);
+                            sync::sync_threads();
+                            free = slot;
+                            slot = if slot + 1 < stages { slot + 1 } else { 0 };
+                            steps[0] = Step::load(vectors, slot * size + a, slot * size + b, 0);
                         }
-                        m += 1;
-                    }
-                });
-                stage += 1;
-            }
-            let mut m = 0;
-            while m < M {
-                let mut n = 0;
-                while n < N {
-                    unroll!(R in 0..4 {
-                        totals[m][n].0[R] += sums[m][n].0[R];
+                        // The first stage finds every slot filled.
+                        if STEP == 0 && stage > 0 {
+                            copy_a(stage - 1 + stages, free);
+                        }
+                        if STEP == 1 && stage > 0 {
+                            copy_b(stage - 1 + stages, free);
+                            async_copy::commit();
+                        }
+                        let mut m = 0;
+                        while m < M {
+                            let mut n = 0;
+                            while n < N {
+                                H::mma(&mut sums[m][n], steps[STEP % 2].a[m], steps[STEP % 2].b[n]);
+                                n += 1;
+                            }
+                            m += 1;
+                        }
                     });
-                    n += 1;
+                    stage += 1;
                 }
-                m += 1;
+                add(&mut totals, &sums);
+            }
+        } else {
+            let mut stage = 0;
+            let mut slot = 0;
+            while stage < n_stages {
+                let end = if stage + SPAN_STAGES < n_stages { stage + SPAN_STAGES } else { n_stages };
+                let mut sums = [[FragmentF32::default(); N]; M];
+                while stage < end {
+                    let (of_warp_a, of_warp_b) = (slot * size + a - lane, slot * size + size_a);
+                    let first = Place {
+                        rows: 4 * (of_warp_a + 4 * (lane / 4)),
+                        columns: 4 * (of_warp_b + across * N as u32 * STEPS * 16 + 2 * (lane % 4)),
+                    };
+                    // Pairs in k: rolled, so that registers hold no more than one.
+                    let (mut pair, n_pairs) = (0, math::opaque(8 * STEPS));
+                    while pair < n_pairs {
+                        first.multiply::<H, M, N>(words, pair, &mut sums);
+                        pair += 1;
+                    }
+                    // Every warp is through with this stage: its slot is free.
+                    wait_for_all_but(stages, 2);
+                    sync::sync_threads();
+                    copy_a(stage + stages, slot);
+                    copy_b(stage + stages, slot);
+                    async_copy::commit();
+                    slot = if slot + 1 < stages { slot + 1 } else { 0 };
+                    stage += 1;
+                }
+                add(&mut totals, &sums);
             }
         }
         async_copy::wait::<0>();
@@ -320,8 +415,8 @@ mod gpu {
             p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,
             k: u32, n_cols: u32, stages: u32,
         );
-        "mmf_F16_128" => mmf::<f16, 4, 2, 4, 4>;
-        "mmf_BF16_128" => mmf::<bf16, 4, 2, 4, 4>;
+        "mmf_F16_128" => mmf::<f16, { f16::TENSOR }, 4, 2, 4, 4>;
+        "mmf_BF16_128" => mmf::<bf16, { bf16::TENSOR }, 4, 2, 4, 4>;
     }
 
     kernels! {
@@ -331,8 +426,8 @@ mod gpu {
             p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,
             k: u32, n_cols: u32, stages: u32,
         );
-        "mmf_F16_64" => mmf::<f16, 2, 2, 2, 4>;
-        "mmf_BF16_64" => mmf::<bf16, 2, 2, 2, 4>;
+        "mmf_F16_64" => mmf::<f16, { f16::TENSOR }, 2, 2, 2, 4>;
+        "mmf_BF16_64" => mmf::<bf16, { bf16::TENSOR }, 2, 2, 2, 4>;
     }
 }
 
@@ -487,6 +582,41 @@ mod host {
 
         fn flops(case: &Case) -> u64 {
             case.flops()
+        }
+    }
+}
+
+#[cfg(all(test, feature = "emu"))]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::gpu::mmf;
+    use crate::case::{self, Kernel, Random};
+    use crate::device::{Glb, U32x4};
+    use crate::emu::{Emulator, Options};
+    use crate::kernels::product::{Gate, Part};
+
+    kernels! {
+        in "mmf";
+        BY_FMA: threads(256);
+        fn (
+            p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,
+            k: u32, n_cols: u32, stages: u32,
+        );
+        "mmf_F16_128" => mmf::<f16, false, 4, 2, 4, 4>;
+        "mmf_BF16_128" => mmf::<bf16, false, 4, 2, 4, 4>;
+        "mmf_F16_64" => mmf::<f16, false, 2, 2, 2, 4>;
+        "mmf_BF16_64" => mmf::<bf16, false, 2, 2, 2, 4>;
+    }
+
+    /// What tiers without tensor cores for the type run.
+    #[test]
+    fn chains_of_fma_are_right_too() {
+        let emulator = Emulator::with_kernels(Options::default(), BY_FMA);
+        for (i, case) in super::Mmf::CASES.iter().enumerate() {
+            let problem = super::Mmf::problem(case, &mut Random::new(i as u64));
+            let result = case::run(&emulator, Emulator::MODULE, &problem, super::Mmf::NMSE_MAX);
+            result.unwrap_or_else(|error| panic!("{case:?}: {error}"));
         }
     }
 }

@@ -181,12 +181,21 @@ mod gpu {
 
     kernels! {
         in "mmf32";
-        pub(super) ENTRIES: threads(256, 2);
+        pub(super) NARROW: threads(256, 2);
         fn (
             p0: Part, p1: Part, p2: Part, x: Glb<F32x4>, ids: Glb<u32>, gate: Gate, k: u32, n_cols: u32,
             pairs_per_x: u32,
         );
-        "mmf32_n8" => mmf32::<1, 8, 8>;
+        "mmf32_n8" => mmf32::<1, 8, 4>;
+    }
+
+    kernels! {
+        in "mmf32";
+        pub(super) WIDE: threads(256, 1);
+        fn (
+            p0: Part, p1: Part, p2: Part, x: Glb<F32x4>, ids: Glb<u32>, gate: Gate, k: u32, n_cols: u32,
+            pairs_per_x: u32,
+        );
         "mmf32_n16" => mmf32::<2, 16, 4>;
     }
 }
@@ -276,7 +285,7 @@ mod host {
         ];
         const NMSE_MAX: f64 = 1e-12;
         #[cfg(feature = "emu")]
-        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::NARROW, super::gpu::WIDE];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let Case { k, n_cols, glu, .. } = *case;

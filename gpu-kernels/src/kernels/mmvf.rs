@@ -49,13 +49,19 @@ mod gpu {
     /// Fragments of a span.
     const FRAGMENTS: u32 = (SPAN / 16) as u32;
 
+    /// Whether more than 8 columns leave registers for a whole item: not where a product takes two instructions or more.
+    const STREAM_MANY: bool = cfg!(any(not(target_arch = "nvptx64"), sm_ge_80));
+
     /// A 16-bit float that tensor cores multiply.
     pub(crate) trait Half: Float {
+        /// Whether this tier's tensor cores know the type. Without, the product is a chain of fma in order of k.
+        const TENSOR: bool;
         /// `c += a · b`.
         fn mma(c: &mut FragmentF32, a: FragmentA, b: FragmentB);
     }
 
     impl Half for f16 {
+        const TENSOR: bool = cfg!(any(not(target_arch = "nvptx64"), sm_ge_75));
         #[inline(always)]
         #[track_caller]
         fn mma(c: &mut FragmentF32, a: FragmentA, b: FragmentB) {
@@ -64,6 +70,7 @@ mod gpu {
     }
 
     impl Half for bf16 {
+        const TENSOR: bool = cfg!(any(not(target_arch = "nvptx64"), sm_ge_80));
         #[inline(always)]
         #[track_caller]
         fn mma(c: &mut FragmentF32, a: FragmentA, b: FragmentB) {
@@ -175,10 +182,11 @@ mod gpu {
         acc
     }
 
-    /// The kernel, on `columns` of `n_cols` columns.
+    /// The kernel, on `columns` of `n_cols` columns. Without `STREAM` a warp holds one fragment at a time: where the products
+    /// need the registers.
     #[inline(always)]
     #[track_caller]
-    fn mmvf<H: Half, C: Columns, const BLOCKS: usize>(
+    fn mmvf<H: Half, C: Columns, const BLOCKS: usize, const STREAM: bool>(
         [part, up]: [Part; 2],
         gate: Gate,
         columns: C,
@@ -207,7 +215,7 @@ mod gpu {
             let w = if two_tiles && item % 2 == 1 { w1 } else { w0 };
             w.offset((item >> shift) as usize * 32 * FRAGMENTS as usize)
         };
-        let n_whole = n_k16 / FRAGMENTS << shift;
+        let n_whole = if STREAM { n_k16 / FRAGMENTS << shift } else { 0 };
         let n_items = n_k16.div_ceil(FRAGMENTS) << shift;
         let last_block = (n_cols - 1) / 8;
 
@@ -239,7 +247,7 @@ mod gpu {
                     let mut acc = [FragmentF32::default(); BLOCKS];
                     let from = weights(at);
                     let mut i = 0;
-                    while k16 + i < n_k16 {
+                    while i < FRAGMENTS && k16 + i < n_k16 {
                         let weight = FragmentA(from.ld_stream(32 * i).0);
                         let mut block = 0;
                         while block < BLOCKS {
@@ -304,7 +312,7 @@ mod gpu {
 
     /// On f32 activations, up to 8 columns, or pairs of a mixture.
     #[inline(always)]
-    fn plain<H: Half>(
+    pub(super) fn plain<H: Half, const STREAM: bool>(
         p0: Part,
         p1: Part,
         p2: Part,
@@ -322,12 +330,12 @@ mod gpu {
         let pairs = x.offset(column as usize * (k / 2) as usize + t as usize);
         let n_pairs = k / 2 - if t < k / 2 { t } else { k / 2 };
         let columns = Plain::<H> { pairs, n_pairs, format: core::marker::PhantomData };
-        mmvf::<H, _, 1>([choose(p0, p1, p2), p1], gate, columns, k, n_cols, [expert, pair]);
+        mmvf::<H, _, 1, STREAM>([choose(p0, p1, p2), p1], gate, columns, k, n_cols, [expert, pair]);
     }
 
     /// On tiles, up to `8 * BLOCKS` columns.
     #[inline(always)]
-    fn tiles<H: Half, const BLOCKS: usize>(
+    pub(super) fn tiles<H: Half, const BLOCKS: usize, const STREAM: bool>(
         p0: Part,
         p1: Part,
         p2: Part,
@@ -338,7 +346,7 @@ mod gpu {
     ) {
         let words = x.offset(thread::lane_id() as usize);
         let columns = Tiles { words, n_tiles: 2 * k.div_ceil(16) };
-        mmvf::<H, _, BLOCKS>([choose(p0, p1, p2), p1], gate, columns, k, n_cols, [0, 0]);
+        mmvf::<H, _, BLOCKS, STREAM>([choose(p0, p1, p2), p1], gate, columns, k, n_cols, [0, 0]);
     }
 
     kernels! {
@@ -348,20 +356,20 @@ mod gpu {
             p0: Part, p1: Part, p2: Part, x: Glb<F32x2>, ids: Glb<u32>, gate: Gate, k: u32, n_cols: u32,
             pairs_per_x: u32,
         );
-        "mmvf_F16" => plain::<f16>;
-        "mmvf_BF16" => plain::<bf16>;
+        "mmvf_F16" => plain::<f16, { f16::TENSOR }>;
+        "mmvf_BF16" => plain::<bf16, { bf16::TENSOR }>;
     }
 
     kernels! {
         in "mmvf";
         pub(super) TILES: threads(256, 2);
         fn (p0: Part, p1: Part, p2: Part, x: Glb<u32>, gate: Gate, k: u32, n_cols: u32);
-        "mmvf_F16_n8" => tiles::<f16, 1>;
-        "mmvf_F16_n16" => tiles::<f16, 2>;
-        "mmvf_F16_n32" => tiles::<f16, 4>;
-        "mmvf_BF16_n8" => tiles::<bf16, 1>;
-        "mmvf_BF16_n16" => tiles::<bf16, 2>;
-        "mmvf_BF16_n32" => tiles::<bf16, 4>;
+        "mmvf_F16_n8" => tiles::<f16, 1, { f16::TENSOR }>;
+        "mmvf_F16_n16" => tiles::<f16, 2, STREAM_MANY>;
+        "mmvf_F16_n32" => tiles::<f16, 4, STREAM_MANY>;
+        "mmvf_BF16_n8" => tiles::<bf16, 1, { bf16::TENSOR }>;
+        "mmvf_BF16_n16" => tiles::<bf16, 2, STREAM_MANY>;
+        "mmvf_BF16_n32" => tiles::<bf16, 4, STREAM_MANY>;
     }
 }
 
@@ -530,6 +538,53 @@ mod host {
 
         fn flops(case: &Case) -> u64 {
             case.flops()
+        }
+    }
+}
+
+#[cfg(all(test, feature = "emu"))]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::gpu::{plain, tiles};
+    use crate::case::{self, Kernel, Random};
+    use crate::device::{F32x2, Glb};
+    use crate::emu::{Emulator, Options};
+    use crate::kernels::product::{Gate, Part};
+
+    kernels! {
+        in "mmvf";
+        PLAIN: threads(256);
+        fn (
+            p0: Part, p1: Part, p2: Part, x: Glb<F32x2>, ids: Glb<u32>, gate: Gate, k: u32, n_cols: u32,
+            pairs_per_x: u32,
+        );
+        "mmvf_F16" => plain::<f16, false>;
+        "mmvf_BF16" => plain::<bf16, false>;
+    }
+
+    kernels! {
+        in "mmvf";
+        TILES: threads(256);
+        fn (p0: Part, p1: Part, p2: Part, x: Glb<u32>, gate: Gate, k: u32, n_cols: u32);
+        "mmvf_F16_n8" => tiles::<f16, 1, false>;
+        "mmvf_F16_n16" => tiles::<f16, 2, false>;
+        "mmvf_F16_n32" => tiles::<f16, 4, false>;
+        "mmvf_BF16_n8" => tiles::<bf16, 1, false>;
+        "mmvf_BF16_n16" => tiles::<bf16, 2, false>;
+        "mmvf_BF16_n32" => tiles::<bf16, 4, false>;
+    }
+
+    /// What tiers without tensor cores for the type run.
+    #[test]
+    fn a_fragment_at_a_time_is_right_too() {
+        for table in [PLAIN, TILES] {
+            let emulator = Emulator::with_kernels(Options::default(), table);
+            for (i, case) in super::Mmvf::CASES.iter().enumerate() {
+                let problem = super::Mmvf::problem(case, &mut Random::new(i as u64));
+                let result = case::run(&emulator, Emulator::MODULE, &problem, super::Mmvf::NMSE_MAX);
+                result.unwrap_or_else(|error| panic!("{case:?}: {error}"));
+            }
         }
     }
 }
