@@ -225,6 +225,7 @@ impl Emit<'_> {
                 tiles: self.value(*out),
                 n_cols: *n,
                 k: *k,
+                mixture: None,
             })),
             Action::Product(product) => self.product(product),
             Action::ExpertProduct(product) => self.expert_product(product),
@@ -238,10 +239,12 @@ impl Emit<'_> {
                     tile_cols: *tile_cols,
                 }))
             }
-            Action::RopeTable { positions, frequencies, magnitude, n, n_rot, out } => {
+            Action::RopeTable { positions, frequencies, factors, magnitude, n, n_rot, out } => {
                 one(rope::launch_table(&rope::TableArgs {
                     positions: self.place(*positions),
                     frequencies: *frequencies,
+                    factors: self.opt(*factors),
+                    sections: rope::Sections::NONE,
                     out: self.value(*out),
                     n_tokens: *n,
                     n_rot: *n_rot,

@@ -187,11 +187,6 @@ impl Addresses for Placed<'_> {
     fn weight(&self, key: WeightKey) -> DevicePtr {
         self.weights.at(key)
     }
-    fn floats(&self, key: WeightKey, n: usize) -> Vec<f32> {
-        let floats = self.weights.floats(key);
-        assert_eq!(floats.len(), n, "{key:?}");
-        floats
-    }
     fn input(&self, input: Input) -> DevicePtr {
         self.inputs.input(input)
     }

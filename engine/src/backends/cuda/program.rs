@@ -236,8 +236,8 @@ pub enum Action {
     ExpertProduct(ExpertProduct),
     /// Orders the step's (token, slot) pairs by expert, into tiles of so many columns.
     SortExperts { ids: Place, n_pairs: usize, n_expert: usize, tile_cols: usize, order: Value, tiles: Value },
-    /// `frequencies`: radians per position of each pair, f32 [n_rot / 2].
-    RopeTable { positions: Place, frequencies: DevicePtr, magnitude: f32, n: usize, n_rot: usize, out: Value },
+    /// `frequencies`: radians per position of each pair, [n_rot / 2] sums of two floats.
+    RopeTable { positions: Place, frequencies: DevicePtr, factors: Option<Place>, magnitude: f32, n: usize, n_rot: usize, out: Value },
     Rope { rotation: Rotation, table: Place, n_rot: usize, mode: RopeMode, n: usize },
     Store(Store),
     /// `partials` is the kernel's scratch.
@@ -340,7 +340,10 @@ impl Action {
                     f(sorted.tiles);
                 }
             }
-            Action::RopeTable { positions, .. } => place(*positions, f),
+            Action::RopeTable { positions, factors, .. } => {
+                place(*positions, f);
+                opt(*factors, f);
+            }
             Action::Rope { rotation, table, .. } => {
                 place(rotation.x, f);
                 place(*table, f);

@@ -8,7 +8,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use alloc::{format, vec};
 
-use gpu_kernels::kernels::round_act;
+use gpu_kernels::kernels::{rope, round_act};
 use gpu_kernels::launch::DevicePtr;
 use quant::act::ActKind;
 use quant::{BlockFormat, FloatFormat, FormatId, Visitor};
@@ -51,8 +51,6 @@ pub enum WeightForm {
 pub trait Addresses {
     /// A weight.
     fn weight(&self, key: WeightKey) -> DevicePtr;
-    /// The same, where the translation itself needs its values: a vector of so many floats.
-    fn floats(&self, key: WeightKey, n: usize) -> Vec<f32>;
     /// An input of the step.
     fn input(&self, input: Input) -> DevicePtr;
     /// A place that holds these values for good.
@@ -65,9 +63,6 @@ pub struct Anywhere;
 impl Addresses for Anywhere {
     fn weight(&self, _: WeightKey) -> DevicePtr {
         DevicePtr(1 << 20)
-    }
-    fn floats(&self, _: WeightKey, n: usize) -> Vec<f32> {
-        vec![1.0; n]
     }
     fn input(&self, _: Input) -> DevicePtr {
         DevicePtr(1 << 20)
@@ -133,23 +128,16 @@ pub fn act_kind(format: FormatId) -> Option<ActKind> {
     quant::with_format(format, Kind).flatten()
 }
 
-/// Radians per position of each rotated pair: scaling, YaRN's mix and the model's factors in one number, since the angle
-/// is proportional to the position in all of them. As `reference` defines it.
-fn frequencies(p: &RopeParams, factors: &[f32]) -> Vec<f32> {
-    let (n, base) = (p.n_dims as f64, f64::from(p.freq_base));
-    let pair_of_turns = |turns: f32| {
-        let positions_per_turn = f64::from(p.n_ctx_orig) / (f64::from(turns) * 2.0 * core::f64::consts::PI);
-        n * libm::log(positions_per_turn) / (2.0 * libm::log(base))
-    };
-    let low = libm::floor(pair_of_turns(p.beta_fast)).max(0.0);
-    let high = libm::ceil(pair_of_turns(p.beta_slow)).min(n - 1.0);
-    let frequency = |(j, factor): (usize, &f32)| {
-        let plain = libm::pow(base, -2.0 * j as f64 / n) / f64::from(*factor);
-        let ramp = 1.0 - ((j as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
-        let mix = ramp * f64::from(p.ext_factor);
-        (plain * (f64::from(p.freq_scale) * (1.0 - mix) + mix)) as f32
-    };
-    factors.iter().enumerate().map(frequency).collect()
+fn scaling(p: &RopeParams) -> rope::Scaling {
+    rope::Scaling {
+        n_rot: p.n_dims,
+        freq_base: p.freq_base,
+        freq_scale: p.freq_scale,
+        ext_factor: p.ext_factor,
+        beta_fast: p.beta_fast,
+        beta_slow: p.beta_slow,
+        n_ctx_orig: p.n_ctx_orig,
+    }
 }
 
 /// A graph under translation.
@@ -373,18 +361,11 @@ impl<'a> Translator<'a> {
             }
             Op::RopeTable { positions, freq_factors, params } => {
                 let n = shape(*positions).elems();
-                let factors = match *freq_factors {
-                    Some(id) => {
-                        self.vector(id)?;
-                        let key = weight_key(graph, id, WeightForm::Plain).ok_or("factors that are no weight")?;
-                        self.addresses.floats(key, params.n_dims / 2)
-                    }
-                    None => vec![1.0; params.n_dims / 2],
-                };
-                let frequencies = self.addresses.constant(&frequencies(params, &factors))?;
+                let factors = self.opt_vector(*freq_factors)?;
+                let frequencies = self.addresses.constant(rope::frequencies(&scaling(params)).as_flattened())?;
                 let (positions, out) = (self.place(*positions), self.value(out()));
                 let (magnitude, n_rot) = (params.attn_factor, params.n_dims);
-                self.push(Action::RopeTable { positions, frequencies, magnitude, n, n_rot, out });
+                self.push(Action::RopeTable { positions, frequencies, factors, magnitude, n, n_rot, out });
             }
             Op::Rope { x, table, mode } => {
                 let [n, heads, head_dim] = *shape(*x).dims() else { unreachable!("checked by the builder") };

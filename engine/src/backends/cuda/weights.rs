@@ -57,12 +57,6 @@ impl DeviceWeights {
         self.placed[&key]
     }
 
-    /// A vector's values.
-    pub fn floats(&self, key: WeightKey) -> Vec<f32> {
-        let raw = self.source.row_range(key.weight, key.first_row, key.rows);
-        raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-    }
-
     /// Bytes of device memory in use.
     pub fn bytes(&self) -> usize {
         self.memory.iter().map(Memory::bytes).sum()
