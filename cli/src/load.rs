@@ -129,6 +129,11 @@ pub struct Loaded {
 impl EngineArgs {
     /// Opens a model; `default_ctx` where the user names no size (`None`: the model's, bounded).
     pub fn open(&self, path: &Path, default_ctx: Option<usize>) -> Result<Loaded> {
+        self.open_with(path, default_ctx, ContextParams::default())
+    }
+
+    /// [`EngineArgs::open`] with what flags do not say: sequences, and whether it is for embeddings.
+    pub fn open_with(&self, path: &Path, default_ctx: Option<usize>, base: ContextParams) -> Result<Loaded> {
         let started = Instant::now();
         check_device(self.device, self.gpu_layers.as_deref(), self.require_gpu)?;
         let model = Arc::new(Files::open(path)?.model()?);
@@ -138,7 +143,7 @@ impl EngineArgs {
             n_ubatch: self.batch_size.max(1),
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
-            ..ContextParams::default()
+            ..base
         };
         let (backend, context) = context(&model, params, threads)?;
         let load_ms = ui::ms(started.elapsed());
