@@ -56,8 +56,8 @@ const WIDE: usize = 128;
 const WIDE_TILES: u32 = (WIDE / ROWS) as u32;
 /// Chunks of 16 bytes in a span of codes.
 const SPAN_CHUNKS: u32 = 2 * SPAN_GROUPS as u32;
-/// Elements between the columns of the tile that a gated pair exchanges: four column pairs in different banks.
-const EXCHANGE_STRIDE: u32 = 68;
+/// Elements between the columns of the finished tile in shared memory: four column pairs in different banks.
+const EXCHANGE_STRIDE: u32 = WIDE as u32 + 4;
 
 /// The wide cut's shared memory: two stages of everything.
 struct WideLayout {
@@ -213,10 +213,24 @@ mod gpu {
         (blocks * F::LAYOUT.block_bytes).div_ceil(F::LAYOUT.unit_bytes) as u32
     }
 
-    /// Group `g` of a span in registers; a constant.
-    #[inline(always)]
+    /// Group `g` of a span in registers; a constant. The host compiles it once per format, not once per call.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[cfg_attr(not(target_arch = "nvptx64"), inline(never))]
     fn group<F: BlockFormat + Tiled>(words: &F::Words, g: usize) -> quant::Group {
         block::<F>(words, g / F::GROUPS).unpack_group(g % F::GROUPS)
+    }
+
+    /// The same words, as values of their own: else LLVM cuts those that live across a loop into the bytes that some group
+    /// needs, a register each.
+    #[inline(always)]
+    fn whole_words<F: Tiled>(words: &F::Words) -> F::Words {
+        let mut words = *words;
+        let mut i = 0;
+        while i < F::LAYOUT.span_bytes / 4 {
+            words.as_mut()[i] = opaque(words.as_ref()[i]);
+            i += 1;
+        }
+        words
     }
 
     /// Adds a bias, if there is one.
@@ -484,50 +498,40 @@ mod gpu {
             round += 1;
         }
 
+        // Through shared memory, so that a warp stores whole columns, and of a gated pair what belongs together meets.
         let (g, t) = (lane / 4, lane % 4);
-        // Of a gated pair, the warps of up hand their tiles over.
         let exchange = Smem::<f32>::dynamic(0, WIDE as u32 * EXCHANGE_STRIDE);
-        let first_row = if gated { 64 * cta } else { WIDE as u32 * (cta - part.first_cta) + row };
-        let first_bias = columns.expert * part.n_rows;
-        let bias = if gated && row != 0 { p1.bias } else { part.bias };
-        unroll!(M in 0..4 { unroll!(R in 0..2 {
-            let row = first_row + (16 * M + 8 * R) as u32 + g;
-            if !bias.is_null() && row < part.n_rows {
-                let bias = bias.cast::<f32>().ld_nc(first_bias + row);
-                unroll!(N in 0..4 { unroll!(C in 0..2 {
-                    totals[M][N][2 * R + C] += bias;
-                }); });
-            }
-        }); });
-        if gated {
-            sync::sync_threads();
-            if row != 0 {
-                unroll!(M in 0..4 { unroll!(N in 0..4 { unroll!(E in 0..4 {
-                    let column = column + (8 * N + E % 2) as u32 + 2 * t;
-                    exchange.st(column * EXCHANGE_STRIDE + (16 * M + E / 2 * 8) as u32 + g, totals[M][N][E]);
-                }); }); });
-            }
-            sync::sync_threads();
-            if row != 0 {
-                return;
-            }
-            unroll!(M in 0..4 { unroll!(N in 0..4 { unroll!(E in 0..4 {
-                let column = column + (8 * N + E % 2) as u32 + 2 * t;
-                let up = exchange.ld(column * EXCHANGE_STRIDE + (16 * M + E / 2 * 8) as u32 + g);
-                totals[M][N][E] = shape.glu.gated(totals[M][N][E], up);
-            }); }); });
-        }
-        unroll!(N in 0..4 { unroll!(C in 0..2 {
-            let output = wide.columns.ld(WIDE as u32 + column + (8 * N + C) as u32 + 2 * t);
-            if output != NONE {
-                unroll!(M in 0..4 { unroll!(R in 0..2 {
-                    let row = first_row + (16 * M + 8 * R) as u32 + g;
-                    if row < part.n_rows {
-                        finish(&part, output, row, totals[M][N][2 * R + C]);
+        sync::sync_threads();
+        unroll!(M in 0..4 { unroll!(N in 0..4 { unroll!(E in 0..4 {
+            let column = column + (8 * N + E % 2) as u32 + 2 * t;
+            let row = row + (16 * M + E / 2 * 8) as u32 + g;
+            exchange.st(column * EXCHANGE_STRIDE + row, totals[M][N][E]);
+        }); }); });
+        sync::sync_threads();
+
+        let first_row = if gated { WIDE as u32 / 2 * cta } else { WIDE as u32 * (cta - part.first_cta) };
+        let mut c = warp_id;
+        while c < columns.n {
+            let output = wide.columns.ld(WIDE as u32 + c);
+            let n_slots = if gated { WIDE_TILES / 2 } else { WIDE_TILES };
+            let mut slot = 0;
+            while slot < n_slots {
+                let in_tile = slot * ROWS as u32 + lane;
+                let row = first_row + in_tile;
+                if row < part.n_rows {
+                    let in_bias = columns.expert * part.n_rows + row;
+                    let at = c * EXCHANGE_STRIDE + in_tile;
+                    let mut value = biased(part.bias, in_bias, exchange.ld(at));
+                    if gated {
+                        let up = exchange.ld(at + WIDE as u32 / 2);
+                        value = shape.glu.gated(value, biased(p1.bias, in_bias, up));
                     }
-                }); });
+                    finish(&part, output, row, value);
+                }
+                slot += 1;
             }
-        }); });
+            c += WARPS;
+        }
     }
 
     /// Where a warp's partial sum of an output lies: column pairs of a lane quad in different banks.
@@ -629,13 +633,11 @@ mod gpu {
         let tile_bytes = F::LAYOUT.tile_bytes(shape.n_groups as usize * quant::format::GROUP);
         let tile_at = (columns.expert as usize * n_tiles as usize + row_tile as usize) * tile_bytes;
 
-        // An item is a span of one matrix; gate and up alternate.
+        // Each warp has a span of its own in a round; of a gated pair half of the warps have the gate's, half up's.
         let n_spans = shape.n_groups.div_ceil(SPAN_GROUPS as u32);
-        let n_items = if gated { 2 * n_spans } else { n_spans };
-        let span_of = |item: u32| if gated { item / 2 } else { item };
-        let load = |item: u32| {
-            let w = if gated && item % 2 == 1 { p1.w } else { part.w };
-            let span = span_of(item);
+        let per_round = if gated { WARPS / 2 } else { WARPS };
+        let w = if warp_id < per_round { part.w } else { p1.w };
+        let load = |span: u32| {
             let at = tile_at + F::LAYOUT.span_offset(span as usize);
             load_span::<F>(w.offset(at), units_of::<F>(span, shape.n_groups))
         };
@@ -663,19 +665,19 @@ mod gpu {
         let mut words = F::Words::zeroed();
         let mut acts = [U32x2([0; 2]); 2];
         let mut stage = 0;
-        if warp_id < n_items {
-            words = load(warp_id);
-            acts = narrow.fetch(span_of(warp_id) * SPAN_GROUPS as u32, 0);
+        let mut span = warp_id % per_round;
+        if span < n_spans {
+            words = load(span);
+            acts = narrow.fetch(span * SPAN_GROUPS as u32, 0);
         }
 
         // Of the outputs t, t + 256, … of the CTA, thread t keeps the totals: of both matrices of a gated pair.
         let mut totals = [[-0.0f32; 4]; 2];
-        let mut first_item = 0;
-        while first_item < n_items {
-            let item = first_item + warp_id;
-            if item < n_items {
-                let first = span_of(item) * SPAN_GROUPS as u32;
-                let there = groups_of(span_of(item), shape.n_groups);
+        let mut done = 0;
+        while done < n_spans {
+            if span < n_spans {
+                let first = span * SPAN_GROUPS as u32;
+                let there = groups_of(span, shape.n_groups);
                 let mut acc = [[[0.0f32; 4]; NT]; 2];
                 // Unknown to the compiler, so that the loop stays rolled.
                 let steps = opaque(SPAN_STEPS);
@@ -685,27 +687,22 @@ mod gpu {
                     narrow.put_columns(acts);
                     unroll!(S in 0..4 {
                         if step == S as u32 {
+                            let words = whole_words::<F>(&words);
                             unroll!(J in 0..2 {
                                 let group = group::<F>(&words, CHUNK * S + J);
                                 int8_tile::put_group::<F, CHUNK, ROWS>(
                                     narrow.a, narrow.row_floats, lane, J as u32, &group,
                                 );
                             });
-                            // The registers are free: the next item's words are under way during this chunk's product.
-                            if S == 3 && item + WARPS < n_items {
-                                words = load(item + WARPS);
-                            }
                         }
                     });
+                    // The registers are free: the next span's words are under way during this chunk's product.
+                    if step == SPAN_STEPS - 1 && span + per_round < n_spans {
+                        words = load(span + per_round);
+                    }
                     let next = (step + 1) * CHUNK as u32;
-                    let next = if next < there {
-                        first + next
-                    } else if item + WARPS < n_items {
-                        span_of(item + WARPS) * SPAN_GROUPS as u32
-                    } else {
-                        // Nothing follows; past the end nothing is copied.
-                        shape.n_groups
-                    };
+                    // After the span the next one; if there is none, this is past the end, where nothing is copied.
+                    let next = if next < there { first + next } else { first + per_round * SPAN_GROUPS as u32 };
                     acts = narrow.fetch(next, stage ^ 1);
                     async_copy::wait::<1>();
                     warp::sync_warp();
@@ -744,26 +741,27 @@ mod gpu {
             }
             sync::sync_threads();
 
-            // Add the spans in order.
-            let rest = n_items - first_item;
-            let here = if rest < WARPS { rest } else { WARPS };
+            // Add the round's spans in order.
             let mut i = 0;
             while 8 * i < COLS {
-                let column = warp_id + 8 * i as u32;
-                let at = partial_index(lane, column);
-                let mut item = 0;
-                while item < here {
-                    if gated && item % 2 == 1 {
-                        totals[1][i] += partials(item).ld(at);
-                    } else {
-                        totals[0][i] += partials(item).ld(at);
+                let at = partial_index(lane, warp_id + 8 * i as u32);
+                unroll!(W in 0..8 {
+                    let second = gated && W >= 4;
+                    let span = done + if second { W as u32 % 4 } else { W as u32 };
+                    if span < n_spans {
+                        let partial = partials(W as u32).ld(at);
+                        if second {
+                            totals[1][i] += partial;
+                        } else {
+                            totals[0][i] += partial;
+                        }
                     }
-                    item += 1;
-                }
+                });
                 i += 1;
             }
             sync::sync_threads();
-            first_item += WARPS;
+            done += per_round;
+            span += per_round;
         }
 
         let row = row_tile * ROWS as u32 + lane;
@@ -1115,7 +1113,7 @@ mod host {
     }
 
     /// The same in the order of the contract.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "emu"))]
     fn chain<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f32 {
         let groups: Vec<_> = row.iter().flat_map(|block| (0..F::GROUPS).map(move |g| (block, g))).zip(column).collect();
         let spans = groups.chunks(tile::SPAN_GROUPS);
@@ -1143,7 +1141,7 @@ mod host {
             dot(row, column)
         }
     }
-    #[cfg(test)]
+    #[cfg(all(test, feature = "emu"))]
     impl Sum for f32 {
         fn sum<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f32 {
             chain(row, column)
@@ -1257,8 +1255,17 @@ mod host {
             buffers.chain(outputs.into_iter().map(|values| Buffer::Output(Expected::F32(values)))).collect()
         }
 
+        /// The first part's product in the contract's order, and the buffers of the problem.
+        #[cfg(all(test, feature = "emu"))]
+        pub(super) fn chained(&self, random: &mut Random) -> (Vec<f32>, Vec<Buffer>) {
+            let data = self.data(random);
+            let (kind, products) = self.products::<f32>(&data);
+            let outputs = products.iter().map(|values| vec![0.0; values.len()]).collect();
+            (products.into_iter().next().expect("a part"), self.buffers(&data, kind, outputs))
+        }
+
         /// The launch on [`Case::buffers`].
-        fn launch(&self, at: &[DevicePtr]) -> Result<Launch, LaunchError> {
+        pub(super) fn launch(&self, at: &[DevicePtr]) -> Result<Launch, LaunchError> {
             let outputs = 4 + 3 * self.n_rows.len();
             let mut parts = [Matrix::default(); MAX_PARTS];
             let added = |at| if self.added { at } else { DevicePtr::NULL };
@@ -1351,6 +1358,100 @@ mod host {
 
         fn flops(case: &Case) -> u64 {
             2 * (case.n_rows.iter().sum::<usize>() * case.n_outputs() * case.k) as u64
+        }
+    }
+}
+
+#[cfg(all(test, feature = "emu"))]
+mod tests {
+    use alloc::{vec, vec::Vec};
+
+    use quant::FormatId;
+
+    use super::host::{Case, Cut, plain};
+    use super::{gpu, *};
+    use crate::case::{Buffer, Random};
+    use crate::driver::{Driver, MemKind, StreamId};
+    use crate::emu::{Emulator, Entry, Options};
+    use crate::kernels::int8_tile::Dp4a;
+    use crate::launch::DevicePtr;
+
+    // What GPUs without int8 tensor cores run under these names.
+    kernels! {
+        BY_DP4A: threads(256);
+        fn (
+            p0: gpu::GpuPart, p1: gpu::GpuPart, p2: gpu::GpuPart,
+            q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>, shape: Shape,
+        );
+        "mmq_Q4_K_n16" => gpu::narrow::<formats::q4_k::Block, Dp4a, 16, 2>;
+        "mmq_Q6_K_n32" => gpu::narrow::<formats::q6_k::Block, Dp4a, 32, 4>;
+        "mmq_Q2_K_n32" => gpu::narrow::<formats::q2_k::Block, Dp4a, 32, 4>;
+        "mmq_Q8_0_n128" => gpu::wide::<formats::q8_0::Block, Dp4a>;
+    }
+
+    /// The bits of a case's first output as the contract orders the sums, and as an entry computes them.
+    fn bits(case: &Case, seed: u64, tables: &[&[Entry]]) -> (Vec<u32>, Vec<u32>) {
+        let (expected, buffers) = case.chained(&mut Random::new(seed));
+        let emulator = Emulator::new(Options::default());
+        let write = |bytes: &[u8]| {
+            let at = emulator.alloc(MemKind::Device, bytes.len().max(1) as u64).unwrap();
+            emulator.write(at, bytes, StreamId::DEFAULT).unwrap();
+            at
+        };
+        let mut at: Vec<DevicePtr> = vec![];
+        for buffer in &buffers {
+            at.push(match buffer {
+                Buffer::Input(bytes) => write(bytes),
+                Buffer::Output(_) => emulator.alloc(MemKind::Device, 4 * expected.len() as u64).unwrap(),
+            });
+        }
+        let launch = case.launch(&at).unwrap();
+        let entry = tables.iter().flat_map(|table| table.iter()).find(|entry| entry.name == launch.entry).unwrap();
+        emulator.run(entry, &launch).unwrap();
+        let mut got = vec![0u8; 4 * expected.len()];
+        emulator.read(&mut got, *at.last().unwrap(), StreamId::DEFAULT).unwrap();
+        let got = got.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+        (expected.iter().map(|v| v.to_bits()).collect(), got.collect())
+    }
+
+    #[test]
+    fn bits_are_those_of_the_contract_in_every_cut() {
+        for format in FORMATS {
+            // More spans than a narrow round has for one, a short span for the other.
+            let ks = if quant::info(*format).elems == 256 { [2304, 256] } else { [576, 320] };
+            for (cut, k) in [(Cut::Narrow16, ks[0]), (Cut::Narrow32, ks[1]), (Cut::Wide, ks[1])] {
+                let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &[ENTRIES]);
+                assert_eq!(expected, got, "{format} {cut:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn dp4a_gives_the_same_bits() {
+        for (format, cut, k) in [
+            (FormatId::Q4_K, Cut::Narrow16, 256),
+            (FormatId::Q6_K, Cut::Narrow32, 512),
+            (FormatId::Q2_K, Cut::Narrow32, 256),
+            (FormatId::Q8_0, Cut::Wide, 288),
+        ] {
+            let (expected, got) = bits(&plain(format, cut, &[40], k, 19), 3, &[BY_DP4A]);
+            assert_eq!(expected, got, "{format} {cut:?}");
+        }
+    }
+
+    #[test]
+    fn cuts_fit_the_work_and_the_device() {
+        let (h100, turing) = (227 * 1024, 64 * 1024);
+        let choose = |rows, cols, smem| Cut::choose(FormatId::Q8_0, rows, cols, smem);
+        assert_eq!(choose(4096, 512, h100), Cut::Wide);
+        assert_eq!(choose(4096, 512, turing), Cut::Narrow32);
+        assert_eq!(choose(4096, 512, 48 * 1024), Cut::Narrow16);
+        assert_eq!(choose(4096, 64, h100), Cut::Narrow32);
+        assert_eq!(choose(4096, 9, h100), Cut::Narrow16);
+        for format in FORMATS {
+            for (cut, most) in [(Cut::Narrow16, 48 << 10), (Cut::Narrow32, 64 << 10), (Cut::Wide, 227 << 10)] {
+                assert!(entry(*format, cut).unwrap().1 <= most, "{format} {cut:?}");
+            }
         }
     }
 }
