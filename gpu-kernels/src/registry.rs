@@ -1,11 +1,15 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
-use crate::kernels::{dequantise, elementwise, mmq, mmvq, moe_sort, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{
+    dequantise, elementwise, get_rows, mmq, mmvq, moe_sort, quantise_act, repack, rms_norm, rope, softmax,
+};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
     &dequantise::Dequantise,
+    &repack::Repack,
+    &get_rows::GetRows,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
     &mmq::Mmq,

@@ -134,7 +134,7 @@ macro_rules! tiled {
 quant::for_each_block_format!(tiled![]);
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub use device::{block, load_span};
+pub use device::{block, load_span, load_span_of};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod device {
@@ -173,58 +173,66 @@ mod device {
     #[inline(always)]
     #[track_caller]
     pub fn load_span<F: Tiled>(span: Glb<u8>, n_units: u32) -> F::Words {
+        load_span_of::<F>(span, thread::lane_id(), n_units)
+    }
+
+    /// [`load_span`] of any row (0..32) of any (row tile, span): nothing need be uniform.
+    #[inline(always)]
+    #[track_caller]
+    pub fn load_span_of<F: Tiled>(span: Glb<u8>, row: u32, n_units: u32) -> F::Words {
         match F::LAYOUT.unit_bytes {
-            16 => load::<F, U32x4>(span.cast(), n_units),
-            8 => load::<F, U32x2>(span.cast(), n_units),
-            _ => load::<F, u32>(span.cast(), n_units),
+            16 => load::<F, U32x4>(span.cast(), row, n_units),
+            8 => load::<F, U32x2>(span.cast(), row, n_units),
+            _ => load::<F, u32>(span.cast(), row, n_units),
         }
     }
 
     #[inline(always)]
     #[track_caller]
-    fn load<F: Tiled, U: Unit>(span: Glb<U>, n_units: u32) -> F::Words {
+    fn load<F: Tiled, U: Unit>(span: Glb<U>, row: u32, n_units: u32) -> F::Words {
         let units = F::LAYOUT.span_units();
-        let words = size_of::<U>() / 4;
-        let mut row = F::Words::zeroed();
-        let span = span.offset(thread::lane_id() as usize);
+        let mut words = F::Words::zeroed();
+        let span = span.offset(row as usize);
+        let mut load = |u: usize| {
+            let unit = span.ld_stream((u * ROWS) as u32);
+            let of_unit = size_of::<U>() / 4;
+            let mut i = 0;
+            while i < of_unit {
+                words.as_mut()[u * of_unit + i] = unit.word(i);
+                i += 1;
+            }
+        };
+        // Whole spans are by far the most: no test per unit.
         let whole = F::LAYOUT.block_elems == super::SPAN || n_units == units as u32;
         let mut u = 0;
-        if whole {
-            while u < units {
-                let unit = span.ld_stream((u * ROWS) as u32);
-                let mut i = 0;
-                while i < words {
-                    row.as_mut()[u * words + i] = unit.word(i);
-                    i += 1;
-                }
-                u += 1;
+        while u < units {
+            if whole || (u as u32) < n_units {
+                load(u);
             }
-        } else {
-            while u < units {
-                if (u as u32) < n_units {
-                    let unit = span.ld_stream((u * ROWS) as u32);
-                    let mut i = 0;
-                    while i < words {
-                        row.as_mut()[u * words + i] = unit.word(i);
-                        i += 1;
-                    }
-                }
-                u += 1;
-            }
+            u += 1;
         }
-        row
+        words
     }
 
     /// Block `b` of a span in registers. `b` must be a constant once loops are unrolled.
+    ///
+    /// Byte by byte: a copy that cuts words would go through local memory, while bytes become shifts of registers.
     #[inline(always)]
     pub fn block<F: Tiled>(words: &F::Words, b: usize) -> F {
-        let at = b * size_of::<F>();
-        bytemuck::pod_read_unaligned(&bytemuck::bytes_of(words)[at..at + size_of::<F>()])
+        let mut block = F::zeroed();
+        let bytes = bytemuck::bytes_of_mut(&mut block);
+        let mut i = 0;
+        while i < size_of::<F>() {
+            let at = b * size_of::<F>() + i;
+            bytes[i] = (words.as_ref()[at / 4] >> (8 * (at % 4))) as u8;
+            i += 1;
+        }
+        block
     }
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use host::{matrix_bytes, pack};
+pub use host::{is_tiled, matrix_bytes, pack, spans};
 
 #[cfg(not(target_arch = "nvptx64"))]
 mod host {
@@ -235,18 +243,24 @@ mod host {
 
     use super::*;
 
+    /// Whether matrices of this format can be tiled: whether it holds weights.
+    pub fn is_tiled(format: FormatId) -> bool {
+        let floats = [FormatId::F32, FormatId::F16, FormatId::BF16];
+        floats.contains(&format) || info(format).elems.is_multiple_of(32)
+    }
+
     /// The order of spans of a format; `None` for F16 and BF16, which lie in fragments.
     ///
     /// # Panics
     ///
     /// If the format does not hold weights.
-    pub(super) fn spans(format: FormatId) -> Option<TileLayout> {
+    pub fn spans(format: FormatId) -> Option<TileLayout> {
         let row = info(format);
         match format {
             FormatId::F16 | FormatId::BF16 => None,
             FormatId::F32 => Some(TileLayout::new(1, 4)),
             _ => {
-                assert!(row.elems.is_multiple_of(32), "{format} holds no weights");
+                assert!(is_tiled(format), "{format} holds no weights");
                 Some(TileLayout::new(row.elems, row.bytes))
             }
         }
@@ -306,8 +320,7 @@ mod tests {
 
     /// Formats that hold weights.
     fn formats() -> impl Iterator<Item = FormatId> {
-        let floats = [FormatId::F32, FormatId::F16, FormatId::BF16];
-        FORMATS.iter().filter(|row| row.elems >= 32).map(|row| row.id).chain(floats)
+        FORMATS.iter().map(|row| row.id).filter(|&id| is_tiled(id))
     }
 
     /// The bytes of a row's span, read back unit by unit.
@@ -334,7 +347,7 @@ mod tests {
                         (0..n_rows * k / row.elems * row.bytes).map(|_| random.bits() as u8).collect();
                     let tiles = pack(format, &raw, n_rows, k);
                     assert_eq!(tiles.len(), matrix_bytes(format, n_rows, k), "{format}");
-                    let Some(layout) = host::spans(format) else { continue };
+                    let Some(layout) = spans(format) else { continue };
                     for (r, raw) in raw.chunks(raw.len() / n_rows).enumerate() {
                         let spans = (0..layout.n_spans(k)).map(|s| read_span(layout, &tiles, k, r, s));
                         assert_eq!(spans.collect::<Vec<_>>().concat(), raw, "{format} {n_rows}x{k} row {r}");
@@ -366,14 +379,14 @@ mod tests {
 
     #[test]
     fn layouts_are_those_of_the_contract() {
-        let layout = |format| host::spans(format).map(|l| (l.span_bytes, l.unit_bytes));
+        let layout = |format| spans(format).map(|l| (l.span_bytes, l.unit_bytes));
         assert_eq!(layout(FormatId::Q4_0), Some((144, 16)));
         assert_eq!(layout(FormatId::Q2_K), Some((84, 4)));
         assert_eq!(layout(FormatId::Q6_K), Some((212, 4)));
         assert_eq!(layout(FormatId::IQ4_XS), Some((136, 8)));
         assert_eq!(layout(FormatId::F32), Some((1024, 16)));
         // 576 = 2 spans and 2 blocks: 36 bytes, three units.
-        assert_eq!(host::spans(FormatId::Q4_0).unwrap().row_bytes(576), 2 * 144 + 48);
+        assert_eq!(spans(FormatId::Q4_0).unwrap().row_bytes(576), 2 * 144 + 48);
         assert_eq!(matrix_bytes(FormatId::BF16, 33, 40), 64 * 48 * 2);
     }
 }

@@ -43,7 +43,7 @@ macro_rules! kernels {
     };
 }
 
-kernels! { dequantise quantise_act mmvq mmq moe_sort rms_norm softmax rope elementwise }
+kernels! { dequantise repack get_rows quantise_act mmvq mmq moe_sort rms_norm softmax rope elementwise }
 
 #[test]
 fn entry_names_are_unique() {

@@ -2,12 +2,16 @@
 
 pub mod dequantise;
 pub mod elementwise;
-pub mod epilogue;
+pub mod get_rows;
 mod int8_tile;
 pub mod mmq;
+mod mmq_narrow;
+mod mmq_wide;
 pub mod mmvq;
 pub mod moe_sort;
+pub mod product;
 pub mod quantise_act;
+pub mod repack;
 pub mod rms_norm;
 pub mod rope;
 pub mod softmax;

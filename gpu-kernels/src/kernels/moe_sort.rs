@@ -111,6 +111,7 @@ mod gpu {
     }
 
     kernels! {
+        in "moe_sort";
         pub(super) ENTRIES: threads(256);
         fn (
             ids: Glb<u32>, order: Glb<u32>, tiles: Glb<U32x4>, n_pairs: u32, n_expert: u32, tile_cols: u32,
