@@ -72,8 +72,7 @@ fn bits_depend_on_the_weights_and_the_column_alone() {
         let others = [0; 2].map(|_| upload(&emulator, &vec![0xff; 4 * N_COLS * n_rows]));
         let part = |y| Matrix { w, bias: DevicePtr::NULL, residual: DevicePtr::NULL, y, n_rows };
         let product = |parts: &[Matrix], first: usize, n_cols: usize| {
-            let (q, scales) =
-                (q.offset((first * k) as u64), scales.offset((first * k / 32 * 8) as u64));
+            let (q, scales) = (q.offset((first * k) as u64), scales.offset((first * k / 32 * 8) as u64));
             let args = Args { format: format.id, parts, glu: None, q, scales, k, n_cols, mixture: None };
             mmvq::launch(&args).unwrap()
         };

@@ -145,7 +145,12 @@ mod device {
     /// Adds a round's spans in order, `n` of each matrix.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn add_sums<const COLS: usize>(totals: &mut Totals, of_warp: impl Fn(u32) -> Smem<f32>, n: u32, gated: bool) {
+    fn add_sums<const COLS: usize>(
+        totals: &mut Totals,
+        of_warp: impl Fn(u32) -> Smem<f32>,
+        n: u32,
+        gated: bool,
+    ) {
         let mut i = 0;
         while 8 * i < COLS {
             let at = sum_index(thread::lane_id(), thread::warp_id() + 8 * i as u32);
@@ -195,10 +200,7 @@ mod device {
         let w = w.offset(work.tile_at::<F>(row_tile));
         let n_spans = work.n_groups.div_ceil(SPAN_GROUPS as u32);
         let load = |span: u32| {
-            load_span::<F>(
-                w.offset(F::LAYOUT.span_offset(span as usize)),
-                units_of::<F>(span, work.n_groups),
-            )
+            load_span::<F>(w.offset(F::LAYOUT.span_offset(span as usize)), units_of::<F>(span, work.n_groups))
         };
 
         let at = const { layout::<F>(COLS) };
@@ -213,7 +215,8 @@ mod device {
             b: Codes(Smem::dynamic(base + at.b, (2 * COLS * 2 * CHUNK) as u32)),
         };
         let a = Codes::<CHUNK>(Smem::dynamic(base, (ROWS * 2 * CHUNK) as u32));
-        let row_floats: Smem<f32> = Smem::dynamic(base + at.row_floats, (row_planes::<F>() * CHUNK * ROWS) as u32);
+        let row_floats: Smem<f32> =
+            Smem::dynamic(base + at.row_floats, (row_planes::<F>() * CHUNK * ROWS) as u32);
         let column_floats: Smem<f32> =
             Smem::dynamic(base + at.column_floats, (column_planes::<F>() * CHUNK * COLS) as u32);
         let sums_of = |warp_id: u32| Smem::<f32>::dynamic(warp_id * at.bytes, (ROWS * COLS) as u32);
@@ -250,7 +253,10 @@ mod device {
                     }
                     unroll!(C in 0..4 {
                         if chunk == C as u32 {
-                            let words = whole_words::<F>(&words);
+                            // Without tensor cores registers are short: what the chunk needs is loaded here, and the
+                            // loads of whole spans vanish.
+                            let words =
+                                if P::ONE_AT_A_TIME { load(span) } else { whole_words::<F>(&words) };
                             unroll!(J in 0..2 {
                                 let group = group::<F>(&words, CHUNK * C + J);
                                 int8_tile::put_group::<F, CHUNK, ROWS>(a, row_floats, lane, J as u32, &group);
@@ -272,9 +278,18 @@ mod device {
                     let b = Codes(columns.b.0.skip(stage * (4 * COLS as u32)));
                     let tile =
                         Tile::<CHUNK, ROWS, COLS> { a, b, row_floats, column_floats, row: 0, column: 0 };
-                    tile.add_group::<F, P, 2, NT>(&mut acc, 0);
-                    if chunk * (CHUNK as u32) + 1 < there {
-                        tile.add_group::<F, P, 2, NT>(&mut acc, 1);
+                    if P::ONE_AT_A_TIME {
+                        let here = opaque(there - chunk * CHUNK as u32);
+                        let mut j = 0;
+                        while j < CHUNK as u32 && j < here {
+                            tile.add_group::<F, P, 2, NT>(&mut acc, j);
+                            j += 1;
+                        }
+                    } else {
+                        tile.add_group::<F, P, 2, NT>(&mut acc, 0);
+                        if chunk * (CHUNK as u32) + 1 < there {
+                            tile.add_group::<F, P, 2, NT>(&mut acc, 1);
+                        }
                     }
                     warp::sync_warp();
                     stage ^= 1;

@@ -33,8 +33,8 @@ pub use host::*;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod device {
-    use crate::device::math::{self, fma};
     use crate::device::Glb;
+    use crate::device::math::{self, fma};
 
     /// One matrix as kernels take it: what [`super::host`]'s `with_parts` writes.
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
