@@ -41,10 +41,11 @@ mod gpu {
 
     use crate::device::{Glb, U32x2, U32x4, thread};
     use crate::kernels::int8_tile::Native;
+    use crate::kernels::lookup::InMemory;
     use crate::kernels::mmq_narrow::narrow;
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     use crate::kernels::mmq_wide::wide;
-    use crate::kernels::product::{Gate, Part, choose};
+    use crate::kernels::product::{Gate, Part, choose_at};
     use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block};
 
     /// What the parts have in common.
@@ -153,7 +154,7 @@ mod gpu {
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[cfg_attr(not(target_arch = "nvptx64"), inline(never))]
     pub(crate) fn group<F: BlockFormat + Tiled>(words: &F::Words, g: usize) -> quant::Group {
-        block::<F>(words, g / F::GROUPS).unpack_group(g % F::GROUPS)
+        block::<F>(words, g / F::GROUPS).unpack_group_by(g % F::GROUPS, InMemory)
     }
 
     /// Wider tiles, for GPUs without int8 tensor cores: the narrow cut on each piece of the tile, one after the other.
@@ -200,7 +201,7 @@ mod gpu {
                 if columns.n == 0 {
                     return;
                 }
-                let part = choose(thread::block_idx_y(), p0, p1, p2);
+                let part = choose_at(p0, p1, p2, thread::block_idx_y());
                 let cta = thread::block_idx_y() - part.first_cta;
                 let $work = &Work { part, up: p1, gate, cta, q, scales, n_groups: shape.n_groups, columns };
                 $body
