@@ -309,14 +309,14 @@ mod gpu {
                 });
 
                 let mut acc = [[0.0f32; COLS]; TILES];
-                let mut g = 0;
-                while g < SPAN_GROUPS {
+                const { assert!(SPAN_GROUPS == 8) };
+                unroll!(G in 0..8 {
                     let weights: [Group; TILES] = core::array::from_fn(|t| {
-                        block::<F>(&words[t], g / F::GROUPS).unpack_group_by(g % F::GROUPS, book)
+                        block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
                     });
                     let mut c = 0;
                     while c < COLS {
-                        let at = (c * SPAN_GROUPS + g) as u32;
+                        let at = (c * SPAN_GROUPS + G) as u32;
                         let [U32x4(low), U32x4(high)] = [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
                         let act = Staged::load::<F>(stage.scales, at);
                         let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
@@ -324,14 +324,13 @@ mod gpu {
                         while t < TILES {
                             let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
                             // Groups beyond a short span hold nothing; without a branch.
-                            let there = F::ELEMS == crate::tile::SPAN || (g as u32) < n;
+                            let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
                             acc[t][c] = if there { sum } else { acc[t][c] };
                             t += 1;
                         }
                         c += 1;
                     }
-                    g += 1;
-                }
+                });
                 let mut t = 0;
                 while t < TILES {
                     let mut c = 0;
