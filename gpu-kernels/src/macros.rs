@@ -24,6 +24,7 @@ macro_rules! unroll {
     ($i:ident in 0..2 $body:block) => { unroll!(@ $i $body 0 1) };
     ($i:ident in 0..4 $body:block) => { unroll!(@ $i $body 0 1 2 3) };
     ($i:ident in 0..8 $body:block) => { unroll!(@ $i $body 0 1 2 3 4 5 6 7) };
+    ($i:ident in 0..16 $body:block) => { unroll!(@ $i $body 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
     (@ $i:ident $body:block $($n:literal)*) => { copies!($i $body $($n)*) };
 }
 

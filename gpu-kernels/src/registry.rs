@@ -2,7 +2,9 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    dequantise, elementwise, get_rows, mmvq, quantise_act, repack, rms_norm, rope, softmax,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, get_rows, glu, layer_norm, mmf, mmf32, mmvf,
+    mmvq, moe_combine, moe_route, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax,
+    top_k,
 };
 
 /// The rows.
@@ -12,10 +14,25 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &get_rows::GetRows,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
+    &round_act::RoundAct,
+    &mmvf::Mmvf,
+    &mmf::Mmf,
+    &mmf32::Mmf32,
     &rms_norm::RmsNorm,
+    &layer_norm::LayerNorm,
     &softmax::Softmax,
     &rope::Rope,
     &elementwise::Elementwise,
+    &glu::Glu,
+    &moe_route::MoeRoute,
+    &moe_combine::MoeCombine,
+    &argmax::Argmax,
+    &top_k::TopK,
+    &argsort::Argsort,
+    &cumsum::Cumsum,
+    &sample::Sample,
+    &copy::StridedCopy,
+    &set_rows::SetRows,
 ];
 
 /// The kernel of this name.

@@ -27,7 +27,7 @@ pub enum Glu {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use device::{Gate, Part, choose};
+pub(crate) use device::{Gate, Part, choose, choose_at};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
@@ -60,7 +60,12 @@ mod device {
     /// The part that this CTA of the grid's first dimension works on.
     #[inline(always)]
     pub(crate) fn choose(p0: Part, p1: Part, p2: Part) -> Part {
-        let cta = thread::block_idx_x();
+        choose_at(p0, p1, p2, thread::block_idx_x())
+    }
+
+    /// The part that a kernel's CTA `cta` works on, however it counts them.
+    #[inline(always)]
+    pub(crate) fn choose_at(p0: Part, p1: Part, p2: Part, cta: u32) -> Part {
         if cta < p1.first_cta {
             p0
         } else if cta < p2.first_cta {
