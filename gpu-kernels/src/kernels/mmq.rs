@@ -788,7 +788,7 @@ mod tests {
         let mut at: Vec<DevicePtr> = vec![];
         for buffer in &buffers {
             at.push(match buffer {
-                Buffer::Input(bytes) => write(bytes),
+                Buffer::Input(bytes) | Buffer::Changed(bytes, _) => write(bytes),
                 Buffer::Output(_) => emulator.alloc(MemKind::Device, 4 * expected.len() as u64).unwrap(),
             });
         }

@@ -14,29 +14,20 @@ use crate::tile::{ROWS, SPAN_GROUPS};
 
 /// Groups that a warp unpacks at a time.
 const CHUNK: usize = 2;
-/// Chunks of a span.
-const SPAN_CHUNKS: u32 = (SPAN_GROUPS / CHUNK) as u32;
-
-/// A warp's shared memory: unpacked codes and floats, over which its sums are written, then two stages of activations.
-struct Layout {
-    row_floats: u32,
-    column_floats: u32,
-    b: u32,
-    bytes: u32,
-}
-
-const fn layout<F: BlockFormat>(cols: usize) -> Layout {
+/// A warp's shared memory: unpacked codes, over which its sums are written, then where floats of rows and of columns and
+/// two stages of activations start, and where it ends.
+const fn layout<F: BlockFormat>(cols: usize) -> [u32; 4] {
     let row_floats = (ROWS * CHUNK * 32) as u32;
     let column_floats = row_floats + (row_planes::<F>() * CHUNK * ROWS * 4) as u32;
     let unpacked = column_floats + (column_planes::<F>() * CHUNK * cols * 4) as u32;
     let sums = (ROWS * cols * 4) as u32;
     let b = if unpacked < sums { sums } else { unpacked };
-    Layout { row_floats, column_floats, b, bytes: b + 2 * (cols * CHUNK * 32) as u32 }
+    [row_floats, column_floats, b, b + 2 * (cols * CHUNK * 32) as u32]
 }
 
 /// Shared memory of a CTA.
 pub const fn narrow_bytes<F: BlockFormat>(cols: usize) -> u32 {
-    WARPS * layout::<F>(cols).bytes
+    WARPS * layout::<F>(cols)[3]
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
@@ -53,6 +44,9 @@ mod device {
     use crate::kernels::mmq::{Work, group, groups_of, units_of};
     use crate::kernels::quantise_act::ActScale;
     use crate::tile::{Tiled, load_span};
+
+    /// Chunks of a span.
+    const SPAN_CHUNKS: u32 = (SPAN_GROUPS / CHUNK) as u32;
 
     /// Where a warp's sum of an output lies: column pairs of a lane quad in different banks.
     #[inline(always)]
@@ -203,8 +197,8 @@ mod device {
             load_span::<F>(w.offset(F::LAYOUT.span_offset(span as usize)), units_of::<F>(span, work.n_groups))
         };
 
-        let at = const { layout::<F>(COLS) };
-        let base = warp_id * at.bytes;
+        let [row_floats_at, column_floats_at, b_at, bytes] = const { layout::<F>(COLS) };
+        let base = warp_id * bytes;
         let column_of = |i: usize| if 8 * i < COLS { work.columns.input(lane / 4 + 8 * i as u32) } else { 0 };
         let columns = Columns {
             q: work.q,
@@ -212,14 +206,14 @@ mod device {
             n_groups: work.n_groups,
             copied: [column_of(0), column_of(1), column_of(2), column_of(3)],
             scaled: work.columns.input(lane % COLS as u32),
-            b: Codes(Smem::dynamic(base + at.b, (2 * COLS * 2 * CHUNK) as u32)),
+            b: Codes(Smem::dynamic(base + b_at, (2 * COLS * 2 * CHUNK) as u32)),
         };
         let a = Codes::<CHUNK>(Smem::dynamic(base, (ROWS * 2 * CHUNK) as u32));
         let row_floats: Smem<f32> =
-            Smem::dynamic(base + at.row_floats, (row_planes::<F>() * CHUNK * ROWS) as u32);
+            Smem::dynamic(base + row_floats_at, (row_planes::<F>() * CHUNK * ROWS) as u32);
         let column_floats: Smem<f32> =
-            Smem::dynamic(base + at.column_floats, (column_planes::<F>() * CHUNK * COLS) as u32);
-        let sums_of = |warp_id: u32| Smem::<f32>::dynamic(warp_id * at.bytes, (ROWS * COLS) as u32);
+            Smem::dynamic(base + column_floats_at, (column_planes::<F>() * CHUNK * COLS) as u32);
+        let sums_of = |warp_id: u32| Smem::<f32>::dynamic(warp_id * bytes, (ROWS * COLS) as u32);
 
         let mut words = F::Words::zeroed();
         let mut acts = [U32x2([0; 2]); 2];
