@@ -14,7 +14,7 @@ use gpu_kernels::kernels::mmq::{self, Cut};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
 use gpu_kernels::kernels::{
-    argmax, epilogue, get_rows, glu, layer_norm, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
+    argmax, get_rows, glu, layer_norm, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
     quantise_act, rms_norm, rope, round_act, set_rows,
 };
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
@@ -477,19 +477,9 @@ impl Emit<'_> {
                     return Ok(mmvq::launch(&args)?);
                 }
                 let cut = Cut::choose(format, rows, n, self.device.smem_per_cta_bytes);
-                let (parts, glu) = int8_terms(&matrices, glu);
-                let (n_cols, mixture) = (n, None);
-                Ok(mmq::launch(&mmq::Args {
-                    format,
-                    cut,
-                    parts: &parts,
-                    glu,
-                    q,
-                    scales,
-                    k,
-                    n_cols,
-                    mixture,
-                })?)
+                let (parts, mixture) = (&matrices[..], None);
+                let product = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
+                Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
             }
             Factor::Floats(x) if format == FormatId::F32 => {
                 let (parts, x, n_cols, mixture) = (&matrices[..], self.place(x), n, None);
@@ -536,28 +526,7 @@ impl Emit<'_> {
         match p.x {
             Factor::Acts(acts) => {
                 let (q, scales, k) = (self.value(acts.q), self.value(acts.scales), p.k);
-                if let Some(sorted) = p.sorted {
-                    let n_expert = p.parts[0].w.n_expert;
-                    let mixture = mmq::Mixture {
-                        order: self.value(sorted.order),
-                        tiles: self.value(sorted.tiles),
-                        n_tiles: moe_sort::max_tiles(n_pairs, n_expert, sorted.cut.cols()),
-                        pairs_per_x,
-                    };
-                    let (parts, glu) = int8_terms(&matrices, glu);
-                    return one(mmq::launch(&mmq::Args {
-                        format,
-                        cut: sorted.cut,
-                        parts: &parts,
-                        glu,
-                        q,
-                        scales,
-                        k,
-                        n_cols: n_pairs,
-                        mixture: Some(mixture),
-                    }));
-                }
-                one(mmvq::launch(&product::Args {
+                let product = product::Args {
                     format,
                     parts: &matrices,
                     glu,
@@ -566,7 +535,15 @@ impl Emit<'_> {
                     k,
                     n_cols: n_pairs / pairs_per_x,
                     mixture: Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x }),
-                }))
+                };
+                let Some(sorted) = p.sorted else { return one(mmvq::launch(&product)) };
+                let cut = sorted.cut;
+                let sorted = mmq::Sorted {
+                    order: self.value(sorted.order),
+                    tiles: self.value(sorted.tiles),
+                    n_expert: p.parts[0].w.n_expert,
+                };
+                one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }))
             }
             Factor::Floats(x) => {
                 let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
@@ -648,25 +625,6 @@ impl Emit<'_> {
         };
         Ok(vec![part(store.k, KvPart::K)?, part(store.v, KvPart::V)?])
     }
-}
-
-fn int8_terms(
-    parts: &[product::Matrix],
-    glu: Option<product::Glu>,
-) -> (Vec<mmq::Matrix>, Option<epilogue::Glu>) {
-    let matrix = |m: &product::Matrix| mmq::Matrix {
-        w: m.w,
-        bias: m.bias,
-        residual: m.residual,
-        y: m.y,
-        n_rows: m.n_rows,
-    };
-    let glu = glu.map(|glu| match glu {
-        product::Glu::Silu => epilogue::Glu::Silu,
-        product::Glu::Gelu => epilogue::Glu::Gelu,
-        product::Glu::SwigluOai { alpha, limit } => epilogue::Glu::SwigluOai { alpha, limit },
-    });
-    (parts.iter().map(matrix).collect(), glu)
 }
 
 /// Why there are no launches.
