@@ -3,8 +3,8 @@
 use crate::case::AnyKernel;
 use crate::kernels::{
     argmax, argsort, copy, cumsum, dequantise, elementwise, get_rows, glu, layer_norm, mmf, mmf32, mmvf,
-    mmvq, moe_combine, moe_route, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax,
-    top_k,
+    mmvq, moe_combine, moe_route, peak, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows,
+    softmax, top_k,
 };
 
 /// The rows.
@@ -33,6 +33,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &sample::Sample,
     &copy::StridedCopy,
     &set_rows::SetRows,
+    &peak::Peak,
 ];
 
 /// The kernel of this name.

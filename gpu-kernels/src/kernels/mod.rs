@@ -17,6 +17,7 @@ pub mod mmvq;
 pub mod moe_combine;
 pub mod moe_route;
 pub mod output;
+pub mod peak;
 pub mod product;
 pub mod quantise_act;
 pub mod repack;
