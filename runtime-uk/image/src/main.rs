@@ -10,6 +10,7 @@ mod answer;
 mod entry;
 mod memory;
 mod model;
+mod serve;
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -54,6 +55,9 @@ fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn core::erro
     say!("{} on {} with {} core(s)", model.arch_name(), isa.name(), machine.cores.n_threads());
     if let Some(prompt) = &options.prompt {
         answer::answer(&mut context, prompt.as_bytes(), options.n_predict)?;
+    }
+    if !options.exit {
+        serve::serve(machine, &mut devices, context)?;
     }
     Ok(())
 }

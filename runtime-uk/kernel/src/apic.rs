@@ -27,6 +27,9 @@ const TIMER_COUNT: u32 = 0x380;
 const TIMER_NOW: u32 = 0x390;
 const TIMER_DIVIDE: u32 = 0x3e0;
 
+/// Reads of a timer before it is taken for stopped.
+const TIMER_PATIENCE: u32 = 10_000_000;
+
 const BUSY: u32 = 1 << 12;
 const MASKED: u32 = 1 << 16;
 const INIT: u32 = 0x4500;
@@ -125,16 +128,36 @@ impl Apic {
         self.command(target, FIXED | u32::from(WAKE_VECTOR));
     }
 
+    /// Starts the timer without its interrupt, at the bus's rate.
+    fn count_down(self, from: u32) {
+        self.write(TIMER_DIVIDE, 0b1011);
+        self.write(TIMER, MASKED | u32::from(TIMER_VECTOR));
+        self.write(TIMER_COUNT, from);
+    }
+
+    /// Waits until the timer has counted down; whether it counts at all.
+    pub fn run_timer_down(self, from: u32) -> bool {
+        self.count_down(from);
+        let mut reads = 0;
+        while self.read(TIMER_NOW) != 0 {
+            reads += 1;
+            if reads == TIMER_PATIENCE {
+                return false;
+            }
+        }
+        reads > 0
+    }
+
     /// Measures the timer against the clock.
     pub fn calibrate_timer(self) {
         const SPAN: Duration = Duration::from_millis(2);
-        self.write(TIMER_DIVIDE, 0b1011);
-        self.write(TIMER, MASKED | u32::from(TIMER_VECTOR));
-        self.write(TIMER_COUNT, u32::MAX);
+        self.count_down(u32::MAX);
+        let started = clock::now();
         clock::spin(SPAN);
-        let counted = u32::MAX - self.read(TIMER_NOW);
+        let counted = u64::from(u32::MAX - self.read(TIMER_NOW));
+        let micros = (clock::now() - started).as_micros() as u64;
         self.write(TIMER_COUNT, 0);
-        TIMER_RATE.store((u64::from(counted) / SPAN.as_millis() as u64).max(1), Ordering::Relaxed);
+        TIMER_RATE.store((counted * 1000 / micros.max(1)).max(1), Ordering::Relaxed);
         self.write(TIMER, TIMER_VECTOR.into());
     }
 

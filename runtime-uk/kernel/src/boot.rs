@@ -11,6 +11,7 @@ use core::fmt;
 use heapless::Vec;
 
 use crate::acpi::Root;
+use crate::paging::PAGE;
 
 /// What `eax` holds after a multiboot2 entry.
 pub const MULTIBOOT2: u32 = 0x36d7_6289;
@@ -71,6 +72,12 @@ impl Range {
     /// The address after the last.
     pub fn end(self) -> u64 {
         self.start + self.len
+    }
+
+    /// The whole pages that it touches.
+    pub fn pages(self) -> Range {
+        let start = self.start / PAGE * PAGE;
+        Range { start, len: self.end().next_multiple_of(PAGE) - start }
     }
 }
 
@@ -239,15 +246,15 @@ impl BootInfo {
         self.command_line.extend_from_slice(text).map_err(|_| long)
     }
 
-    /// RAM that nobody uses: without the first MiB (firmware, and the cores' start code), `image` and the modules.
-    /// At most two more ranges than RAM and modules have.
+    /// RAM that nobody uses: without the first MiB (firmware, and the cores' start code), and without the pages of
+    /// `image` and of the modules. At most two more ranges than RAM and modules have.
     pub fn free(&self, image: Range) -> Vec<Range, { MAX_RANGES + MAX_MODULES + 2 }> {
         const LOW: Range = Range { start: 0, len: 1 << 20 };
         let mut free = Vec::new();
         for ram in &self.ram {
             let mut from = ram.start;
             while from < ram.end() {
-                let taken = || self.modules.iter().copied().chain([LOW, image]);
+                let taken = || self.modules.iter().copied().chain([LOW, image]).map(Range::pages);
                 if let Some(end) = taken().filter(|t| t.start <= from && from < t.end()).map(Range::end).max() {
                     from = end;
                     continue;
@@ -389,7 +396,7 @@ pub(crate) mod tests {
         let expected = [
             Range { start: 0x10_0000, len: 0x10_0000 },
             Range { start: 0x30_0000, len: 0x50_0000 },
-            Range { start: 0x80_1244, len: 0x710_0000 - 0x80_1244 },
+            Range { start: 0x80_2000, len: 0x710_0000 - 0x80_2000 },
         ];
         assert_eq!(&free[..], expected);
     }

@@ -1,7 +1,7 @@
 //! Finding devices: virtio over PCI, virtio over memory, and virtio-pmem.
 //!
 //! PCI is asked through ports 0xCF8 and 0xCFC, which every PC has had and VMMs emulate; bus 0 only. MicroVMs name their
-//! devices on the command line. The transports and queues are virtio-drivers'; this file gives it memory ([`Dma`]) and
+//! devices on the command line; QEMU's microvm with ACPI does not, so on a machine without PCI its places are looked at. The transports and queues are virtio-drivers'; this file gives it memory ([`Dma`]) and
 //! configuration access. virtio-pmem is read here, because only its place is wanted: the file's bytes are then memory.
 
 use alloc::alloc::{alloc_zeroed, dealloc};
@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use core::alloc::Layout;
 use core::ptr::NonNull;
 
-use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
+use virtio_drivers::transport::mmio::{MmioError, MmioTransport, VirtIOHeader};
 use virtio_drivers::transport::pci::bus::{Command, ConfigurationAccess, DeviceFunction, PciRoot};
 use virtio_drivers::transport::pci::{PciTransport, virtio_device_type};
 use virtio_drivers::transport::{DeviceType, SomeTransport, Transport};
@@ -108,13 +108,21 @@ pub struct Devices {
 /// virtio's vendor, and its pmem device (27), as PCI numbers.
 const VIRTIO: u16 = 0x1af4;
 const PMEM: u16 = 0x1040 + 27;
+/// QEMU's hw/i386/microvm: where its virtio devices lie, how many, and how far apart.
+const MICROVM_MMIO: u64 = 0xfeb0_0000;
+const MICROVM_DEVICES: u64 = 24;
+const MMIO_BYTES: u64 = 512;
 
 impl Devices {
     /// Looks everywhere.
     pub fn find(machine: &mut Machine) -> Devices {
         let mut devices = Devices::default();
-        devices.find_pci(machine);
-        devices.find_mmio(machine);
+        let has_pci = devices.find_pci(machine);
+        if machine.options.mmio.is_empty() && !has_pci {
+            let places = (0..MICROVM_DEVICES).map(|i| Range { start: MICROVM_MMIO + i * MMIO_BYTES, len: MMIO_BYTES });
+            places.for_each(|place| devices.find_mmio(machine, place));
+        }
+        machine.options.mmio.clone().into_iter().for_each(|place| devices.find_mmio(machine, place));
         devices
     }
 
@@ -130,10 +138,12 @@ impl Devices {
         }
     }
 
-    fn find_pci(&mut self, machine: &mut Machine) {
+    /// Whether there is a PCI bus.
+    fn find_pci(&mut self, machine: &mut Machine) -> bool {
         let mut root = PciRoot::new(Ports);
-        let found: Vec<_> = root.enumerate_bus(0).filter(|(_, info)| info.vendor_id == VIRTIO).collect();
-        for (function, info) in found {
+        let found: Vec<_> = root.enumerate_bus(0).collect();
+        let has_pci = !found.is_empty();
+        for (function, info) in found.into_iter().filter(|(_, info)| info.vendor_id == VIRTIO) {
             root.set_command(function, Command::IO_SPACE | Command::MEMORY_SPACE | Command::BUS_MASTER);
             for (at, len) in memory_bars(&mut root, function) {
                 machine.map(Range { start: at, len }, Access::Device);
@@ -147,19 +157,22 @@ impl Devices {
                 }
             }
         }
+        has_pci
     }
 
-    fn find_mmio(&mut self, machine: &mut Machine) {
-        for range in machine.options.mmio.clone() {
-            machine.map(range, Access::Device);
-            let header = core::ptr::with_exposed_provenance_mut::<VirtIOHeader>(range.start as usize);
-            let Some(header) = NonNull::new(header) else { continue };
-            // SAFETY: the command line says that there is a device, which the VMM wrote; the range is mapped, and this
-            // is the only transport on it.
-            match unsafe { MmioTransport::new(header, range.len as usize) } {
-                Ok(transport) => self.add(&format_args!("{:#x}", range.start), transport.into()),
-                Err(error) => say!("no virtio device at {:#x}: {error}", range.start),
-            }
+    fn find_mmio(&mut self, machine: &mut Machine, place: Range) {
+        machine.map(place, Access::Device);
+        let Some(header) = NonNull::new(core::ptr::with_exposed_provenance_mut::<VirtIOHeader>(place.start as usize))
+        else {
+            return;
+        };
+        // SAFETY: a VMM's place for a device, by the command line or QEMU's memory map, which is not RAM; mapped, and
+        // this is the only transport on it.
+        match unsafe { MmioTransport::new(header, place.len as usize) } {
+            Ok(transport) => self.add(&format_args!("{:#x}", place.start), transport.into()),
+            // A place without a device.
+            Err(MmioError::BadMagic(_) | MmioError::InvalidDeviceID(_)) => {}
+            Err(error) => say!("the virtio device at {:#x} cannot be used: {error}", place.start),
         }
     }
 

@@ -140,9 +140,9 @@ impl Machine {
         if options.debug {
             serial::show_debug();
         }
-        let (hz, source) = clock::calibrate();
         let apic = Apic::this();
         apic.enable();
+        let (hz, source) = clock::calibrate();
         apic.calibrate_timer();
         say!("clock {} MHz ({source:?})", hz / 1_000_000);
         let modules = info.modules.iter().map(|range| {

@@ -1,18 +1,22 @@
 //! TCP for a [`Service`]: a virtio network card, smoltcp, and a pool of sockets that listen on one port.
 //!
-//! Everything is polled by one core. smoltcp has no backlog: each socket that listens takes one connection, so the pool's
-//! size is both the number of open connections and of those that may arrive at once; more wait for a retry of their SYN.
+//! Everything is polled by one core. smoltcp has no backlog: each socket that listens takes one connection, and a SYN that
+//! finds none listening would be refused. Such a SYN is dropped here instead, so that the peer sends it again in a second
+//! and waits for its turn.
 
 use alloc::vec;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 use core::time::Duration;
 
-use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{self, Medium};
 use smoltcp::socket::{dhcpv4, tcp};
 use smoltcp::time::Instant;
-use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Address, Ipv4Cidr};
+use smoltcp::wire::{
+    EthernetAddress, EthernetFrame, EthernetProtocol, HardwareAddress, IpCidr, IpProtocol, Ipv4Address, Ipv4Cidr,
+    Ipv4Packet, TcpPacket,
+};
 use virtio_drivers::device::net::{RxBuffer, VirtIONet};
 use virtio_drivers::transport::SomeTransport;
 
@@ -21,7 +25,7 @@ use crate::options::Address;
 use crate::{clock, say};
 
 /// Connections at once, and waiting to be.
-const SOCKETS: usize = 32;
+const SOCKETS: usize = 64;
 /// Requests are small; what does not fit is taken in pieces.
 const RECEIVE_BYTES: usize = 16 << 10;
 /// A window full of streamed answer.
@@ -54,7 +58,11 @@ pub trait Service {
 type Card = VirtIONet<Dma, SomeTransport<'static>, QUEUE>;
 
 /// The card as smoltcp sees it.
-struct Phy(RefCell<Card>);
+struct Phy {
+    card: RefCell<Card>,
+    /// Whether a connection would find a socket.
+    listening: bool,
+}
 
 struct Received<'a> {
     card: &'a RefCell<Card>,
@@ -92,13 +100,19 @@ impl phy::Device for Phy {
     type TxToken<'a> = Sending<'a>;
 
     fn receive(&mut self, _now: Instant) -> Option<(Received<'_>, Sending<'_>)> {
-        // No packet, or a broken one, whose buffer virtio-drivers gives back itself.
-        let buffer = self.0.get_mut().receive().ok()?;
-        Some((Received { card: &self.0, buffer }, Sending(&self.0)))
+        loop {
+            // No packet, or a broken one, whose buffer virtio-drivers gives back itself.
+            let buffer = self.card.borrow_mut().receive().ok()?;
+            let received = Received { card: &self.card, buffer };
+            if self.listening || !opens_connection(received.buffer.packet()) {
+                return Some((received, Sending(&self.card)));
+            }
+            phy::RxToken::consume(received, |_| ());
+        }
     }
 
     fn transmit(&mut self, _now: Instant) -> Option<Sending<'_>> {
-        self.0.get_mut().can_send().then_some(Sending(&self.0))
+        self.card.get_mut().can_send().then_some(Sending(&self.card))
     }
 
     fn capabilities(&self) -> phy::DeviceCapabilities {
@@ -107,6 +121,19 @@ impl phy::Device for Phy {
         capabilities.medium = Medium::Ethernet;
         capabilities
     }
+}
+
+/// Whether a frame is TCP's first.
+fn opens_connection(frame: &[u8]) -> bool {
+    let tcp = || {
+        let frame = EthernetFrame::new_checked(frame).ok()?;
+        let is_ip = frame.ethertype() == EthernetProtocol::Ipv4;
+        let packet = is_ip.then(|| Ipv4Packet::new_checked(frame.payload()).ok()).flatten()?;
+        let is_tcp = packet.next_header() == IpProtocol::Tcp;
+        let segment = is_tcp.then(|| TcpPacket::new_checked(packet.payload()).ok()).flatten()?;
+        Some(segment.syn() && !segment.ack())
+    };
+    tcp().unwrap_or(false)
 }
 
 /// One socket of the pool.
@@ -141,7 +168,7 @@ impl Network {
     ) -> Result<Network, virtio_drivers::Error> {
         let card = Card::new(transport, FRAME_BYTES)?;
         let mac = HardwareAddress::Ethernet(EthernetAddress(card.mac_address()));
-        let mut phy = Phy(RefCell::new(card));
+        let mut phy = Phy { card: RefCell::new(card), listening: true };
         let mut config = Config::new(mac);
         // Of sequence numbers and ports: time at boot differs from boot to boot.
         config.random_seed = clock::ticks();
@@ -169,18 +196,28 @@ impl Network {
 
     /// Moves packets and bytes; true if anything moved.
     pub fn poll(&mut self, service: &mut dyn Service) -> bool {
-        let moved = self.interface.poll(now(), &mut self.phy, &mut self.sockets);
+        let mut busy = self.receive();
         self.poll_dhcp();
-        let mut busy = moved != smoltcp::iface::PollResult::None;
         for (connection, slot) in self.slots.iter_mut().enumerate() {
             let socket = self.sockets.get_mut::<tcp::Socket<'_>>(slot.handle);
             busy |= poll_slot(slot, socket, connection, self.port, service);
         }
-        if busy {
-            // What the service wrote goes out now.
-            self.interface.poll(now(), &mut self.phy, &mut self.sockets);
-        }
+        busy |= self.interface.poll_egress(now(), &mut self.phy, &mut self.sockets) != PollResult::None;
         busy
+    }
+
+    /// Takes all packets that there are, one at a time: each may take the last listening socket.
+    fn receive(&mut self) -> bool {
+        self.interface.poll_maintenance(now());
+        let mut busy = false;
+        loop {
+            let listens = |slot: &Slot| self.sockets.get::<tcp::Socket<'_>>(slot.handle).is_listening();
+            self.phy.listening = self.slots.iter().any(listens);
+            match self.interface.poll_ingress_single(now(), &mut self.phy, &mut self.sockets) {
+                PollIngressSingleResult::None => return busy,
+                _ => busy = true,
+            }
+        }
     }
 
     /// When there is something to do even if no packet comes.

@@ -71,7 +71,7 @@ impl PageTables {
     /// # Panics
     /// If the range passes the 256 TiB that four levels address below the hole.
     pub fn map(&mut self, range: Range, access: Access) {
-        let (from, to) = (range.start / PAGE * PAGE, range.end().next_multiple_of(PAGE));
+        let (from, to) = (range.pages().start, range.pages().end());
         assert!(to <= 1 << 47, "{range:x?} is beyond what page tables map");
         let largest = if self.huge_pages { 2 } else { 1 };
         map(&mut self.root, 3, largest, from, to, access.bits());
