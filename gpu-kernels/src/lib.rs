@@ -32,6 +32,10 @@ pub mod emu;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod launch;
 #[cfg(not(target_arch = "nvptx64"))]
+pub mod modules;
+#[cfg(not(target_arch = "nvptx64"))]
 pub mod ptx;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod registry;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod slots;

@@ -7,6 +7,7 @@ use super::sync::Mbarrier;
 use super::{Glb, Smem, U32x4, async_copy, atomic, math, mma, thread, warp};
 
 kernels! {
+    in "device_checks";
     PROBE: threads(64);
     fn (memory: Glb<u32>, x: u32);
     "probe_device_layer" => probe;

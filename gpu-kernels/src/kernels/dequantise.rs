@@ -162,6 +162,7 @@ macro_rules! entries {
     (@type $ty:ident, $to:literal, $table:ident, [$($id:ident => $module:ident,)*]) => {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
+            in "dequantise";
             $table: threads(128);
             fn (src: Glb<u8>, dst: Glb<$ty>, n: u32);
             $(concat!("dequantise_", stringify!($id), "_", $to) => gpu::blocks::<formats::$module::Block, $ty>;)*

@@ -116,6 +116,7 @@ macro_rules! entries {
     ([] $($id:ident => $module:ident :: Block,)*) => {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
+            in "mmvq";
             ENTRIES: threads(128, 3);
             fn (w: Glb<u8>, q: Glb<U32x4>, scales: Glb<U32x2>, y: Glb<f32>, n_rows: u32, n_groups: u32, n_cols: u32);
             $(
