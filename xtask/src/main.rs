@@ -5,6 +5,7 @@
 //! stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 #![forbid(unsafe_code)]
 
+mod apt;
 mod args;
 mod bench_peer;
 mod demo;
@@ -12,6 +13,7 @@ mod deny;
 mod error;
 mod fetch;
 mod fuzz;
+mod image;
 mod kernel;
 mod libtest;
 mod miri;
@@ -19,6 +21,7 @@ mod no_std;
 mod peer;
 mod process;
 mod ptx_check;
+mod qemu;
 mod step;
 mod test;
 mod wheel;
@@ -58,6 +61,8 @@ const TASKS: &[Task] = &[
         help: "compile the GPU kernels for every tier, assemble them with ptxas",
         run: ptx_check::run,
     },
+    Task { name: "image", args: "", help: "the bootable image; prints its path", run: image::run },
+    Task { name: "qemu", args: qemu::ARGS, help: qemu::HELP, run: qemu::run },
     Task { name: "kernel", args: kernel::ARGS, help: kernel::HELP, run: kernel::run },
     Task {
         name: "deny",

@@ -8,8 +8,10 @@ extern crate alloc;
 
 mod answer;
 mod entry;
+mod gpu;
 mod memory;
 mod model;
+mod selftest;
 mod serve;
 
 use alloc::boxed::Box;
@@ -35,6 +37,10 @@ extern "C" fn main(eax: u32, ebx: u32) -> ! {
     say!("runik {}: {}", env!("CARGO_PKG_VERSION"), machine.options);
     for word in &machine.options.unknown {
         say!("command line: {word:?} is no option of runik");
+    }
+    if let Some(name) = &machine.options.selftest {
+        selftest::run(name, &machine);
+        exit(Exit::Failed);
     }
     let devices = Devices::find(&mut machine);
     run(&machine, devices).unwrap_or_else(|error| fail(&*error));

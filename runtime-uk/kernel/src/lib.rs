@@ -17,6 +17,7 @@ pub mod acpi;
 pub mod apic;
 pub mod boot;
 pub mod clock;
+pub mod console;
 pub mod cores;
 pub mod cpu;
 pub mod devices;

@@ -89,6 +89,8 @@ pub struct Options {
     pub address: Address,
     /// `debug`: say more.
     pub debug: bool,
+    /// `selftest=NAME`: break the machine on purpose, for tests of what happens then.
+    pub selftest: Option<String>,
     /// `virtio_mmio.device=SIZE@ADDRESS:IRQ`, as microVMs announce their devices.
     pub mmio: Vec<Range>,
     /// Words that are none of these.
@@ -109,6 +111,7 @@ impl Default for Options {
             port: 8080,
             address: Address::Dhcp,
             debug: false,
+            selftest: None,
             mmio: Vec::new(),
             unknown: Vec::new(),
         }
@@ -183,6 +186,7 @@ impl Options {
             }
             "ip" => self.address = address(value).ok_or_else(|| bad("dhcp or ADDRESS/BITS[,GATEWAY]"))?,
             "debug" => self.debug = true,
+            "selftest" => self.selftest = Some(value.to_string()),
             "virtio_mmio.device" => {
                 self.mmio.push(mmio(value).ok_or_else(|| bad("SIZE@ADDRESS:IRQ"))?);
             }
