@@ -22,6 +22,7 @@ mod macros;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub mod device;
 pub mod kernels;
+pub mod tile;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod case;

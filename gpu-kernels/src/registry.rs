@@ -1,17 +1,38 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
-use crate::kernels::{dequantise, elementwise, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{
+    argmax, argsort, copy, cumsum, dequantise, elementwise, get_rows, glu, layer_norm, mmf, mmf32, mmvf,
+    mmvq, moe_combine, moe_route, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax,
+    top_k,
+};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
     &dequantise::Dequantise,
+    &repack::Repack,
+    &get_rows::GetRows,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
+    &round_act::RoundAct,
+    &mmvf::Mmvf,
+    &mmf::Mmf,
+    &mmf32::Mmf32,
     &rms_norm::RmsNorm,
+    &layer_norm::LayerNorm,
     &softmax::Softmax,
     &rope::Rope,
     &elementwise::Elementwise,
+    &glu::Glu,
+    &moe_route::MoeRoute,
+    &moe_combine::MoeCombine,
+    &argmax::Argmax,
+    &top_k::TopK,
+    &argsort::Argsort,
+    &cumsum::Cumsum,
+    &sample::Sample,
+    &copy::StridedCopy,
+    &set_rows::SetRows,
 ];
 
 /// The kernel of this name.

@@ -30,6 +30,9 @@ unsafe impl<T: 'static> bytemuck::Pod for Glb<T> {}
 unsafe impl<T> bytemuck::Zeroable for Glb<T> {}
 
 impl<T> Glb<T> {
+    /// The argument that was not given.
+    pub const NULL: Glb<T> = Glb { address: 0, element: PhantomData };
+
     /// The array that starts `elems` further on.
     #[inline(always)]
     pub fn offset(self, elems: usize) -> Glb<T> {
@@ -77,6 +80,19 @@ impl<T: Word> Glb<T> {
         // SAFETY: the launch gave an array that holds element `i`.
         unsafe {
             T::load_global_nc(self.address(i))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::load_global(self.address(i))
+    }
+
+    /// [`Glb::ld_nc`] of what the kernel reads once: passes by L1.
+    #[inline(always)]
+    #[track_caller]
+    pub fn ld_stream(self, i: u32) -> T {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the launch gave an array that holds element `i`.
+        unsafe {
+            T::load_global_stream(self.address(i))
         }
         #[cfg(not(target_arch = "nvptx64"))]
         lane::load_global(self.address(i))

@@ -26,7 +26,7 @@ use crate::slots::Slots;
 pub struct Emulator {
     memory: Arc<Memory>,
     options: Options,
-    /// Kernels beside the registry's.
+    /// Kernels beside the registry's, or in the place of those of the same name.
     extra: &'static [Entry],
     handles: Mutex<Handles>,
 }
@@ -62,6 +62,7 @@ struct Capture {
 
 /// What a stream can be told to do.
 #[derive(Clone, Copy, Debug)]
+#[allow(clippy::large_enum_variant)] // nearly all commands are launches
 enum Command {
     Launch(ModuleId, Launch),
     Copy { to: DevicePtr, from: DevicePtr, bytes: u64 },
@@ -74,7 +75,7 @@ impl Emulator {
         Emulator::with_kernels(options, &[])
     }
 
-    /// A device that has these kernels beside the registry's.
+    /// A device that has these kernels beside the registry's, or in the place of those of the same name.
     pub fn with_kernels(options: Options, extra: &'static [Entry]) -> Emulator {
         let mut streams = Slots::default();
         let default = streams.insert(None);
@@ -110,7 +111,7 @@ impl Emulator {
     /// The kernel that a launch names.
     fn entry(&self, launch: &Launch) -> Result<&'static Entry, DriverError> {
         let tables = registry::KERNELS.iter().flat_map(|kernel| kernel.entries());
-        let mut entries = tables.flat_map(|table| table.iter()).chain(self.extra);
+        let mut entries = self.extra.iter().chain(tables.flat_map(|table| table.iter()));
         let found = entries.find(|entry| entry.name == launch.entry);
         found.ok_or_else(|| DriverError::NoKernel {
             entry: format!("{} (registry.rs has none)", launch.entry),

@@ -395,6 +395,42 @@ fn a_matrix_product_has_ptxs_layout() {
     run_on(&TABLE[0], 0, 1, 1).unwrap_or_else(|error| panic!("{error}"));
 }
 
+/// The product that old GPUs compute by fma against the tensor cores': equal, since small integers leave nothing to round.
+#[test]
+fn a_float_product_by_fma_is_the_tensor_cores() {
+    fn kernel(_memory: Glb<u32>, _bug: u32) {
+        let mut random = crate::case::Random::new(u64::from(thread_idx_x()));
+        let mut pair = |bits: fn(f32) -> u16| {
+            let mut element = || u32::from(bits(random.below(17) as f32 - 8.0));
+            element() | element() << 16
+        };
+        for (bits, product, value) in [
+            (
+                quant::bits::f32_to_f16 as fn(f32) -> u16,
+                mma::mma_f16 as MmaFn,
+                quant::bits::f16_to_f32 as fn(u16) -> f32,
+            ),
+            (quant::bits::f32_to_bf16, mma::mma_bf16, quant::bits::bf16_to_f32),
+        ] {
+            let (a, b) =
+                (mma::FragmentA([(); 4].map(|()| pair(bits))), mma::FragmentB([(); 2].map(|()| pair(bits))));
+            let (mut expected, mut got) =
+                (mma::FragmentF32([0.5, -1.0, 2.0, 3.0]), mma::FragmentF32([0.5, -1.0, 2.0, 3.0]));
+            product(&mut expected, a, b);
+            mma::mma_fma(&mut got, a, b, value);
+            assert_eq!(got.0, expected.0);
+        }
+    }
+    type MmaFn = fn(&mut mma::FragmentF32, mma::FragmentA, mma::FragmentB);
+    kernels! {
+        in "emulator_tests";
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "product_by_fma" => kernel;
+    }
+    run(&TABLE[0], 0).unwrap_or_else(|error| panic!("{error}"));
+}
+
 #[test]
 fn launches_that_no_gpu_takes_are_refused() {
     fn kernel(_memory: Glb<u32>, _bug: u32) {}
