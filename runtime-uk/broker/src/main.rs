@@ -21,7 +21,7 @@ usage: runik-gpu-host --socket PATH [options]
 
   --socket PATH      unix socket to listen on; for vsock-style VMMs the guest's port is part of it: PATH_5000
   --ram FILE         the guest's RAM (QEMU: memory-backend-file,share=on), for copies in place
-  --device NAME      emu: the emulator on this machine's cores (default)
+  --device NAME      emu: the emulator on this machine's cores (default); cuda or cuda:N: an NVIDIA GPU
   --memory BYTES     device memory that the guest may have at most
   --user UID:GID     become this user before a guest is listened to
   --metrics FILE     write counters there, in Prometheus' format, every second and at the end
@@ -78,8 +78,26 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Option<Args>, String> {
 fn open(device: &str) -> Result<Box<dyn Driver>, String> {
     match device {
         "emu" => Ok(Box::new(Emulator::new(Options::default()))),
-        other => Err(format!("--device {other:?}: expected emu")),
+        other => hosted(other),
     }
+}
+
+/// `cuda` or `cuda:N`.
+#[cfg(feature = "cuda")]
+fn hosted(device: &str) -> Result<Box<dyn Driver>, String> {
+    let number = match device.split_once(':') {
+        None if device == "cuda" => Some(0),
+        Some(("cuda", number)) => number.parse().ok(),
+        _ => None,
+    };
+    let number = number.ok_or_else(|| format!("--device {device:?}: expected emu, cuda or cuda:N"))?;
+    let driver = engine::backends::cuda::hosted::Hosted::open(number).map_err(|error| error.to_string())?;
+    Ok(Box::new(driver))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn hosted(device: &str) -> Result<Box<dyn Driver>, String> {
+    Err(format!("--device {device:?}: this build has emu only; build with --features cuda,ptx for NVIDIA GPUs"))
 }
 
 fn run(args: Args) -> Result<(), String> {

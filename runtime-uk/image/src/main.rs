@@ -20,10 +20,12 @@ use core::panic::PanicInfo;
 
 use engine::backends::cpu::{Cpu, Isa};
 use engine::{Context, ContextParams, Executor};
+use gpu_kernels::driver::{Driver, DriverError};
 use uk_kernel::devices::Devices;
 use uk_kernel::exit::{Exit, exit};
 use uk_kernel::heap::Heap;
 use uk_kernel::machine::Machine;
+use uk_kernel::options::Device;
 use uk_kernel::{say, serial};
 
 #[global_allocator]
@@ -38,17 +40,28 @@ extern "C" fn main(eax: u32, ebx: u32) -> ! {
     for word in &machine.options.unknown {
         say!("command line: {word:?} is no option of runik");
     }
-    if let Some(name) = &machine.options.selftest {
-        selftest::run(name, &machine);
-        exit(Exit::Failed);
+    let mut devices = Devices::find(&mut machine);
+    match machine.options.selftest.as_deref() {
+        None => {}
+        Some("gpu") => match selftest::gpu(&machine, &mut devices) {
+            Ok(()) => exit(Exit::Done),
+            Err(error) => fail(&error),
+        },
+        Some(name) => {
+            selftest::run(name, &machine);
+            exit(Exit::Failed);
+        }
     }
-    let devices = Devices::find(&mut machine);
     run(&machine, devices).unwrap_or_else(|error| fail(&*error));
     exit(Exit::Done)
 }
 
 fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn core::error::Error>> {
     let options = &machine.options;
+    if options.device == Device::Gpu {
+        let info = gpu::open(machine, &mut devices)?.info();
+        return Err(Box::new(DriverError::NoDriver { what: alloc::format!("the engine has no GPU back end yet for {}", info.name) }));
+    }
     let model = Arc::new(model::load(options.model, &machine.modules, &mut devices)?);
     let isa = Isa::detect();
     let cpu = Cpu::new(model.weights().clone(), machine.cores.clone(), isa);

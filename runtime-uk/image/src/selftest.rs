@@ -1,15 +1,65 @@
-//! Breaking the machine on purpose: `selftest=NAME` on the command line, for the tests of the fault report and of the
-//! page rights.
+//! `selftest=NAME` on the command line: breaking the machine on purpose, for the tests of the fault report and of the page
+//! rights; and `gpu`, the way to the device and back.
 
 use alloc::vec;
 use alloc::vec::Vec;
 use core::hint::black_box;
 
 use engine::Executor;
+use gpu_kernels::driver::{Driver, DriverError, MemKind, StreamId};
+use gpu_kernels::kernels::elementwise::{BinaryArgs, BinaryOp, launch_binary};
+use gpu_kernels::modules::{FindModule, Modules};
+use uk_kernel::clock;
+use uk_kernel::devices::Devices;
 use uk_kernel::machine::Machine;
 use uk_kernel::say;
 
-/// Does what the name says; none of them returns, but for `cores`.
+use crate::gpu;
+
+/// Elements of the GPU's test: more than goes through staging memory.
+const ELEMS: usize = 1 << 20;
+/// Launches behind one doorbell.
+const LAUNCHES: u32 = 100;
+
+/// The way to the GPU and back: copies of both kinds, launches, the numbers that come out.
+pub fn gpu(machine: &Machine, devices: &mut Devices) -> Result<(), DriverError> {
+    let driver = gpu::open(machine, devices)?;
+    let (module, stream) = (Modules::new().find_module(&driver, "binary_f32")?, driver.create_stream()?);
+    let x: Vec<f32> = (0..ELEMS).map(|i| (i % 1000) as f32).collect();
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let size = 4 * ELEMS as u64;
+    let (a, y) = (driver.alloc(MemKind::Device, size)?, driver.alloc(MemKind::Device, size)?);
+    let x_bytes = bytes(&x);
+    let started = clock::now();
+    driver.write(a, &x_bytes, stream)?;
+    let written = clock::now();
+    driver.fill(y, 0, size, stream)?;
+    let args = BinaryArgs { op: BinaryOp::Add, a, b: y, y, n: ELEMS, period: ELEMS, inner: 1 };
+    let launch = launch_binary(&args).map_err(|_| DriverError::Unsupported { op: "selftest" })?;
+    for _ in 0..LAUNCHES {
+        driver.launch(module, &launch, stream)?;
+    }
+    driver.synchronise(stream)?;
+    let computed = clock::now();
+    let mut back = vec![0; x_bytes.len()];
+    driver.read(&mut back, y, stream)?;
+    let read = clock::now();
+    let wrong = back.as_chunks::<4>().0.iter().zip(&x).filter(|(got, x)| f32::from_le_bytes(**got) != **x * LAUNCHES as f32);
+    say!(
+        "gpu {:?}: {} wrong of {ELEMS}; write {} us, {LAUNCHES} launches {} us, read {} us",
+        driver.info().name,
+        wrong.count(),
+        (written - started).as_micros(),
+        (computed - written).as_micros(),
+        (read - computed).as_micros()
+    );
+    driver.free(a)?;
+    driver.free(y)?;
+    driver.release_stream(stream)?;
+    driver.synchronise(StreamId::DEFAULT)
+}
+
+/// Does what the name says; none of them returns.
 pub fn run(name: &str, machine: &Machine) {
     say!("selftest {name}");
     match name {
@@ -41,7 +91,7 @@ pub fn run(name: &str, machine: &Machine) {
             everything.capacity()
         }
         _ => {
-            say!("selftest: expected panic, null, write-text, run-data, stack, worker-stack or memory");
+            say!("selftest: expected gpu, panic, null, write-text, run-data, stack, worker-stack or memory");
             0
         }
     };
