@@ -4,9 +4,7 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::string::{String, ToString};
 
-use gpu_kernels::driver::{
-    DeviceInfo, Driver, DriverError, EventId, GraphId, MemKind, ModuleId, StreamId,
-};
+use gpu_kernels::driver::{DeviceInfo, Driver, DriverError, EventId, GraphId, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch};
 use gpu_kernels::ptx::PtxModule;
 use spinning_top::Spinlock;

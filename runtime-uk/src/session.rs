@@ -76,7 +76,10 @@ struct Line([u8; SLOT_BYTES]);
 
 impl Session {
     /// Greets the broker; with a window if there is one.
-    pub fn open(link: Box<dyn Link>, window: Option<Box<dyn Window>>) -> Result<(Session, Welcome), DriverError> {
+    pub fn open(
+        link: Box<dyn Link>,
+        window: Option<Box<dyn Window>>,
+    ) -> Result<(Session, Welcome), DriverError> {
         let ring = match &window {
             Some(window) => Some(ring_in(&**window).ok_or_else(|| DriverError::NoDriver {
                 what: "the heap is not in memory that the broker maps".to_string(),
@@ -145,7 +148,11 @@ impl Session {
             }
         };
         // Words for the copy's speed.
-        self.staged = if self.ring.is_some() { (self.staged + bytes.len()).next_multiple_of(8) } else { self.outgoing.len() };
+        self.staged = if self.ring.is_some() {
+            (self.staged + bytes.len()).next_multiple_of(8)
+        } else {
+            self.outgoing.len()
+        };
         Ok(Data { at, bytes: bytes.len() as u64 })
     }
 
@@ -218,7 +225,11 @@ impl Session {
     /// One submission and its replies.
     fn exchange(&mut self, reply_bytes: usize) -> Result<u64, Failure> {
         let Some(&(_, last)) = self.starts.last() else { return Ok(0) };
-        let result = if self.dead.is_some() { Err(()) } else { self.submit_and_wait(reply_bytes).map_err(|what| self.dead = Some(what)) };
+        let result = if self.dead.is_some() {
+            Err(())
+        } else {
+            self.submit_and_wait(reply_bytes).map_err(|what| self.dead = Some(what))
+        };
         let outcome = match result {
             Err(()) => Err(Failure::Dead(last)),
             Ok(()) => self.outcome(),

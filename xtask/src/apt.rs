@@ -21,8 +21,11 @@ pub fn install(packages: &[&str]) -> Result<(), String> {
         return Err(format!("not root on a Debian, so run `{}` yourself", line(packages)));
     }
     eprintln!("{}", line(packages));
-    let install =
-        |wanted: &[String]| process::works(apt().args(["install", "-y", "--no-install-recommends", "--allow-downgrades"]).args(wanted));
+    let install = |wanted: &[String]| {
+        process::works(
+            apt().args(["install", "-y", "--no-install-recommends", "--allow-downgrades"]).args(wanted),
+        )
+    };
     let plain: Vec<String> = packages.iter().map(|name| name.to_string()).collect();
     // A fresh machine has no package lists, an old one stale ones.
     if install(&plain) || (process::works(apt().arg("update")) && install(&plain)) {

@@ -76,12 +76,7 @@ const TASKS: &[Task] = &[
         help: "tests of gguf and quant, or those named NAME, under miri (nightly)",
         run: miri::run,
     },
-    Task {
-        name: "fuzz",
-        args: "[SECONDS]",
-        help: "each fuzz target of gguf for SECONDS (60)",
-        run: fuzz::run,
-    },
+    Task { name: "fuzz", args: "[SECONDS]", help: "each fuzz target for SECONDS (60)", run: fuzz::run },
     Task { name: "bench-peer", args: bench_peer::ARGS, help: bench_peer::HELP, run: bench_peer::run },
 ];
 

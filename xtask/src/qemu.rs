@@ -16,8 +16,7 @@ use crate::wheel::Scratch;
 use crate::workspace::Workspace;
 
 /// Arguments.
-pub const ARGS: &str =
-    "[--model FILE] [--machine q35|pc|microvm] [--cores N] [--memory MIB] [--port N] [--gpu emu] [--kvm] [-- WORDS]";
+pub const ARGS: &str = "[--model FILE] [--machine q35|pc|microvm] [--cores N] [--memory MIB] [--port N] [--gpu emu] [--kvm] [-- WORDS]";
 /// One line of help.
 pub const HELP: &str = "boot the image with a model (SmolLM2) on QEMU; WORDS go to its command line";
 /// Debian's package of QEMU, and of what its machines boot with.
@@ -175,7 +174,8 @@ fn parse(args: &[String]) -> Result<Options, TaskError> {
                     "--machine" => options.machine = value,
                     "--cores" => options.cores = value,
                     "--memory" => {
-                        let mib = value.parse().map_err(|_| usage(format!("--memory {value}: expected MiB")))?;
+                        let mib =
+                            value.parse().map_err(|_| usage(format!("--memory {value}: expected MiB")))?;
                         options.memory_mib = Some(mib);
                     }
                     "--port" => options.port = value,

@@ -49,7 +49,9 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     if let Err(error) = qemu::need(qemu::PROGRAM, qemu::PACKAGES) {
         eprintln!("{error}");
     }
-    steps.step("tests", || tests(workspace, [(MODEL_VARIABLE, model), (GOLDENS_VARIABLE, goldens), (IMAGE_VARIABLE, image)]));
+    steps.step("tests", || {
+        tests(workspace, [(MODEL_VARIABLE, model), (GOLDENS_VARIABLE, goldens), (IMAGE_VARIABLE, image)])
+    });
     steps.step("no-std", || no_std::check(workspace));
     steps.step("ptx", || ptx_check::check(workspace));
     steps.step("deny", || deny::check(workspace));
@@ -104,10 +106,7 @@ fn note_goldens(goldens: Option<&Path>) -> Outcome {
 }
 
 /// All tests of the workspace, in one cargo run.
-fn tests(
-    workspace: &Workspace,
-    variables: [(&str, Option<PathBuf>); 3],
-) -> Result<Outcome, TaskError> {
+fn tests(workspace: &Workspace, variables: [(&str, Option<PathBuf>); 3]) -> Result<Outcome, TaskError> {
     let mut command = workspace.cargo();
     command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]);
     command.envs(variables.into_iter().filter_map(|(name, path)| Some((name, path?))));

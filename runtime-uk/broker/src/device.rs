@@ -299,7 +299,8 @@ impl<'d> Device<'d> {
             }
             Command::ErrorText { to } => {
                 let text = std::mem::take(&mut self.text);
-                let bytes = &text.as_bytes()[..text.len().min(usize::try_from(to.bytes).unwrap_or(usize::MAX))];
+                let bytes =
+                    &text.as_bytes()[..text.len().min(usize::try_from(to.bytes).unwrap_or(usize::MAX))];
                 let to = Data { at: to.at, bytes: bytes.len() as u64 };
                 fill_pieces(to, host, |at, piece| {
                     piece.copy_from_slice(&bytes[at as usize..][..piece.len()]);
@@ -349,7 +350,9 @@ impl<'d> Device<'d> {
         let own = self.memory.range(..=at).next_back().is_some_and(|(&start, &len)| within(start, len));
         let in_window = || {
             let address = window.and_then(GuestWindow::address);
-            window.zip(address).is_some_and(|(window, DevicePtr(start))| within(start, window.shared().len() as u64))
+            window
+                .zip(address)
+                .is_some_and(|(window, DevicePtr(start))| within(start, window.shared().len() as u64))
         };
         if own || in_window() {
             return Ok(());
@@ -359,7 +362,11 @@ impl<'d> Device<'d> {
 
     fn room_for_handle(&self) -> Result<(), Refusal> {
         let n = self.streams.len() + self.events.len() + self.graphs.len();
-        if n < self.limits.handles { Ok(()) } else { refused(format!("{n} handles are as many as a guest may have")) }
+        if n < self.limits.handles {
+            Ok(())
+        } else {
+            refused(format!("{n} handles are as many as a guest may have"))
+        }
     }
 
     fn kernel(&mut self, name: &[u8]) -> Result<u64, Refusal> {
@@ -380,7 +387,11 @@ impl<'d> Device<'d> {
             return refused(format!("kernel {} was not named", launch.kernel));
         };
         let Some(params) = Params::from_bytes(launch.params.as_slice()) else {
-            return refused(format!("{}: {} bytes of arguments", kernel.name, launch.params.as_slice().len()));
+            return refused(format!(
+                "{}: {} bytes of arguments",
+                kernel.name,
+                launch.params.as_slice().len()
+            ));
         };
         let value = Launch {
             entry: kernel.name,
@@ -435,7 +446,12 @@ fn in_window(window: &GuestWindow, data: Data) -> Result<(), Refusal> {
     if window.shared().has(data.at, data.bytes) {
         return Ok(());
     }
-    refused(format!("{} bytes at {:#x} are not in the window of {:#x}", data.bytes, data.at, window.shared().len()))
+    refused(format!(
+        "{} bytes at {:#x} are not in the window of {:#x}",
+        data.bytes,
+        data.at,
+        window.shared().len()
+    ))
 }
 
 /// The place of data within an inline buffer.

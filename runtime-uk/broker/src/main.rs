@@ -61,7 +61,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Option<Args>, String> {
             "--device" => parsed.device = value,
             "--memory" => parsed.limits.memory_bytes = value.parse().map_err(|_| bad("a number of bytes"))?,
             "--user" => {
-                let ids = value.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+                let ids =
+                    value.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
                 let (uid, gid) = ids.ok_or_else(|| bad("UID:GID, both numbers"))?;
                 parsed.identity = Some(Identity { uid, gid });
             }
@@ -97,7 +98,9 @@ fn hosted(device: &str) -> Result<Box<dyn Driver>, String> {
 
 #[cfg(not(feature = "cuda"))]
 fn hosted(device: &str) -> Result<Box<dyn Driver>, String> {
-    Err(format!("--device {device:?}: this build has emu only; build with --features cuda,ptx for NVIDIA GPUs"))
+    Err(format!(
+        "--device {device:?}: this build has emu only; build with --features cuda,ptx for NVIDIA GPUs"
+    ))
 }
 
 fn run(args: Args) -> Result<(), String> {
@@ -110,7 +113,9 @@ fn run(args: Args) -> Result<(), String> {
     if let Some(window) = &mut window
         && let Err(error) = window.register(&*driver)
     {
-        eprintln!("runik-gpu-host: the guest's RAM cannot be pinned ({error}); copies go through this process");
+        eprintln!(
+            "runik-gpu-host: the guest's RAM cannot be pinned ({error}); copies go through this process"
+        );
     }
     // A socket of a broker that was killed.
     let _ = std::fs::remove_file(&args.socket);
@@ -133,7 +138,8 @@ fn run(args: Args) -> Result<(), String> {
         });
         let reader = stream.try_clone().map_err(|error| error.to_string());
         let served = reader.and_then(|reader| {
-            serve(reader, &stream, &*driver, window.as_ref(), args.limits, &metrics).map_err(|error| error.to_string())
+            serve(reader, &stream, &*driver, window.as_ref(), args.limits, &metrics)
+                .map_err(|error| error.to_string())
         });
         done.store(true, Ordering::Release);
         if let Some(reporter) = reporter {

@@ -165,13 +165,17 @@ impl<R: Read, W: Write> Session<'_, '_, R, W> {
         let mut slot = [0; SLOT_BYTES];
         match self.from.read_exact(&mut slot) {
             Ok(()) => {}
-            Err(error) if matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) =>
+            {
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),
         }
         match Frame::parse(&slot)? {
-            Frame::Submit { to, slots, data_bytes, reply_bytes } => Ok(Some((to, slots, data_bytes, reply_bytes))),
+            Frame::Submit { to, slots, data_bytes, reply_bytes } => {
+                Ok(Some((to, slots, data_bytes, reply_bytes)))
+            }
             _ => Err(BrokerError::Protocol("it sent a frame that only a broker sends")),
         }
     }
@@ -186,7 +190,8 @@ impl<R: Read, W: Write> Session<'_, '_, R, W> {
             }
             let started = self.begin();
             // Copied out before anything is looked at: the guest may write at any time.
-            let commands: Vec<Slot> = (self.done..to).map(|number| shared.slot(place.command(number))).collect();
+            let commands: Vec<Slot> =
+                (self.done..to).map(|number| shared.slot(place.command(number))).collect();
             let replies = self.work(&commands, n, &mut Host::Window(window))?;
             for (reply, number) in replies.iter().zip(self.done..) {
                 shared.write(place.reply(number), reply);
@@ -247,7 +252,8 @@ impl<R: Read, W: Write> Session<'_, '_, R, W> {
             && n > 0
         {
             // Copies that were queued by some command failed: the last one says so.
-            let status = if matches!(error, DriverError::Lost { .. }) { Status::Lost } else { Status::Driver };
+            let status =
+                if matches!(error, DriverError::Lost { .. }) { Status::Lost } else { Status::Driver };
             replies[last] = uk_wire::Reply::failed(status, 0).encode();
         }
         Ok(replies)

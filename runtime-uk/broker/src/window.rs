@@ -39,7 +39,8 @@ impl GuestWindow {
 
     /// Pins it for the driver, so that copies run at the bus's speed and without this process's hand.
     pub fn register(&mut self, driver: &dyn Driver) -> Result<(), DriverError> {
-        let at = NonNull::new(self.map.as_mut_ptr()).ok_or(DriverError::Unsupported { op: "register_host" })?;
+        let at =
+            NonNull::new(self.map.as_mut_ptr()).ok_or(DriverError::Unsupported { op: "register_host" })?;
         // SAFETY: mapped until `map` is dropped, which `unregister` comes before; the other accesses to it are atomic.
         self.address = Some(unsafe { driver.register_host(at, self.map.len(), HostAccess::ReadWrite)? });
         Ok(())

@@ -23,7 +23,8 @@ impl Broker {
         if PathBuf::from("/dev/shm").is_dir() {
             ram = Scratch(PathBuf::from("/dev/shm").join(ram.0.file_name().unwrap()));
         }
-        let (socket, metrics) = (Scratch::new(&format!("{name}-gpu")), Scratch::new(&format!("{name}-metrics")));
+        let (socket, metrics) =
+            (Scratch::new(&format!("{name}-gpu")), Scratch::new(&format!("{name}-metrics")));
         std::fs::File::create(&ram.0).unwrap().set_len(memory_mib << 20).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_runik-gpu-host"));
         command.arg("--socket").arg(&socket.0).arg("--ram").arg(&ram.0).arg("--metrics").arg(&metrics.0);
@@ -40,7 +41,10 @@ impl Broker {
         let mut guest = Guest::new(machine, words);
         guest.memory_mib = memory_mib;
         let serial = format!("{},max_ports=1", guest.device("virtio-serial"));
-        let ram = format!("memory-backend-file,id=ram,mem-path={},size={memory_mib}M,share=on", self.ram.0.display());
+        let ram = format!(
+            "memory-backend-file,id=ram,mem-path={},size={memory_mib}M,share=on",
+            self.ram.0.display()
+        );
         let socket = format!("socket,id=gpu,path={}", self.socket.0.display());
         guest = guest.arg(&["-object", &ram, "-machine", "memory-backend=ram", "-chardev", &socket]);
         guest.arg(&["-device", &serial, "-device", "virtconsole,chardev=gpu"]).boot(image)
@@ -67,7 +71,11 @@ fn the_way_to_the_device_and_back() {
         assert!(running.text().contains("gpu \"emulator\": 0 wrong of "), "{machine}:\n{}", running.text());
         assert!(broker.child.wait().unwrap().success());
         let metrics = std::fs::read_to_string(&broker.metrics.0).unwrap();
-        for line in ["runik_gpu_host_launches_total 100", "runik_gpu_host_failures_total 0", "runik_gpu_host_allocated_bytes 0"] {
+        for line in [
+            "runik_gpu_host_launches_total 100",
+            "runik_gpu_host_failures_total 0",
+            "runik_gpu_host_allocated_bytes 0",
+        ] {
             assert!(metrics.lines().any(|is| is == line), "no {line:?}:\n{metrics}");
         }
         assert!(!broker.socket.0.exists(), "the socket is gone with the broker");
@@ -86,5 +94,9 @@ fn a_dead_broker_is_noticed() {
     running.wait_for("virtio Console");
     broker.child.kill().unwrap();
     assert_eq!(running.end(), FAILED, "{}", running.text());
-    assert!(running.text().contains("error: no GPU driver: the broker has been silent for"), "{}", running.text());
+    assert!(
+        running.text().contains("error: no GPU driver: the broker has been silent for"),
+        "{}",
+        running.text()
+    );
 }

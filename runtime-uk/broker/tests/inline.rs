@@ -28,7 +28,8 @@ fn kernels_run() {
 #[test]
 fn long_copies() {
     let (driver, broker) = inline(1 << 20, Limits::default());
-    let data: Vec<u8> = (0..(5 << 20) + 13).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let data: Vec<u8> =
+        (0..(5 << 20) + 13).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let at = driver.alloc(MemKind::Device, data.len() as u64 + 100).unwrap();
     driver.write(at.offset(3), &data, STREAM).unwrap();
     let mut back = vec![0; data.len()];
@@ -97,7 +98,8 @@ fn what_is_not_the_guests_is_refused() {
     assert!(matches!(driver.record(STREAM), Err(DriverError::Driver { .. })));
     assert!(matches!(driver.is_done(EventId(77)), Err(DriverError::Handle { .. })));
 
-    let launch = |entry| Launch { entry, grid: [1; 3], cta: 32, cluster: 1, smem_bytes: 0, params: Params::new() };
+    let launch =
+        |entry| Launch { entry, grid: [1; 3], cta: 32, cluster: 1, smem_bytes: 0, params: Params::new() };
     let error = driver.launch(ModuleId(0), &launch("rm -rf"), STREAM).unwrap_err();
     assert_eq!(error, DriverError::NoKernel { entry: "no loaded module has a kernel rm -rf".into() });
     assert!(driver.launch(ModuleId(1), &launch("rms_norm_f32"), STREAM).is_err());

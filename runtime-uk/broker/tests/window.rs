@@ -100,7 +100,8 @@ fn kernels_run() {
 fn copies_in_place() {
     for register in [true, false] {
         let (driver, broker) = windowed(Box::new(Ram), map(), register);
-        let data: Vec<u8> = (0..(3 << 20) + 5).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let data: Vec<u8> =
+            (0..(3 << 20) + 5).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         assert!(Ram.offset(data.as_ptr(), data.len()).is_some(), "the heap is the window");
         let outside = vec![0u8; RAM_BYTES];
         assert!(Ram.offset(outside.as_ptr(), outside.len()).is_none());

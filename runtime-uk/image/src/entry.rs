@@ -6,8 +6,8 @@
 
 use core::arch::global_asm;
 
-use uk_kernel::boot::{MULTIBOOT2, PVH};
 use uk_kernel::boot::Range;
+use uk_kernel::boot::{MULTIBOOT2, PVH};
 use uk_kernel::machine::{Image, STACK_STRIDE, STACKS, WORKERS, worker};
 
 /// Bytes of the first stack. The engine's kernels keep scratch memory on the heap; parsing and planning are what is deep.

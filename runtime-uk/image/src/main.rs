@@ -60,7 +60,9 @@ fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn core::erro
     let options = &machine.options;
     if options.device == Device::Gpu {
         let info = gpu::open(machine, &mut devices)?.info();
-        return Err(Box::new(DriverError::NoDriver { what: alloc::format!("the engine has no GPU back end yet for {}", info.name) }));
+        return Err(Box::new(DriverError::NoDriver {
+            what: alloc::format!("the engine has no GPU back end yet for {}", info.name),
+        }));
     }
     let model = Arc::new(model::load(options.model, &machine.modules, &mut devices)?);
     let isa = Isa::detect();

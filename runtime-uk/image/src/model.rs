@@ -39,7 +39,11 @@ impl fmt::Display for ModelError {
 impl core::error::Error for ModelError {}
 
 /// Loads the model from where the options say. Modules and mapped files are used where they lie.
-pub fn load(source: ModelSource, modules: &[&'static [u8]], devices: &mut Devices) -> Result<Model, ModelError> {
+pub fn load(
+    source: ModelSource,
+    modules: &[&'static [u8]],
+    devices: &mut Devices,
+) -> Result<Model, ModelError> {
     let wanted = |one: ModelSource| source == ModelSource::Auto || source == one;
     let in_place = wanted(ModelSource::Module).then_some(modules).into_iter().flatten();
     let in_place = in_place.chain(wanted(ModelSource::Pmem).then_some(&devices.files).into_iter().flatten());

@@ -80,7 +80,8 @@ pub fn run(name: &str, machine: &Machine) {
         "run-data" => {
             let code: Vec<u8> = vec![0xc3; 16];
             // SAFETY: as above.
-            let code = unsafe { core::mem::transmute::<*const u8, extern "C" fn()>(black_box(code.as_ptr())) };
+            let code =
+                unsafe { core::mem::transmute::<*const u8, extern "C" fn()>(black_box(code.as_ptr())) };
             code();
             0
         }

@@ -56,7 +56,10 @@ impl Server {
             let name = self.context.model().arch_name();
             ("200 OK", alloc::format!("{{\"status\":\"ok\",\"arch\":\"{name}\"}}\n"))
         } else {
-            ("404 Not Found", alloc::string::String::from("{\"error\":{\"message\":\"no such path\",\"code\":404}}\n"))
+            (
+                "404 Not Found",
+                alloc::string::String::from("{\"error\":{\"message\":\"no such path\",\"code\":404}}\n"),
+            )
         };
         alloc::format!(
             "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",

@@ -21,14 +21,23 @@ fn expect_tokens(guest: &Guest, image: &Path, model: &Path) {
 fn machines_compute_what_the_host_does() {
     let Some(setup) = setup() else { return };
     let model = setup.tiny.join("llama-b.gguf");
-    for (machine, cores, cpu) in
-        [("q35", 2, "max"), ("pc", 1, "max"), ("microvm", 2, "max"), ("q35", 1, "qemu64"), ("microvm,acpi=off", 1, "max")]
-    {
+    for (machine, cores, cpu) in [
+        ("q35", 2, "max"),
+        ("pc", 1, "max"),
+        ("microvm", 2, "max"),
+        ("q35", 1, "qemu64"),
+        ("microvm,acpi=off", 1, "max"),
+    ] {
         let mut guest = Guest::new(machine, WORDS).module(&model);
         (guest.cores, guest.cpu) = (cores, cpu);
         let mut running = guest.boot(&setup.image);
         assert_eq!(running.end(), DONE, "{machine}:\n{}", running.text());
-        assert_eq!(running.tokens(), hosted(&model, PROMPT, N_PREDICT, 128), "{machine}:\n{}", running.text());
+        assert_eq!(
+            running.tokens(),
+            hosted(&model, PROMPT, N_PREDICT, 128),
+            "{machine}:\n{}",
+            running.text()
+        );
         let isa = if cpu == "max" { "avx2" } else { "scalar" };
         let line = format!("on {isa} with {cores} core(s)");
         assert!(running.text().contains(&line), "{machine}: no {line:?}:\n{}", running.text());
@@ -58,7 +67,8 @@ fn models_come_by_pmem_and_disk() {
     let path = padded.0.to_str().unwrap();
 
     let mut pmem = Guest::new("q35", &format!("{WORDS} model=pmem"));
-    let memory = format!("memory-backend-file,id=pm,mem-path={path},size={},share=on,readonly=on", bytes.len());
+    let memory =
+        format!("memory-backend-file,id=pm,mem-path={path},size={},share=on,readonly=on", bytes.len());
     pmem = pmem.arg(&["-object", &memory, "-device", "virtio-pmem-pci,memdev=pm"]);
     // The device's memory lies above the guest's.
     pmem = pmem.arg(&["-m", "256M,slots=1,maxmem=1G"]);
@@ -85,7 +95,10 @@ fn failures_are_said() {
     let none = Guest::new("microvm", WORDS);
     for (guest, expected) in [
         (none, "error: no model (model=auto)"),
-        (Guest::new("microvm", &format!("{WORDS} model=disk")).module(&model), "error: no model (model=disk)"),
+        (
+            Guest::new("microvm", &format!("{WORDS} model=disk")).module(&model),
+            "error: no model (model=disk)",
+        ),
         (Guest::new("microvm", WORDS).module(&cut.0), "error: the model: "),
         (Guest::new("microvm", WORDS).module(&noise.0), "error: the model: "),
         (Guest::new("microvm", "threads=many").module(&model), "error: command line: threads=\"many\""),
@@ -136,7 +149,9 @@ fn grub_boots_it() {
     let Some(setup) = setup() else { return };
     let made = std::process::Command::new("grub-mkrescue").arg("--version").output();
     if !made.is_ok_and(|out| out.status.success()) || !Path::new("/usr/lib/grub/i386-pc").is_dir() {
-        println!("skipped: no grub-mkrescue (Debian: apt-get install grub-pc-bin grub-common xorriso mtools)");
+        println!(
+            "skipped: no grub-mkrescue (Debian: apt-get install grub-pc-bin grub-common xorriso mtools)"
+        );
         return;
     }
     let model = setup.tiny.join("llama-b.gguf");
@@ -148,7 +163,8 @@ fn grub_boots_it() {
     let menu = format!("multiboot2 /boot/runik {WORDS}\nmodule2 /boot/model.gguf\nboot\n");
     std::fs::write(boot.join("grub.cfg"), menu).unwrap();
     let iso = Scratch::new("runik.iso");
-    let output = std::process::Command::new("grub-mkrescue").arg("-o").arg(&iso.0).arg(&root.0).output().unwrap();
+    let output =
+        std::process::Command::new("grub-mkrescue").arg("-o").arg(&iso.0).arg(&root.0).output().unwrap();
     std::fs::remove_dir_all(&root.0).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let guest = Guest::new("q35", "");

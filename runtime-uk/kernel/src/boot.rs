@@ -194,7 +194,8 @@ impl BootInfo {
                 Some(head) => (word(head, 0), word(head, 4) as usize),
                 None => return Err(BootError::Malformed { what: "the multiboot2 tags have no end" }),
             };
-            let tag = rest.get(8..size).ok_or(BootError::Malformed { what: "a multiboot2 tag is cut off" })?;
+            let tag =
+                rest.get(8..size).ok_or(BootError::Malformed { what: "a multiboot2 tag is cut off" })?;
             match kind {
                 0 => return Ok(info),
                 1 => info.set_command_line(until_nul(tag))?,
@@ -255,7 +256,8 @@ impl BootInfo {
             let mut from = ram.start;
             while from < ram.end() {
                 let taken = || self.modules.iter().copied().chain([LOW, image]).map(Range::pages);
-                if let Some(end) = taken().filter(|t| t.start <= from && from < t.end()).map(Range::end).max() {
+                if let Some(end) = taken().filter(|t| t.start <= from && from < t.end()).map(Range::end).max()
+                {
                     from = end;
                     continue;
                 }
@@ -270,7 +272,12 @@ impl BootInfo {
     }
 }
 
-fn record<'m>(memory: &'m impl Physical, what: &'static str, at: u64, len: usize) -> Result<&'m [u8], BootError> {
+fn record<'m>(
+    memory: &'m impl Physical,
+    what: &'static str,
+    at: u64,
+    len: usize,
+) -> Result<&'m [u8], BootError> {
     memory.bytes(at, len).ok_or(BootError::Address { what, at, len: len as u64 })
 }
 
@@ -324,7 +331,10 @@ pub(crate) mod tests {
             (0x3000, b"model=module threads=2\0junk".to_vec()),
             (
                 0x4000,
-                words(&[0, 0, 0x9_f000, 0, 1, 0, 0xf_0000, 0, 0x1_0000, 0, 2, 0, 0x10_0000, 0, 0x700_0000, 0, 1, 0])
+                words(&[
+                    0, 0, 0x9_f000, 0, 1, 0, 0xf_0000, 0, 0x1_0000, 0, 2, 0, 0x10_0000, 0, 0x700_0000, 0, 1,
+                    0
+                ])
             ),
         ])
     }

@@ -146,7 +146,9 @@ fn pit_hz() -> Option<u64> {
 fn apic_hz() -> Option<u64> {
     let count = (VIRTUAL_BUS_HZ / 500) as u32;
     let from = ticks();
-    (under_hypervisor() && Apic::this().run_timer_down(count)).then(|| (ticks() - from) * 500).filter(|&hz| hz > 0)
+    (under_hypervisor() && Apic::this().run_timer_down(count))
+        .then(|| (ticks() - from) * 500)
+        .filter(|&hz| hz > 0)
 }
 
 #[cfg(test)]

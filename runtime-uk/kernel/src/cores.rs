@@ -100,8 +100,7 @@ impl<P: Parking> Cores<P> {
     }
 
     fn idle(&self, me: usize, state: u64) {
-        let go_on =
-            || self.state.load(Ordering::Acquire) != state || self.stopped.load(Ordering::Acquire);
+        let go_on = || self.state.load(Ordering::Acquire) != state || self.stopped.load(Ordering::Acquire);
         for _ in 0..SPINS {
             if go_on() {
                 return;

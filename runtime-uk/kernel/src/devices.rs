@@ -119,7 +119,8 @@ impl Devices {
         let mut devices = Devices::default();
         let has_pci = devices.find_pci(machine);
         if machine.options.mmio.is_empty() && !has_pci {
-            let places = (0..MICROVM_DEVICES).map(|i| Range { start: MICROVM_MMIO + i * MMIO_BYTES, len: MMIO_BYTES });
+            let places =
+                (0..MICROVM_DEVICES).map(|i| Range { start: MICROVM_MMIO + i * MMIO_BYTES, len: MMIO_BYTES });
             places.for_each(|place| devices.find_mmio(machine, place));
         }
         machine.options.mmio.clone().into_iter().for_each(|place| devices.find_mmio(machine, place));
@@ -162,7 +163,8 @@ impl Devices {
 
     fn find_mmio(&mut self, machine: &mut Machine, place: Range) {
         machine.map(place, Access::Device);
-        let Some(header) = NonNull::new(core::ptr::with_exposed_provenance_mut::<VirtIOHeader>(place.start as usize))
+        let Some(header) =
+            NonNull::new(core::ptr::with_exposed_provenance_mut::<VirtIOHeader>(place.start as usize))
         else {
             return;
         };
@@ -208,7 +210,9 @@ impl Devices {
 fn memory_bars(root: &mut PciRoot<Ports>, function: DeviceFunction) -> Vec<(u64, u64)> {
     let bars = root.bars(function).unwrap_or_default();
     let places = bars.into_iter().flatten().filter_map(|bar| bar.memory_address_size());
-    places.filter(|&(at, len)| at != 0 && len != 0 && at.checked_add(len).is_some_and(|end| end <= 1 << 47)).collect()
+    places
+        .filter(|&(at, len)| at != 0 && len != 0 && at.checked_add(len).is_some_and(|end| end <= 1 << 47))
+        .collect()
 }
 
 /// Where a function's device-specific configuration lies: virtio 1.2, 4.1.4, capability of type 4.
@@ -221,5 +225,6 @@ fn device_config(root: &mut PciRoot<Ports>, function: DeviceFunction) -> Option<
     let offset = u64::from(Ports.read_word(function, found.offset + 8));
     let length = u64::from(Ports.read_word(function, found.offset + 12));
     let (at, len) = root.bar_info(function, bar).ok()??.memory_address_size()?;
-    (at != 0 && at % 8 == 0 && offset % 8 == 0 && length >= 16 && offset + length <= len).then_some(at + offset)
+    (at != 0 && at % 8 == 0 && offset % 8 == 0 && length >= 16 && offset + length <= len)
+        .then_some(at + offset)
 }

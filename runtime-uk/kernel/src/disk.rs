@@ -33,7 +33,10 @@ impl fmt::Display for DiskError {
         match self {
             DiskError::Device { at_bytes, error } => write!(f, "disk: reading at byte {at_bytes}: {error}"),
             DiskError::OutOfMemory { bytes } => {
-                write!(f, "disk: its {bytes} bytes do not fit into memory; use pmem, or give the machine more")
+                write!(
+                    f,
+                    "disk: its {bytes} bytes do not fit into memory; use pmem, or give the machine more"
+                )
             }
         }
     }
@@ -43,8 +46,8 @@ impl core::error::Error for DiskError {}
 
 /// All bytes of a disk.
 pub fn read(transport: SomeTransport<'static>) -> Result<Vec<u8>, DiskError> {
-    let mut disk = VirtIOBlk::<Dma, _>::new(transport)
-        .map_err(|error| DiskError::Device { at_bytes: 0, error })?;
+    let mut disk =
+        VirtIOBlk::<Dma, _>::new(transport).map_err(|error| DiskError::Device { at_bytes: 0, error })?;
     let bytes = disk.capacity().saturating_mul(SECTOR_SIZE as u64);
     let mut buffer = Vec::new();
     let len = usize::try_from(bytes).map_err(|_| DiskError::OutOfMemory { bytes })?;

@@ -283,8 +283,9 @@ extern "C" fn report(frame: &Frame) -> ! {
     ));
     serial::last_words(format_args!("rsp {rsp:#018x} flags {flags:#x}\n"));
     // In the order of `Frame::registers`.
-    const NAMES: [&str; 15] =
-        ["r15", "r14", "r13", "r12", "r11", "r10", "r9", "r8", "rbp", "rdi", "rsi", "rdx", "rcx", "rbx", "rax"];
+    const NAMES: [&str; 15] = [
+        "r15", "r14", "r13", "r12", "r11", "r10", "r9", "r8", "rbp", "rdi", "rsi", "rdx", "rcx", "rbx", "rax",
+    ];
     for (i, (name, value)) in NAMES.iter().zip(registers).enumerate() {
         let end = if i % 4 == 3 || i == 14 { '\n' } else { ' ' };
         serial::last_words(format_args!("{name:>3} {value:#018x}{end}"));

@@ -149,8 +149,7 @@ impl Options {
     }
 
     fn set(&mut self, name: &str, value: &str, word: &str) -> Result<(), OptionError> {
-        let bad =
-            |expected| OptionError { name: name.to_string(), value: value.to_string(), expected };
+        let bad = |expected| OptionError { name: name.to_string(), value: value.to_string(), expected };
         match name {
             "model" => {
                 self.model = match value {
@@ -301,9 +300,20 @@ mod tests {
     #[test]
     fn values_without_sense_are_errors() {
         for line in [
-            "model=floppy", "device=tpu", "threads=0", "threads=x", "ctx=", "port=65536", "ip=10.0.0.1",
-            "ip=10.0.0.1/33", "ip=1.2.3.4/24,x", "virtio_mmio.device=4K@0:1", "virtio_mmio.device=9@0xfeb00000:1",
-            "predict=-1", "parallel=0", "virtio_mmio.device=18446744073709551615K@1:1",
+            "model=floppy",
+            "device=tpu",
+            "threads=0",
+            "threads=x",
+            "ctx=",
+            "port=65536",
+            "ip=10.0.0.1",
+            "ip=10.0.0.1/33",
+            "ip=1.2.3.4/24,x",
+            "virtio_mmio.device=4K@0:1",
+            "virtio_mmio.device=9@0xfeb00000:1",
+            "predict=-1",
+            "parallel=0",
+            "virtio_mmio.device=18446744073709551615K@1:1",
         ] {
             let error = Options::parse(line.as_bytes()).unwrap_err();
             assert_eq!(error.name, line.split_once('=').unwrap().0);

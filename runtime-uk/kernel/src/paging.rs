@@ -169,7 +169,9 @@ mod tests {
         let mut tables = PageTables::new();
         tables.map(range(0, 6 << 30), Access::Write);
         tables.map(range(5 << 30, PAGE), Access::Read);
-        for address in [0, PAGE, (2 << 20) + 5 * PAGE, 3 << 30, (5 << 30) - PAGE, (5 << 30) + PAGE, (6 << 30) - PAGE] {
+        for address in
+            [0, PAGE, (2 << 20) + 5 * PAGE, 3 << 30, (5 << 30) - PAGE, (5 << 30) + PAGE, (6 << 30) - PAGE]
+        {
             let (page, bits) = tables.lookup(address).unwrap();
             assert!(page <= address && address - page < 1 << 30, "{address:#x}");
             assert_eq!(bits, Access::Write.bits(), "{address:#x}");

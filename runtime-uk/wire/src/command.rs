@@ -456,7 +456,8 @@ impl Command {
             KERNEL => {
                 let got = take.u64();
                 let bad = WireError::Field { what: "length of a name", got };
-                let len = usize::try_from(got).ok().filter(|n| (1..=MAX_NAME_BYTES).contains(n)).ok_or(bad)?;
+                let len =
+                    usize::try_from(got).ok().filter(|n| (1..=MAX_NAME_BYTES).contains(n)).ok_or(bad)?;
                 Command::Kernel { name: short(take, len).ok_or(bad)? }
             }
             LAUNCH => Command::Launch(launch(stream, take)?),

@@ -90,7 +90,10 @@ impl fmt::Display for WireError {
         match *self {
             WireError::Magic => f.write_str("the other side does not speak runik's GPU protocol"),
             WireError::Version { got } => {
-                write!(f, "the other side speaks version {got} of the GPU protocol, this one version {VERSION}")
+                write!(
+                    f,
+                    "the other side speaks version {got} of the GPU protocol, this one version {VERSION}"
+                )
             }
             WireError::Unknown { what, number } => write!(f, "no {what} has the number {number}"),
             WireError::Field { what, got } => write!(f, "{what} cannot be {got}"),

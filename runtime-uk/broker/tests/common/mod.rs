@@ -33,7 +33,9 @@ impl SocketLink {
 
 impl Link for SocketLink {
     fn send(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
-        bytes.chunks(self.most).try_for_each(|piece| self.socket.write_all(piece).map_err(|_| LinkError::Closed))
+        bytes
+            .chunks(self.most)
+            .try_for_each(|piece| self.socket.write_all(piece).map_err(|_| LinkError::Closed))
     }
     fn receive(&mut self, into: &mut [u8]) -> Result<usize, LinkError> {
         let most = into.len().min(self.most);
@@ -68,7 +70,13 @@ pub struct Broker {
 
 impl Broker {
     /// Ends when the guest's end of the socket is dropped.
-    pub fn start(socket: UnixStream, most: usize, window: Option<GuestWindow>, register: bool, limits: Limits) -> Broker {
+    pub fn start(
+        socket: UnixStream,
+        most: usize,
+        window: Option<GuestWindow>,
+        register: bool,
+        limits: Limits,
+    ) -> Broker {
         let metrics = Arc::new(Metrics::default());
         let counters = metrics.clone();
         let thread = std::thread::spawn(move || {

@@ -142,7 +142,9 @@ impl Running {
             match self.lines.recv_timeout(left) {
                 Ok(line) => self.log.push(line),
                 Err(RecvTimeoutError::Timeout) => panic!("the guest hangs:\n{}", self.text()),
-                Err(RecvTimeoutError::Disconnected) => return self.child.wait().unwrap().code().unwrap_or(-1),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return self.child.wait().unwrap().code().unwrap_or(-1);
+                }
             }
         }
     }
