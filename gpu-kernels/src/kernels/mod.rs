@@ -7,10 +7,9 @@ pub mod copy;
 pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
-pub mod glu;
 pub mod get_rows;
+pub mod glu;
 pub mod layer_norm;
-pub mod flash;
 pub mod mmf;
 pub mod mmf32;
 pub mod mmvf;
@@ -19,10 +18,6 @@ pub mod moe_combine;
 pub mod moe_route;
 pub mod output;
 pub mod product;
-pub mod epilogue;
-mod int8_tile;
-pub mod mmq;
-pub mod moe_sort;
 pub mod quantise_act;
 pub mod repack;
 pub mod rms_norm;
@@ -35,8 +30,8 @@ pub mod top_k;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub(crate) mod float_case;
+pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod order;
-pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
