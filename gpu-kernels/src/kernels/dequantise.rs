@@ -29,6 +29,7 @@ pub(crate) mod gpu {
 
     use super::Shared;
     use crate::device::{F32x4, Float, Glb, U32x2, math, thread, warp};
+    use crate::kernels::lookup::InMemory;
 
     const STRIDE: u32 = super::STRIDE as u32;
 
@@ -111,7 +112,7 @@ pub(crate) mod gpu {
         // Lanes past the end unpack the last group, for the shuffles.
         let mine = if warp_start + lane < n_groups { warp_start + lane } else { n_groups - 1 };
         let groups = F::GROUPS as u32;
-        let group = src.cast::<F>().view(mine / groups).unpack_group((mine % groups) as usize);
+        let group = src.cast::<F>().view(mine / groups).unpack_group_by((mine % groups) as usize, InMemory);
         store_groups::<F, T>(&group, dst, |from| {
             let group = warp_start + from;
             (group < n_groups).then_some(8 * group as usize)

@@ -16,6 +16,7 @@ mod gpu {
 
     use crate::device::{F32x4, Float, Glb, thread};
     use crate::kernels::dequantise::gpu::store_groups;
+    use crate::kernels::lookup::InMemory;
     use crate::tile::{
         FRAGMENT, ROWS, SPAN, SPAN_GROUPS, TileLayout, Tiled, block, fragment_offset, load_span_of,
     };
@@ -35,7 +36,7 @@ mod gpu {
         let words = load_span_of::<F>(at, row % ROWS as u32, units as u32);
         let mut g = 0;
         while g < SPAN_GROUPS {
-            let group = block::<F>(&words, g / F::GROUPS).unpack_group(g % F::GROUPS);
+            let group = block::<F>(&words, g / F::GROUPS).unpack_group_by(g % F::GROUPS, InMemory);
             store_groups::<F, f32>(&group, y, |from| {
                 let item = warp_start + from;
                 let column = item % n_spans * SPAN as u32 + (g * quant::format::GROUP) as u32;

@@ -67,6 +67,7 @@ mod gpu {
     use super::{Shape, scale_words, stage_bytes};
     use crate::device::math::{self, dp4a_us, fma};
     use crate::device::{Glb, Smem, U32x2, U32x4, sync, thread, warp};
+    use crate::kernels::lookup::{SharedBook, book_bytes};
     use crate::kernels::product::{Gate, Part, choose};
     use crate::kernels::quantise_act::ActScale;
     use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block, load_span};
@@ -263,11 +264,17 @@ mod gpu {
         let first_tile = (thread::block_idx_x() - part.first_cta) * TILES as u32;
         let matrix = (expert as usize * n_tiles as usize) * tile_bytes;
 
-        let stage_bytes = stage_bytes(F::SCALE_ELEMS, COLS);
-        let stage = Stage::at::<F, COLS>(warp_id * stage_bytes);
+        // Shared memory: the format's codebook, a stage per warp, totals, partial sums.
+        let book = SharedBook::fill(F::BOOK, 0);
+        if F::BOOK.n_words() != 0 {
+            sync::sync_threads();
+        }
+        let (stages, stage_bytes) = (book_bytes(F::BOOK), stage_bytes(F::SCALE_ELEMS, COLS));
+        let stage = Stage::at::<F, COLS>(stages + warp_id * stage_bytes);
         let outputs = (TILES * COLS * ROWS) as u32;
-        let totals: Smem<f32> = Smem::dynamic(n_warps * stage_bytes, 2 * outputs);
-        let partials: Smem<f32> = Smem::dynamic(n_warps * stage_bytes + 8 * outputs, shape.window * outputs);
+        let sums = stages + n_warps * stage_bytes;
+        let totals: Smem<f32> = Smem::dynamic(sums, 2 * outputs);
+        let partials: Smem<f32> = Smem::dynamic(sums + 8 * outputs, shape.window * outputs);
 
         // An item is a span of one matrix; gate and up alternate.
         let n_items = if gated_pair { 2 * n_spans } else { n_spans };
@@ -305,7 +312,7 @@ mod gpu {
                 let mut g = 0;
                 while g < SPAN_GROUPS {
                     let weights: [Group; TILES] = core::array::from_fn(|t| {
-                        block::<F>(&words[t], g / F::GROUPS).unpack_group(g % F::GROUPS)
+                        block::<F>(&words[t], g / F::GROUPS).unpack_group_by(g % F::GROUPS, book)
                     });
                     let mut c = 0;
                     while c < COLS {
@@ -413,7 +420,7 @@ macro_rules! entries {
         /// Entry of a format for up to `n_cols` columns.
         #[cfg(not(target_arch = "nvptx64"))]
         fn entry(format: quant::FormatId, n_cols: usize) -> Option<EntryShape> {
-            let (names, scale_elems) = match format {
+            let (names, scale_elems, book) = match format {
                 $(
                     quant::FormatId::$id => (
                         [
@@ -423,12 +430,18 @@ macro_rules! entries {
                             concat!("mmvq_", stringify!($id), "_n8"),
                         ],
                         <quant::formats::$module::Block as BlockFormat>::SCALE_ELEMS,
+                        <quant::formats::$module::Block as BlockFormat>::BOOK,
                     ),
                 )*
                 _ => return None,
             };
             let i = n_cols.next_power_of_two().ilog2() as usize;
-            Some(EntryShape { name: names.get(i)?, n_cols: 1 << i, stage_bytes: stage_bytes(scale_elems, 1 << i) })
+            Some(EntryShape {
+                name: names.get(i)?,
+                n_cols: 1 << i,
+                stage_bytes: stage_bytes(scale_elems, 1 << i),
+                book_bytes: lookup::book_bytes(book),
+            })
         }
 
         /// Every format at one column and at eight; the edges of rows, of k and of the column counts; every epilogue.
@@ -476,7 +489,10 @@ use {
     quant::formats,
 };
 #[cfg(not(target_arch = "nvptx64"))]
-use {crate::kernels::product::Glu, quant::BlockFormat};
+use {
+    crate::kernels::{lookup, product::Glu},
+    quant::BlockFormat,
+};
 quant::for_each_block_format!(entries![]);
 
 /// What the launcher must know of an entry.
@@ -485,6 +501,7 @@ struct EntryShape {
     name: &'static str,
     n_cols: usize,
     stage_bytes: u32,
+    book_bytes: u32,
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -541,7 +558,7 @@ mod host {
             return Err(LaunchError::Shape { kernel, what: "n_cols", expected: "1 to 8", got });
         }
         let entry = super::entry(args.format, columns);
-        let super::EntryShape { name, n_cols, stage_bytes } =
+        let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
             entry.ok_or(LaunchError::Format { kernel, format: args.format })?;
         let format = info(args.format);
         check.multiple("k", args.k, format.elems, "a multiple of the format's block")?;
@@ -567,7 +584,7 @@ mod host {
         let n_items = k.div_ceil(SPAN as u32) * if args.glu.is_some() { 2 } else { 1 };
         let n_warps = warps(n_ctas.saturating_mul(n_lines), n_items, n_cols);
         let outputs_bytes = 4 * rows_per_cta * n_cols as u32;
-        let fixed = n_warps * stage_bytes + 2 * outputs_bytes;
+        let fixed = book_bytes + n_warps * stage_bytes + 2 * outputs_bytes;
         // Whole rounds of the warps, and gate and up together.
         let fits = (SMEM_BYTES - fixed) / outputs_bytes;
         let step = n_warps.next_multiple_of(2);

@@ -17,5 +17,6 @@ pub mod softmax;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub(crate) mod float_case;
+pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
