@@ -62,6 +62,7 @@ struct Capture {
 
 /// What a stream can be told to do.
 #[derive(Clone, Copy, Debug)]
+#[allow(clippy::large_enum_variant)] // nearly all commands are launches
 enum Command {
     Launch(ModuleId, Launch),
     Copy { to: DevicePtr, from: DevicePtr, bytes: u64 },
