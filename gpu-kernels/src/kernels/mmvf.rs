@@ -215,7 +215,7 @@ mod gpu {
             let w = if two_tiles && item % 2 == 1 { w1 } else { w0 };
             w.offset((item >> shift) as usize * 32 * FRAGMENTS as usize)
         };
-        let n_whole = if STREAM { n_k16 / FRAGMENTS << shift } else { 0 };
+        let n_whole = if STREAM { (n_k16 / FRAGMENTS) << shift } else { 0 };
         let n_items = n_k16.div_ceil(FRAGMENTS) << shift;
         let last_block = (n_cols - 1) / 8;
 
