@@ -97,6 +97,8 @@ pub const NO_SEQUENCE: u32 = u32::MAX;
 /// Rows of a fragment.
 const ROWS: usize = 16;
 
+/// Columns of the table of a tile's rows.
+const TABLE_COLUMNS: usize = 6;
 /// Threads of a merging CTA.
 const MERGE_THREADS: u32 = 128;
 
@@ -124,7 +126,7 @@ struct Tile {
     asynchronous: bool,
 }
 
-/// Offsets of a CTA's shared memory in 16-byte units, and the whole. Queries, where they stay in registers, take none.
+/// Offsets of a CTA's shared memory in 16-byte units, and the whole.
 #[derive(Clone, Copy, Debug)]
 struct Layout {
     k: usize,
@@ -133,6 +135,7 @@ struct Layout {
     p: usize,
     maxima: usize,
     rows: usize,
+    views: usize,
     end: usize,
 }
 
@@ -159,18 +162,23 @@ impl Tile {
 
     /// Whether a warp keeps its queries in registers: where they and twice the outputs leave room for the rest.
     const fn q_in_registers(&self) -> bool {
-        self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 192
+        self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 150
     }
 
     const fn layout(&self) -> Layout {
         let (k, stages) = (0, if self.asynchronous { 2 } else { 1 });
         let v = k + stages * self.planes * self.block * self.dims[0] / 8;
-        let q = v + stages * self.planes * self.block * self.dims[1] / 8;
-        let p = q + if self.q_in_registers() { 0 } else { self.planes * self.rows() * self.dims[0] / 8 };
+        let tiles = v + stages * self.planes * self.block * self.dims[1] / 8;
+        // Queries on their way to registers lie where keys and values will.
+        let queries = self.planes * self.rows() * self.dims[0] / 8;
+        assert!(!self.q_in_registers() || queries <= tiles);
+        let q = if self.q_in_registers() { 0 } else { tiles };
+        let p = if self.q_in_registers() { tiles } else { tiles + queries };
         let shared = self.sharers > 1;
         let maxima = p + if shared { self.planes * self.rows() * self.block / 8 } else { 0 };
         let rows = maxima + if shared { self.sharers * self.rows() / 4 } else { 0 };
-        Layout { k, v, q, p, maxima, rows, end: rows + self.rows() }
+        let views = rows + TABLE_COLUMNS * self.rows() / 4;
+        Layout { k, v, q, p, maxima, rows, views, end: views + self.sharers * self.row_groups }
     }
 }
 
