@@ -77,11 +77,8 @@ struct Part<const NO: usize> {
 }
 
 impl<const NO: usize> Part<NO> {
-    const EMPTY: Part<NO> = Part {
-        max: [f32::NEG_INFINITY; 2],
-        sum: [0.0; 2],
-        out: [FragmentF32([0.0; 4]); NO],
-    };
+    const EMPTY: Part<NO> =
+        Part { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2], out: [FragmentF32([0.0; 4]); NO] };
 
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn merge(&mut self, part: &Part<NO>) {
@@ -141,10 +138,11 @@ impl<
         Smem::dynamic(16 * Self::LAYOUT.rows as u32 + 4 * column * Self::TILE_ROWS, Self::TILE_ROWS)
     }
 
-    /// What each warp's rows see: some of them, from and up to; all of them, from and up to.
+    /// Per warp: what its rows see (some of them from and up to, all of them from and up to); then of the sequence that
+    /// it walks the first page, the positions and the last block + 1.
     #[inline(always)]
     fn views() -> Smem<U32x4> {
-        Smem::dynamic(16 * Self::LAYOUT.views as u32, (SHARERS * GROUPS) as u32)
+        Smem::dynamic(16 * Self::LAYOUT.views as u32, 2 * (SHARERS * GROUPS) as u32)
     }
 
     /// The tile of K (0) or V (1) of a stage.
@@ -160,12 +158,7 @@ impl<
     #[inline(always)]
     fn queries() -> Store {
         let units = 2 * KS as u32;
-        Store {
-            rows: Self::smem(),
-            start: Self::LAYOUT.q as u32,
-            plane: Self::TILE_ROWS * units,
-            units,
-        }
+        Store { rows: Self::smem(), start: Self::LAYOUT.q as u32, plane: Self::TILE_ROWS * units, units }
     }
 
     /// Waits for the warps that share this warp's rows.
@@ -204,22 +197,19 @@ impl<
         let n_valid = if first < len { len - first } else { 0 };
         let row = (page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize) * PAGE
             + (first % PAGE as u32) as usize;
-        let from = |part: usize| if part == 0 { x.k } else { x.v }.offset(row * x.row_bytes[part] as usize);
-        if ASYNC {
-            unroll!(PART in 0..2 {
-                let to = Self::store(PART, stage);
-                store::copy(from(PART), to, Self::BLOCK, n_valid, x.head_dim[PART], Self::THREADS);
-            });
-            return;
-        }
-        // One after the other in a loop: the widening of every format is long.
+        // One after the other in a loop: the code of either is long, and so is the list of its addresses.
         let parts = math::opaque(2);
         let mut part = 0;
         while part < parts {
             let of = |pair: [u32; 2]| if part == 0 { pair[0] } else { pair[1] };
             let [k, v] = [Self::store(0, stage), Self::store(1, stage)];
-            let (from, to) = if part == 0 { (from(0), k) } else { (from(1), v) };
-            store::fill::<C>(of(x.format), from, to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            let (from, to) = if part == 0 { (x.k, k) } else { (x.v, v) };
+            let from = from.offset(row * of(x.row_bytes) as usize);
+            if ASYNC {
+                store::copy(from, to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            } else {
+                store::fill::<C>(of(x.format), from, to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            }
             part += 1;
         }
     }
@@ -297,8 +287,7 @@ impl<
         if SHARERS == 1 {
             return max;
         }
-        let table =
-            Smem::<f32>::dynamic(16 * Self::LAYOUT.maxima as u32, SHARERS as u32 * Self::TILE_ROWS);
+        let table = Smem::<f32>::dynamic(16 * Self::LAYOUT.maxima as u32, SHARERS as u32 * Self::TILE_ROWS);
         let at = |sharer: u32, r: u32| sharer * Self::TILE_ROWS + 16 * row_group + 8 * r + lane / 4;
         if lane.is_multiple_of(4) {
             unroll!(R in 0..2 {
@@ -409,17 +398,11 @@ impl<
     /// One block of positions from `first` on: the state of the lane's rows in the span goes on.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn block(
-        x: &Inputs,
-        q: &[FragmentA; KS],
-        masked: bool,
-        part: &mut Part<NO>,
-        first: u32,
-        stage: u32,
-    ) {
+    fn block(x: &Inputs, q: &[FragmentA; KS], masked: bool, part: &mut Part<NO>, first: u32, stage: u32) {
         // Computed anew for each block: addresses that stayed in registers would be more than there are.
         let thread = math::fresh(thread::thread_idx_x());
-        let (lane, row_group, sharer) = (thread % 32, thread / 32 / SHARERS as u32, thread / 32 % SHARERS as u32);
+        let (lane, row_group, sharer) =
+            (thread % 32, thread / 32 / SHARERS as u32, thread / 32 % SHARERS as u32);
         let row = |r: usize| 16 * row_group + 8 * r as u32 + lane / 4;
         let mut s = Self::scores(q, Self::store(0, stage), lane, row_group, sharer);
         let mut to_log2 = x.scale;
@@ -526,27 +509,30 @@ impl<
         let absent = Self::table(SEQUENCE).ld(r) == ABSENT;
         let some = [warp_min(if high > 0 { low } else { u32::MAX }), !warp_min(!high)];
         let all = [!warp_min(!low), warp_min(if absent { u32::MAX } else { high })];
-        if lane == 0 {
-            Self::views().st(thread::warp_id(), U32x4([some[0], some[1], all[0], all[1]]));
-        }
-        warp::sync_warp();
-
         let (mut block, mut end) = (cta_low / Self::BLOCK, cta_high.div_ceil(Self::BLOCK));
         if x.n_spans > 0 {
             let first = thread::block_idx_z() * Self::N_BLOCKS;
             block = if block < first { first } else { block };
             end = if end > first + Self::N_BLOCKS { first + Self::N_BLOCKS } else { end };
         }
-        let page = |block: u32| x.pages.ld_nc(first_page + block * Self::BLOCK / PAGE as u32);
+        // Looked up in shared memory once per block: the outputs need the registers.
+        let walk = 2 * thread::warp_id();
+        if lane == 0 {
+            Self::views().st(walk, U32x4([some[0], some[1], all[0], all[1]]));
+            Self::views().st(walk + 1, U32x4([first_page, len, end, 0]));
+        }
+        warp::sync_warp();
+        let page =
+            |first_page: u32, block: u32| x.pages.ld_nc(first_page + block * Self::BLOCK / PAGE as u32);
         let mut stage = 0;
         let mut next_page = 0;
         if block < end {
-            next_page = page(block);
+            next_page = page(first_page, block);
             if ASYNC {
                 Self::load(x, next_page, block, len, 0);
                 async_copy::commit();
                 if block + 1 < end {
-                    next_page = page(block + 1);
+                    next_page = page(first_page, block + 1);
                 }
             }
         }
@@ -557,24 +543,27 @@ impl<
             while block < span_end {
                 if ASYNC {
                     async_copy::wait::<0>();
-                    sync::sync_threads();
+                }
+                sync::sync_threads();
+                let walk = 2 * math::fresh(thread::warp_id());
+                let U32x4([first_page, len, end, _]) = Self::views().ld(walk + 1);
+                if ASYNC {
                     if block + 1 < end {
                         Self::load(x, next_page, block + 1, len, stage ^ 1);
                         async_copy::commit();
                         if block + 2 < end {
-                            next_page = page(block + 2);
+                            next_page = page(first_page, block + 2);
                         }
                     }
                 } else {
-                    sync::sync_threads();
                     Self::load(x, next_page, block, len, 0);
                     if block + 1 < end {
-                        next_page = page(block + 1);
+                        next_page = page(first_page, block + 1);
                     }
                     sync::sync_threads();
                 }
                 let first = block * Self::BLOCK;
-                let U32x4([some_low, some_high, all_low, all_high]) = Self::views().ld(thread::warp_id());
+                let U32x4([some_low, some_high, all_low, all_high]) = Self::views().ld(walk);
                 if first < some_high && first + Self::BLOCK > some_low {
                     let masked = first < all_low || first + Self::BLOCK > all_high;
                     Self::block(x, q, masked, &mut part, first, stage);
@@ -604,6 +593,24 @@ impl<
         };
         let left = end - first;
         Span { first, n: if left < Self::TILE_ROWS { left } else { Self::TILE_ROWS } }
+    }
+
+    /// The first row after `first` that is of another sequence; the tile's end if there is none.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    fn next_run(x: &Inputs, first: u32) -> u32 {
+        let lane = math::fresh(thread::lane_id());
+        let sequence = Self::table(SEQUENCE).ld(first);
+        let mut end = Self::tile(x).n;
+        let mut i = 0;
+        while i < Self::TILE_ROWS.div_ceil(32) {
+            let r = if 32 * i + lane < Self::TILE_ROWS { 32 * i + lane } else { 0 };
+            let other = warp::ballot(r > first && Self::table(SEQUENCE).ld(r) != sequence);
+            let at = 32 * i + other.trailing_zeros();
+            end = if other != 0 && at < end { at } else { end };
+            i += 1;
+        }
+        end
     }
 
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
@@ -684,22 +691,13 @@ impl<
 
         let mut total = Part::<NO>::EMPTY;
         let mut first = 0;
-        while first < span.n {
+        while first < Self::tile(&x).n {
             // Everyone is done with the tiles of the sequence before.
             sync::sync_threads();
             let sequence = Self::table(SEQUENCE).ld(first);
-            let mut end = span.n;
-            let mut i = 0;
-            while i < Self::TILE_ROWS.div_ceil(32) {
-                let r = 32 * i + lane;
-                let r = if r < Self::TILE_ROWS { r } else { 0 };
-                let other = warp::ballot(r > first && Self::table(SEQUENCE).ld(r) != sequence);
-                let at = 32 * i + other.trailing_zeros();
-                end = if other != 0 && at < end { at } else { end };
-                i += 1;
-            }
             if sequence != NO_SEQUENCE {
                 // What rows of other sequences see is not of this one.
+                let (end, tid) = (Self::next_run(&x, first), thread::thread_idx_x());
                 if tid < Self::TILE_ROWS {
                     let inside = tid >= first && tid < end;
                     let see = |column| if inside { Self::table(column).ld(tid) } else { 0 };
@@ -709,12 +707,13 @@ impl<
                 sync::sync_threads();
                 Self::sequence(&x, &q, sequence, &mut total);
             }
-            first = end;
+            first = Self::next_run(&x, first);
         }
 
         // Out they go. Nothing of before is needed for it, so nothing stays in registers.
         let (thread, span) = (math::fresh(thread::thread_idx_x()), Self::tile(&x));
-        let (lane, row_group, sharer) = (thread % 32, thread / 32 / SHARERS as u32, thread / 32 % SHARERS as u32);
+        let (lane, row_group, sharer) =
+            (thread % 32, thread / 32 / SHARERS as u32, thread / 32 % SHARERS as u32);
         unroll!(R in 0..2 {
             let row = 16 * row_group + 8 * R as u32 + lane / 4;
             if row < span.n {

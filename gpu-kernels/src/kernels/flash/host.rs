@@ -158,6 +158,8 @@ pub struct Args {
     pub scale: f32,
     pub softcap: f32,
     pub geometry: Geometry,
+    /// Shared memory that the device gives to a CTA: a tile too large for it makes way for the next smaller one.
+    pub smem_per_cta_bytes: u32,
 }
 
 /// What to launch, in this order.
@@ -194,7 +196,8 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         return Err(shape("scale", "above 0", args.scale.to_bits() as usize));
     }
     let mut row_bytes = [0; 2];
-    let parts = [("head_dim_k", cache.type_k, cache.head_dim_k), ("head_dim_v", cache.type_v, cache.head_dim_v)];
+    let parts =
+        [("head_dim_k", cache.type_k, cache.head_dim_k), ("head_dim_v", cache.type_v, cache.head_dim_v)];
     for (i, (what, format, head_dim)) in parts.into_iter().enumerate() {
         if !KV_FORMATS.contains(&format) {
             return Err(LaunchError::Format { kernel, format });
@@ -234,14 +237,23 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     let prefills = if decode { [].as_slice() } else { &[PREFILL, SPLIT_PREFILL] };
     let mut variants = prefills.iter().chain(&decodes).copied().flatten();
     let variant = variants
-        .find(|v| v.class == class && dims[0] <= v.tile.dims[0] && dims[1] <= v.tile.dims[1])
-        .ok_or_else(|| shape("head_dim", "at most 576 for keys, 512 for values", dims[0].max(dims[1])))?;
+        .find(|v| {
+            let holds = dims[0] <= v.tile.dims[0] && dims[1] <= v.tile.dims[1];
+            v.class == class && holds && v.tile.smem_bytes() <= args.smem_per_cta_bytes
+        })
+        .ok_or_else(|| {
+            shape("head_dim", "at most (576, 512), and as shared memory allows", dims[0].max(dims[1]))
+        })?;
     let tile = variant.tile;
     let n_spans = match args.geometry {
         Geometry::Split { n_spans } => check.grid("n_spans", n_spans)?,
         _ => 0,
     };
-    let tiles = if decode { step.n_tokens * group.div_ceil(tile.rows()) } else { (step.n_tokens * group).div_ceil(tile.rows()) };
+    let tiles = if decode {
+        step.n_tokens * group.div_ceil(tile.rows())
+    } else {
+        (step.n_tokens * group).div_ceil(tile.rows())
+    };
     let flag = |on: bool, bit: u32| if on { bit } else { 0 };
     let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM) | flag(decode, PER_TOKEN);
     let attention = Launch {
@@ -249,7 +261,7 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         grid: [check.size("tiles", tiles)?, n_head_kv, n_spans.max(1)],
         cta: 32 * (tile.sharers * tile.row_groups) as u32,
         cluster: 1,
-        smem_bytes: 16 * tile.layout().end as u32,
+        smem_bytes: tile.smem_bytes(),
         params: Params::new()
             .with(args.q)
             .with(cache.k)
@@ -298,6 +310,9 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     });
     Ok(Launches { attention, merge })
 }
+
+/// What the cases' launches may take: as much as an H100 has.
+const SMEM_BYTES: u32 = 227 * 1024;
 
 /// What of a launch is in numbers: for the definition.
 #[derive(Clone, Copy, Debug)]
@@ -359,7 +374,8 @@ pub struct Case {
     pub geometry: Geometry,
 }
 
-const BASE: Case = Case {
+/// What the cases have in common.
+pub const BASE: Case = Case {
     types: [FormatId::F16; 2],
     dims: [64, 64],
     n_head: 4,
@@ -404,7 +420,8 @@ impl Data {
         for i in (1..n_pages).rev() {
             free.swap(i, random.below(i as u64 + 1) as usize);
         }
-        let row_bytes = [0, 1].map(|p| quant::row::row_bytes(case.types[p], case.dims[p]).expect("cases fit their formats"));
+        let row_bytes = [0, 1]
+            .map(|p| quant::row::row_bytes(case.types[p], case.dims[p]).expect("cases fit their formats"));
         let mut data = Data {
             cache: row_bytes.map(|bytes| vec![0xff; n_pages * case.n_head_kv * PAGE * bytes]),
             rows: [vec![], vec![]],
@@ -430,7 +447,8 @@ impl Data {
                         let at = (page * PAGE + pos % PAGE) * row_bytes[p];
                         let bytes = &mut data.cache[p][at..at + row_bytes[p]];
                         let mut decoded = vec![0.0; case.dims[p]];
-                        quant::row::encode(case.types[p], &x, None, bytes).expect("cache formats can be encoded");
+                        quant::row::encode(case.types[p], &x, None, bytes)
+                            .expect("cache formats can be encoded");
                         quant::row::decode(case.types[p], bytes, &mut decoded).expect("as encoded");
                         decoded
                     };
@@ -443,7 +461,7 @@ impl Data {
         }
         // Scores of a few units, so that the softmax is neither flat nor a single position.
         let q = random.values(data.positions.len() * case.n_head * case.dims[0]);
-        data.q = q.into_iter().map(|q| 8.0 * q).collect();
+        data.q = q.into_iter().map(|q| 4.0 * q).collect();
         data
     }
 
@@ -537,6 +555,7 @@ impl Case {
             scale: self.scale(),
             softcap: self.softcap,
             geometry: self.geometry,
+            smem_per_cta_bytes: SMEM_BYTES,
         }
     }
 }
@@ -572,17 +591,113 @@ impl Kernel for Flash {
     type Case = Case;
     const CASES: &'static [Case] = &[
         BASE,
-        Case { geometry: Geometry::Prefill, sequences: &[(70, 70)], ..BASE },
+        // A span's, a block's and a page's edges, and several spans.
+        Case { sequences: &[(1, 1), (63, 1), (64, 1), (65, 1)], ..BASE },
+        Case { sequences: &[(255, 1), (256, 1), (257, 1), (600, 1)], n_head_kv: 4, ..BASE },
+        Case {
+            sequences: &[(600, 1), (257, 2), (0, 0), (3, 1)],
+            geometry: Geometry::Split { n_spans: 4 },
+            ..BASE
+        },
+        Case { sequences: &[(70, 70)], geometry: Geometry::Prefill, ..BASE },
+        // Sequences that share a tile, in groups that do not divide it, and padding among them.
+        Case {
+            sequences: &[(300, 20), (0, 0), (40, 3), (1, 1), (130, 60)],
+            n_head: 6,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        // Each head dimension, whole and padded.
+        Case { dims: [128, 128], sequences: &[(300, 2)], n_head: 2, n_head_kv: 1, ..BASE },
+        Case { dims: [128, 128], sequences: &[(300, 40)], geometry: Geometry::Prefill, ..BASE },
+        Case { dims: [80, 80], sequences: &[(90, 1)], ..BASE },
+        Case { dims: [72, 72], sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { dims: [256, 256], sequences: &[(300, 1)], n_head: 2, n_head_kv: 1, ..BASE },
+        Case {
+            dims: [256, 256],
+            sequences: &[(70, 30)],
+            n_head: 3,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            dims: [192, 128],
+            sequences: &[(70, 3)],
+            n_head: 1,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case { dims: [192, 128], sequences: &[(70, 1)], n_head: 1, n_head_kv: 1, ..BASE },
+        Case { dims: [576, 512], sequences: &[(70, 2)], n_head: 20, n_head_kv: 1, ..BASE },
+        Case {
+            dims: [576, 512],
+            sequences: &[(40, 3)],
+            n_head: 8,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        // What models ask for beside causality.
+        Case { causal: false, sequences: &[(90, 30)], geometry: Geometry::Prefill, ..BASE },
+        Case { window: 70, sequences: &[(400, 1)], ..BASE },
+        Case {
+            window: 20,
+            sequences: &[(400, 1), (10, 1)],
+            geometry: Geometry::Split { n_spans: 2 },
+            ..BASE
+        },
+        Case { window: 70, sequences: &[(330, 150)], geometry: Geometry::Prefill, ..BASE },
+        Case { softcap: 5.0, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case {
+            softcap: 5.0,
+            sinks: true,
+            sequences: &[(300, 1)],
+            geometry: Geometry::Split { n_spans: 2 },
+            ..BASE
+        },
+        Case { sinks: true, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { slopes: true, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { slopes: true, causal: false, sequences: &[(300, 1)], ..BASE },
+        // Formats that are widened.
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(300, 1)], ..BASE },
+        Case { types: [FormatId::Q4_0; 2], sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { types: [FormatId::Q4_1, FormatId::Q5_0], dims: [128, 96], sequences: &[(90, 1)], ..BASE },
+        Case {
+            types: [FormatId::F16, FormatId::Q5_1],
+            dims: [256, 256],
+            sequences: &[(90, 1)],
+            n_head: 2,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0; 2],
+            dims: [128, 128],
+            sequences: &[(70, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::F16],
+            dims: [576, 512],
+            sequences: &[(40, 1)],
+            n_head_kv: 1,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0; 2],
+            dims: [256, 256],
+            sequences: &[(70, 10)],
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
     ];
     const NMSE_MAX: f64 = 2e-6;
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
-        &[
-        super::attend::DECODE,
-        super::attend::LARGE_DECODE,
-        super::attend::PREFILL,
-        super::merge::ENTRIES,
-    ];
+        &[super::attend::DECODE, super::attend::LARGE_DECODE, super::attend::PREFILL, super::merge::ENTRIES];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)
@@ -598,7 +713,45 @@ impl Kernel for Flash {
 impl Kernel for FlashSplit {
     const NAME: &'static str = "flash_split";
     type Case = Case;
-    const CASES: &'static [Case] = &[Case { types: [FormatId::F32; 2], ..BASE }];
+    const CASES: &'static [Case] = &[
+        Case { types: [FormatId::F32; 2], sequences: &[(300, 1), (20, 1)], ..BASE },
+        Case { types: [FormatId::F32; 2], sequences: &[(90, 30)], geometry: Geometry::Prefill, ..BASE },
+        Case {
+            types: [FormatId::F32; 2],
+            dims: [128, 128],
+            sequences: &[(300, 1)],
+            geometry: Geometry::Split { n_spans: 2 },
+            ..BASE
+        },
+        Case {
+            types: [FormatId::BF16; 2],
+            dims: [128, 128],
+            sequences: &[(70, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::BF16, FormatId::F16],
+            dims: [256, 256],
+            sequences: &[(40, 1)],
+            n_head: 2,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::F32; 2],
+            dims: [256, 256],
+            sequences: &[(40, 9)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::F32, FormatId::Q8_0],
+            dims: [576, 512],
+            sequences: &[(40, 1)],
+            n_head_kv: 1,
+            ..BASE
+        },
+    ];
     const NMSE_MAX: f64 = 1e-9;
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =

@@ -144,7 +144,8 @@ impl<T: Float> Pair for T {
     #[inline(always)]
     fn pair(word: u32) -> [f32; 2] {
         // The low half first; a type of four bytes never comes here.
-        let half = |bits: u32| bytemuck::pod_read_unaligned::<T>(&bits.to_le_bytes()[..size_of::<T>()]).to_f32();
+        let half =
+            |bits: u32| bytemuck::pod_read_unaligned::<T>(&bits.to_le_bytes()[..size_of::<T>()]).to_f32();
         [half(word & 0xffff), half(word >> 16)]
     }
 }
