@@ -1,4 +1,5 @@
-//! Embeds the kernels as PTX: a module per tier, deflated, and the names of its entries.
+//! Embeds the kernels as PTX: the text of each kernel file and tier, deflated, and a row for each part of it that is
+//! loaded at a time.
 //!
 //! With the feature `ptx` and a device compiler; else the table is empty, and with the feature one warning names the
 //! command that installs a compiler. The compiler's own files live in `target/ptx`, shared with xtask.
@@ -6,7 +7,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use ptx_build::{Compiler, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
+use ptx_build::{CHECKS, Compiler, INSTALL_COMMAND, Kernels, Module, Part, PtxError, TIERS, Tier};
 
 /// Names of tiers, separated by commas.
 const TIERS_VARIABLE: &str = "RUNIK_PTX_TIERS";
@@ -15,6 +16,7 @@ fn main() {
     for cfg in Tier::all_cfgs() {
         println!("cargo::rustc-check-cfg=cfg({cfg})");
     }
+    println!("cargo::rustc-check-cfg=cfg(entries_of, values(any()))");
     println!("cargo::rerun-if-changed=build.rs");
     let out_dir = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let modules =
@@ -34,7 +36,9 @@ fn modules(out_dir: &Path) -> Vec<Module> {
         std::fs::create_dir_all(&build_dir)
             .map_err(|source| PtxError::Io { what: format!("create {}", build_dir.display()), source })?;
         let compiler = Compiler::find(&build_dir)?;
-        Kernels::prepare(&compiler, &cargo, root, &build_dir)?.build(&tiers())
+        let kernels = Kernels::prepare(&compiler, &cargo, root, &build_dir)?;
+        let embedded: Vec<String> = kernels.names().iter().filter(|name| *name != CHECKS).cloned().collect();
+        kernels.build(&embedded, &tiers())
     };
     match build() {
         Ok(modules) => modules,
@@ -60,22 +64,24 @@ fn tiers() -> Vec<Tier> {
     }
 }
 
-/// Source of the table, with each module's text deflated beside it.
+/// Source of the table, with the text of each kernel file and tier deflated beside it.
 fn table(out_dir: &Path, modules: &[Module]) -> std::io::Result<String> {
     let mut text = String::from("&[\n");
-    for Module { tier, ptx, kernels } in modules {
-        let file = format!("{}.ptx.deflate", tier.name);
-        std::fs::write(out_dir.join(&file), miniz_oxide::deflate::compress_to_vec(ptx.as_bytes(), 9))?;
-        let path = format!("concat!(env!(\"OUT_DIR\"), \"/{file}\")");
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "PtxModule {{ tier: {:?}, sm: {}, exact: {}, ptx_bytes: {}, deflated: include_bytes!({path}), kernels: &{kernels:?} }},",
-            tier.name,
-            tier.sm,
-            tier.exact,
-            ptx.len()
-        );
+    for module in modules {
+        let Tier { name: tier, sm, exact, .. } = module.tier;
+        let file = format!("{}.{tier}.ptx.deflate", module.name);
+        std::fs::write(out_dir.join(&file), miniz_oxide::deflate::compress_to_vec(module.ptx.as_bytes(), 9))?;
+        let ptx_bytes = module.ptx.len();
+        for Part { name, ranges, kernels } in module.parts() {
+            let ranges: Vec<(usize, usize)> = ranges.iter().map(|range| (range.start, range.end)).collect();
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "PtxModule {{ name: {name:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, kernels: &{kernels:?}, \
+                 file_bytes: {ptx_bytes}, ranges: &{ranges:?}, \
+                 deflated: include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{file}\")) }},",
+            );
+        }
     }
     text.push(']');
     Ok(text)

@@ -9,6 +9,7 @@ mod chat;
 mod cmd;
 mod exit;
 mod generate;
+mod gpu;
 mod hub;
 mod load;
 mod machine;

@@ -295,5 +295,6 @@ fn small_verbs() {
     let doctor = json(&["doctor", "--json"]);
     assert!(doctor["cpu"]["physical_cores"].as_u64().unwrap() > 0);
     assert!(doctor["read_bandwidth_gbps"].as_f64().unwrap() > 0.0);
-    assert_eq!(doctor["gpu"], Value::Null);
+    // Either devices, or the reason why there are none.
+    assert_ne!(doctor["gpu"].is_array(), doctor["gpu_note"].is_string());
 }

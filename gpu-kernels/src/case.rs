@@ -10,8 +10,9 @@ use core::fmt;
 
 use half::{bf16, f16};
 
-use crate::driver::{Driver, DriverError, MemKind, ModuleId, StreamId};
+use crate::driver::{Driver, DriverError, MemKind, StreamId};
 use crate::launch::{DevicePtr, Launch, LaunchError};
+use crate::modules::FindModule;
 
 /// A kernel, as its file declares it.
 pub trait Kernel: 'static {
@@ -167,12 +168,16 @@ impl From<DriverError> for CaseError {
     }
 }
 
-/// Runs a problem and compares; returns the largest error of its outputs.
+/// Runs a problem and compares; returns the largest error of its outputs. `modules` has the kernels: a [`ModuleId`]
+/// (the emulator's) or [`Modules`].
+///
+/// [`ModuleId`]: crate::driver::ModuleId
+/// [`Modules`]: crate::modules::Modules
 ///
 /// Outputs start as NaN, so an element that no thread writes is an error.
 pub fn run(
     driver: &dyn Driver,
-    module: ModuleId,
+    mut modules: impl FindModule,
     problem: &Problem,
     nmse_max: f64,
 ) -> Result<f64, CaseError> {
@@ -192,6 +197,7 @@ pub fn run(
             }
         }
         for launch in (problem.launches)(&pointers).map_err(CaseError::Launch)? {
+            let module = modules.find_module(driver, launch.entry)?;
             driver.launch(module, &launch, stream)?;
         }
         driver.synchronise(stream)?;

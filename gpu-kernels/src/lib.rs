@@ -22,6 +22,7 @@ mod macros;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub mod device;
 pub mod kernels;
+pub mod tile;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod case;
@@ -32,6 +33,10 @@ pub mod emu;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod launch;
 #[cfg(not(target_arch = "nvptx64"))]
+pub mod modules;
+#[cfg(not(target_arch = "nvptx64"))]
 pub mod ptx;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod registry;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod slots;

@@ -24,20 +24,42 @@ macro_rules! unroll {
     ($i:ident in 0..2 $body:block) => { unroll!(@ $i $body 0 1) };
     ($i:ident in 0..4 $body:block) => { unroll!(@ $i $body 0 1 2 3) };
     ($i:ident in 0..8 $body:block) => { unroll!(@ $i $body 0 1 2 3 4 5 6 7) };
-    (@ $i:ident $body:block $($n:literal)*) => {{ $({ const $i: usize = $n; $body })* }};
+    ($i:ident in 0..16 $body:block) => { unroll!(@ $i $body 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+    (@ $i:ident $body:block $($n:literal)*) => { copies!($i $body $($n)*) };
 }
 
-/// Kernel entries: the threads per CTA (and, after a comma, the CTAs that an SM should hold), a signature, and
-/// the functions that have it.
+/// The copies of [`unroll`]; on the host one loop, which compiles in a fraction of the time.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! copies {
+    ($i:ident $body:block $($n:literal)*) => {{ $({ const $i: usize = $n; $body })* }};
+}
+#[cfg(all(not(target_arch = "nvptx64"), feature = "emu"))]
+macro_rules! copies {
+    ($i:ident $body:block $($n:literal)*) => {{
+        for i in [$($n),*] {
+            #[allow(non_snake_case)] // a constant on the device
+            let $i: usize = i;
+            $body
+        }
+    }};
+}
+
+/// Kernel entries: the name of the file, the threads per CTA (and, after a comma, the CTAs that an SM should hold), a
+/// signature, and the functions that have it.
 ///
-/// On the device each becomes an `extern "ptx-kernel"` function of the given name with the launch bounds; for the
-/// emulator `$table` lists them with code that reads the arguments from a launch's parameters.
+/// On the device each becomes an `extern "ptx-kernel"` function of the given name with the launch bounds, in the module
+/// of the file that is named; for the emulator `$table` lists them with code that reads the arguments from a launch's
+/// parameters.
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 macro_rules! kernels {
-    ($(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt;
+    (in $file:literal; $(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt;
         fn $args:tt;
         $($name:expr => $function:expr;)+) => {
-        $(kernels! { @device $bounds $args $name, $function })+
+        // The PTX build compiles one file's entries at a time.
+        $(
+            #[cfg(all(target_arch = "nvptx64", entries_of = $file))]
+            kernels! { @device $bounds $args $name, $function }
+        )+
 
         $(#[$meta])*
         #[cfg(feature = "emu")]
@@ -46,7 +68,6 @@ macro_rules! kernels {
         ];
     };
     (@device ($threads:literal $(, $ctas:literal)?) ($($arg:ident : $ty:ty),* $(,)?) $name:expr, $function:expr) => {
-        #[cfg(target_arch = "nvptx64")]
         const _: () = {
             #[unsafe(export_name = $name)]
             unsafe extern "ptx-kernel" fn entry($($arg: $ty),*) {
@@ -75,6 +96,9 @@ macro_rules! kernels {
                 layout.bytes()
             },
         }
+    };
+    ($table:ident: $($rest:tt)*) => {
+        compile_error!("kernels!: the name of this file comes first: kernels! { in \"mmvq\"; ENTRIES: threads(128); …");
     };
 }
 

@@ -1,23 +1,28 @@
-//! The embedded kernels: one PTX module per GPU generation.
+//! The embedded kernels: PTX modules, each a part of one kernel file for one GPU generation.
 //!
-//! Empty when the crate was built without the feature `ptx` or without a device compiler.
+//! A module is what a driver compiles at a time, so it is small: a kernel file's entries for one weight format, or all
+//! that name none. Empty when the crate was built without the feature `ptx` or without a device compiler.
 
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// PTX of one tier.
+/// One module.
 #[derive(Clone, Copy, Debug)]
 pub struct PtxModule {
-    /// Name as PTX spells it: `sm_80`.
+    /// The kernel file, and the weight format if it is one format's part: `mmvq_Q4_0`.
+    pub name: &'static str,
+    /// The tier, as PTX spells it: `sm_80`.
     pub tier: &'static str,
     /// The oldest compute capability it runs on, times ten.
     pub sm: u32,
     /// Runs on that architecture only, not on later ones.
     pub exact: bool,
-    /// Bytes of the text once inflated.
-    pub ptx_bytes: usize,
     /// Names of the entries, sorted.
     pub kernels: &'static [&'static str],
+    /// Bytes of the kernel file's text for this tier, once inflated.
+    file_bytes: usize,
+    /// Which bytes of that text are the module's.
+    ranges: &'static [(usize, usize)],
     deflated: &'static [u8],
 }
 
@@ -27,23 +32,34 @@ pub const MODULES: &[PtxModule] = include!(concat!(env!("OUT_DIR"), "/ptx_table.
 impl PtxModule {
     /// The PTX text.
     pub fn text(&self) -> String {
-        let bytes = miniz_oxide::inflate::decompress_to_vec_with_limit(self.deflated, self.ptx_bytes);
+        let bytes = miniz_oxide::inflate::decompress_to_vec_with_limit(self.deflated, self.file_bytes);
         // Both ends of the compression are ours, so only a broken build can fail here.
-        String::from_utf8(bytes.expect("embedded PTX inflates")).expect("PTX is ASCII")
-    }
-
-    /// Bytes embedded.
-    pub fn embedded_bytes(&self) -> usize {
-        self.deflated.len()
+        let text = String::from_utf8(bytes.expect("embedded PTX inflates")).expect("PTX is ASCII");
+        self.ranges.iter().map(|&(from, to)| &text[from..to]).collect()
     }
 
     /// Whether a GPU of this compute capability (times ten) runs the module.
     pub fn runs_on(&self, sm: u32) -> bool {
         if self.exact { self.sm == sm } else { self.sm <= sm }
     }
+
+    /// Whether the module has this entry.
+    pub fn has(&self, entry: &str) -> bool {
+        self.kernels.binary_search(&entry).is_ok()
+    }
 }
 
-/// The modules that a GPU of this compute capability (times ten) runs, best first.
-pub fn modules_for(sm: u32) -> Vec<&'static PtxModule> {
-    MODULES.iter().rev().filter(|module| module.runs_on(sm)).collect()
+/// The modules with this entry that a GPU of this compute capability (times ten) runs, best tier first.
+pub fn modules_for(sm: u32, entry: &str) -> Vec<&'static PtxModule> {
+    MODULES.iter().rev().filter(|module| module.runs_on(sm) && module.has(entry)).collect()
+}
+
+/// Bytes of all embedded text, deflated.
+pub fn embedded_bytes() -> usize {
+    // Modules of one file share its text.
+    let mut texts: Vec<(*const u8, usize)> =
+        MODULES.iter().map(|module| (module.deflated.as_ptr(), module.deflated.len())).collect();
+    texts.sort_unstable();
+    texts.dedup();
+    texts.iter().map(|&(_, bytes)| bytes).sum()
 }

@@ -1,13 +1,23 @@
 //! Every kernel, one row each.
 
 use crate::case::AnyKernel;
-use crate::kernels::{dequantise, elementwise, flash, mmvq, quantise_act, rms_norm, rope, softmax};
+use crate::kernels::{
+    dequantise, elementwise, get_rows, mmvq, quantise_act, repack, rms_norm, rope, softmax,
+};
+use crate::kernels::{mmf, mmf32, mmvf, round_act};
+use crate::kernels::flash;
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
     &dequantise::Dequantise,
+    &repack::Repack,
+    &get_rows::GetRows,
     &quantise_act::QuantiseAct,
     &mmvq::Mmvq,
+    &round_act::RoundAct,
+    &mmvf::Mmvf,
+    &mmf::Mmf,
+    &mmf32::Mmf32,
     &rms_norm::RmsNorm,
     &softmax::Softmax,
     &rope::Rope,

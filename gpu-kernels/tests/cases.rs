@@ -43,7 +43,11 @@ macro_rules! kernels {
     };
 }
 
-kernels! { dequantise quantise_act mmvq rms_norm softmax rope elementwise flash flash_split }
+kernels! {
+    dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise
+    round_act mmvf mmf mmf32
+    flash flash_split
+}
 
 #[test]
 fn entry_names_are_unique() {

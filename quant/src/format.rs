@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::act::{ActGroup, ActKind, SUPER_BLOCK};
+use crate::lookup::{Book, Lookup, Portable};
 
 /// Weights in one [`Group`].
 pub const GROUP: usize = 32;
@@ -167,8 +168,17 @@ pub trait BlockFormat: Pod + 'static {
     /// Whether [`BlockFormat::encode_row`] is implemented, and whether it needs an importance row.
     const ENCODE: Encode;
 
-    /// Group `g` (`g < GROUPS`) in the common form.
-    fn unpack_group(&self, g: usize) -> Group;
+    /// The codebook that unpacking reads.
+    const BOOK: Book = Book::None;
+
+    /// Group `g` (`g < GROUPS`) in the common form; tables are read through `lookup`.
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group;
+
+    /// [`BlockFormat::unpack_group_by`] with tables where they are.
+    #[inline(always)]
+    fn unpack_group(&self, g: usize) -> Group {
+        self.unpack_group_by(g, Portable)
+    }
 
     /// Encode one row: `src.len() == out.len() * ELEMS`, importance (if any) as long as `src`.
     ///

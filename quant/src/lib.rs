@@ -21,10 +21,12 @@ pub mod codebook;
 pub mod extent;
 pub mod format;
 pub mod formats;
+pub mod lookup;
 pub mod row;
 pub mod search;
 pub mod table;
 
 pub use act::{ActGroup, ActKind};
 pub use format::{BlockFormat, FloatFormat, FormatId, Group, Importance, QuantError};
+pub use lookup::Lookup;
 pub use table::{FormatInfo, Visitor, info, with_format};

@@ -53,21 +53,16 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     }
 
     let start = Instant::now();
-    let (compiler, modules) = match ptx_check::modules(workspace, std::slice::from_ref(tier)) {
+    let built = ptx_check::modules(workspace, Some(std::slice::from_ref(name)), std::slice::from_ref(tier));
+    let (compiler, modules) = match built {
         Err(TaskError::Ptx(error @ PtxError::NoCompiler { .. })) => {
             eprintln!("no PTX report: {error}");
             return Ok(());
         }
         built => built?,
     };
-    println!("\n{} of all kernels in {:.1} s ({compiler})", tier.name, start.elapsed().as_secs_f64());
+    println!("\n{name} for {} in {:.1} s ({compiler})", tier.name, start.elapsed().as_secs_f64());
     let ptxas = ptx_check::assembler(workspace)?;
-    let names: Vec<&str> =
-        kernel.entries().iter().flat_map(|table| table.iter()).map(|entry| entry.name).collect();
-    for module in &modules {
-        let rows = ptx_check::assemble_one(workspace, &ptxas, module)?;
-        let rows: Vec<_> = rows.into_iter().filter(|row| names.contains(&row.kernel.as_str())).collect();
-        print!("{}", ptxas::table(&[(module.tier, rows)]));
-    }
+    print!("{}", ptxas::table(&ptx_check::assemble(workspace, &ptxas, &modules)?));
     Ok(())
 }

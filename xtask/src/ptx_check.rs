@@ -7,10 +7,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use gpu_kernels::registry::KERNELS;
-use ptx_build::module::{CANARY, PROBE};
-use ptx_build::ptxas::{self, Resources};
-use ptx_build::{Compiler, DEBIAN_PACKAGES, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
+use gpu_kernels::registry::{self, KERNELS};
+use ptx_build::ptxas::{self, Ptxas, Resources};
+use ptx_build::{CHECKS, Compiler, DEBIAN_PACKAGES, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
 
 use crate::args;
 use crate::error::TaskError;
@@ -31,17 +30,17 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
 
 /// Compiles all tiers, then assembles them.
 pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
-    let (compiler, modules) = match modules(workspace, TIERS) {
+    let (compiler, modules) = match modules(workspace, None, TIERS) {
         Err(TaskError::Ptx(error @ PtxError::NoCompiler { .. })) => {
             return Ok(Outcome::skipped(error.to_string()));
         }
         built => built?,
     };
-    for module in &modules {
-        same_entries(module)?;
+    for tier in TIERS {
+        same_entries(tier, modules.iter().filter(|module| module.tier == *tier))?;
     }
     let ptx_bytes: usize = modules.iter().map(|module| module.ptx.len()).sum();
-    let n_kernels = modules.iter().map(|module| module.kernels.len()).max().unwrap_or(0);
+    let n_kernels: usize = modules.iter().map(|module| module.kernels.len()).sum::<usize>() / TIERS.len();
     let tiers = TIERS.len();
     let built = format!("{n_kernels} kernels × {tiers} tiers, {} KiB of PTX ({compiler})", ptx_bytes >> 10);
     let ptxas = match assembler(workspace) {
@@ -51,31 +50,57 @@ pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
             return Ok(Outcome { counts, note: format!("{built}; not assembled: {error}") });
         }
     };
-    let (table, bound) = assemble(workspace, &ptxas, &modules)?;
+    let rows = assemble(workspace, &ptxas, &modules)?;
+    let table = build_dir(workspace)?.join("resources.txt");
+    std::fs::write(&table, ptxas::table(&rows)).map_err(TaskError::path("write", &table))?;
+    let bound = rows.iter().flat_map(|(_, rows)| rows).map(|row| row.registers).max().unwrap_or(0);
     let note = format!("{built}; ptxas: no spill, no stack, at most {bound} registers; {}", table.display());
     Ok(Outcome { counts: Counts { passed: 2, ..Counts::default() }, note })
 }
 
-/// The entries of a module are those of the registry: what a launcher can name, a driver finds.
-fn same_entries(module: &Module) -> Result<(), TaskError> {
-    let tables = KERNELS.iter().flat_map(|kernel| kernel.entries());
-    let mut registered: Vec<&str> = tables.flat_map(|table| table.iter()).map(|entry| entry.name).collect();
-    registered.sort_unstable();
-    let checks_only = |name: &&str| name.starts_with(CANARY) || name.starts_with(PROBE);
-    let built = module.kernels.iter().map(String::as_str).filter(|name| !checks_only(name));
-    let built: Vec<&str> = built.collect();
-    let only = |a: &[&str], b: &[&str]| a.iter().find(|name| !b.contains(name)).map(|name| name.to_string());
-    let differs = only(&registered, &built).map(|name| (name, "registered, but not in the PTX"));
-    match differs.or_else(|| only(&built, &registered).map(|name| (name, "in the PTX, but not registered"))) {
-        None => Ok(()),
-        Some((kernel, what)) => {
-            Err(TaskError::Ptx(PtxError::Lint { tier: module.tier.name.into(), kernel, what: what.into() }))
+/// The entries of each file's module are those its kernel registers: what a launcher can name, a driver finds.
+fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> Result<(), TaskError> {
+    let lint = |kernel: &str, what: String| {
+        Err(TaskError::Ptx(PtxError::Lint { tier: tier.name.into(), kernel: kernel.into(), what }))
+    };
+    let mut seen = Vec::new();
+    for module in modules {
+        let name = module.name.as_str();
+        if name == CHECKS {
+            continue;
         }
+        let Some(kernel) = registry::find(name) else {
+            return lint(name, format!("kernels/{name}.rs has entries, but registry.rs has no such kernel"));
+        };
+        let registered: Vec<&str> =
+            kernel.entries().iter().flat_map(|table| table.iter()).map(|entry| entry.name).collect();
+        for built in &module.kernels {
+            if !registered.contains(&built.as_str()) {
+                return lint(built, format!("in the PTX of {name}, but not in its ENTRIES"));
+            }
+        }
+        for entry in registered {
+            if module.kernels.binary_search_by(|built| built.as_str().cmp(entry)).is_err() {
+                return lint(
+                    entry,
+                    format!("in the ENTRIES of {name}, but not in its PTX: is `in \"{name}\";` right?"),
+                );
+            }
+        }
+        seen.push(name);
+    }
+    match KERNELS.iter().find(|kernel| !kernel.entries().is_empty() && !seen.contains(&kernel.name())) {
+        None => Ok(()),
+        Some(kernel) => lint(kernel.name(), "registered, but no PTX was built".into()),
     }
 }
 
-/// PTX of the tiers and whose compiler made it.
-pub fn modules(workspace: &Workspace, tiers: &[Tier]) -> Result<(String, Vec<Module>), TaskError> {
+/// PTX of these kernel files (of all where none are named) for the tiers, and whose compiler made it.
+pub fn modules(
+    workspace: &Workspace,
+    names: Option<&[String]>,
+    tiers: &[Tier],
+) -> Result<(String, Vec<Module>), TaskError> {
     let build_dir = build_dir(workspace)?;
     let compiler = match Compiler::find(&build_dir) {
         Err(PtxError::NoCompiler { reasons }) => {
@@ -88,28 +113,20 @@ pub fn modules(workspace: &Workspace, tiers: &[Tier]) -> Result<(String, Vec<Mod
         found => found?,
     };
     let cargo = PathBuf::from(workspace.cargo().get_program());
-    let modules = Kernels::prepare(&compiler, &cargo, workspace.root(), &build_dir)?.build(tiers)?;
+    let kernels = Kernels::prepare(&compiler, &cargo, workspace.root(), &build_dir)?;
+    let modules = kernels.build(names.unwrap_or(kernels.names()), tiers)?;
     Ok((compiler.description, modules))
 }
 
-/// The table's path and the most registers that any kernel takes.
-fn assemble(workspace: &Workspace, ptxas: &Path, modules: &[Module]) -> Result<(PathBuf, u32), TaskError> {
-    let build_dir = build_dir(workspace)?;
-    let assemble = |module: &Module| Ok((module.tier, assemble_one(workspace, ptxas, module)?));
-    let rows = modules.iter().map(assemble).collect::<Result<Vec<_>, TaskError>>()?;
-    let table = build_dir.join("resources.txt");
-    std::fs::write(&table, ptxas::table(&rows)).map_err(TaskError::path("write", &table))?;
-    let bound = rows.iter().flat_map(|(_, rows)| rows).map(|row| row.registers).max().unwrap_or(0);
-    Ok((table, bound))
-}
-
-/// What the kernels of one module take.
-pub fn assemble_one(
+/// What the kernels of each module take.
+pub fn assemble(
     workspace: &Workspace,
-    ptxas: &Path,
-    module: &Module,
-) -> Result<Vec<Resources>, TaskError> {
-    Ok(ptxas::assemble(ptxas, module, &build_dir(workspace)?)?)
+    ptxas: &Ptxas,
+    modules: &[Module],
+) -> Result<Vec<(Tier, Vec<Resources>)>, TaskError> {
+    let build_dir = build_dir(workspace)?;
+    let assemble = |module: &Module| Ok((module.tier, ptxas::assemble(ptxas, module, &build_dir)?));
+    Ok(ptx_build::in_parallel(modules, assemble)?)
 }
 
 /// Where PTX and the device's `core` are kept; the same folder as the build script's.
@@ -120,15 +137,14 @@ fn build_dir(workspace: &Workspace) -> Result<PathBuf, TaskError> {
 }
 
 /// ptxas, fetched if it is not there.
-pub fn assembler(workspace: &Workspace) -> Result<PathBuf, TaskError> {
+pub fn assembler(workspace: &Workspace) -> Result<Ptxas, TaskError> {
     let ptxas = workspace.target().join("tools").join("bin").join("ptxas");
     if !process::works(Command::new(&ptxas).arg("--version")) {
         eprintln!("fetching NVIDIA's ptxas (39 MB, package {PTXAS_PACKAGE}) …");
         wheel::fetch_file(PTXAS_PACKAGE, "ptxas", &ptxas)?;
         make_executable(&ptxas)?;
-        process::capture(Command::new(&ptxas).arg("--version"))?;
     }
-    Ok(ptxas)
+    Ok(Ptxas::new(ptxas)?)
 }
 
 #[cfg(unix)]

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::args::DoctorArgs;
 use crate::hub::Cache;
-use crate::{machine, ui};
+use crate::{gpu, machine, ui};
 
 /// `doctor`.
 pub fn run(args: &DoctorArgs) -> Result<()> {
@@ -26,15 +26,15 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
         problems.push("less than 1 GiB of memory is available: close other programs or use smaller models");
     }
     let there: Vec<&str> = features.iter().filter(|f| f.1).map(|f| f.0).collect();
-    let gpu = "no GPU backend in this build";
+    let gpus = gpu::devices();
     if args.json {
         return ui::json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
             "cpu": { "name": machine::cpu_name(), "physical_cores": physical, "logical_cores": logical, "features": there },
             "memory": memory.map(|(total, available)| json!({ "total_bytes": total, "available_bytes": available })),
             "read_bandwidth_gbps": (bandwidth / 1e7).round() / 100.0,
-            "gpu": null,
-            "gpu_note": gpu,
+            "gpu": gpus.as_ref().ok().map(|gpus| gpus.iter().map(|(_, json)| json).collect::<Vec<_>>()),
+            "gpu_note": gpus.as_ref().err(),
             "backends": ["cpu"],
             "cache": cache.root().map(|p| p.display().to_string()),
             "problems": problems,
@@ -50,7 +50,10 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
         None => "memory     unknown on this system\n".to_owned(),
     };
     text += &format!("bandwidth  {:.1} GB/s read with {physical} threads (measured)\n", bandwidth / 1e9);
-    text += &format!("gpu        {gpu}\n");
+    text += &match gpus {
+        Ok(gpus) => gpus.iter().map(|(text, _)| format!("gpu        {text}\n")).collect(),
+        Err(reason) => format!("gpu        {reason}\n"),
+    };
     text += &match cache.root() {
         Some(root) => format!("cache      {}\n", root.display()),
         None => "cache      none: neither HF_HOME nor HOME is set\n".to_owned(),

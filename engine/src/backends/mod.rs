@@ -1,4 +1,6 @@
 //! The backends.
 
 pub mod cpu;
+#[cfg(feature = "gpu")]
+pub mod cuda;
 pub mod reference;

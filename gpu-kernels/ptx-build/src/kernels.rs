@@ -1,4 +1,8 @@
-//! Compiling the kernel crate, once per tier.
+//! Compiling the kernel crate, once per kernel file and tier.
+//!
+//! A file's compile sees the whole crate but emits only its own entries (`--cfg entries_of="mmvq"`, which the macro
+//! `kernels!` asks for): thousands of entries in one compile would take minutes after each edit. Unchanged modules are
+//! not compiled again.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,6 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::TARGET;
+use crate::cache;
 use crate::compiler::{Compiler, run};
 use crate::error::PtxError;
 use crate::module::Module;
@@ -15,6 +20,9 @@ use crate::tier::Tier;
 /// that stays rolled goes to local memory.
 const LLVM_ARGS: &str = "-Cllvm-args=-nvptx-fma-level=2 -unroll-threshold=3000";
 
+/// Where the kernel files are, from the workspace's root.
+const KERNELS_DIR: &str = "gpu-kernels/src/kernels";
+
 /// Crates that the kernel crate uses on the device: quant and what it brings.
 const EXTERNS: [&str; 3] = ["quant", "half", "bytemuck"];
 
@@ -22,12 +30,17 @@ const EXTERNS: [&str; 3] = ["quant", "half", "bytemuck"];
 #[derive(Debug)]
 pub struct Kernels<'a> {
     compiler: &'a Compiler,
-    /// `gpu-kernels/src/lib.rs`.
-    source: PathBuf,
+    root: PathBuf,
     build_dir: &'a Path,
     /// The crates it uses on the device, and their metadata.
     externs: Vec<(&'static str, PathBuf)>,
+    /// Digest of those.
+    externs_digest: u64,
+    names: Vec<String>,
 }
+
+/// The module of the canaries and probes of `device/`: compiled and checked, never embedded.
+pub const CHECKS: &str = "device_checks";
 
 impl<'a> Kernels<'a> {
     /// Compiles what the kernel crate depends on: `quant`, as metadata.
@@ -69,64 +82,143 @@ impl<'a> Kernels<'a> {
             let missing = PtxError::Output { program: "cargo check".into(), what };
             artifact(&messages, &format!("lib{name}-")).map(|path| (name, path)).ok_or(missing)
         };
-        let externs = EXTERNS.into_iter().map(find).collect::<Result<_, _>>()?;
-        Ok(Kernels { compiler, source: root.join("gpu-kernels/src/lib.rs"), build_dir, externs })
+        let externs = EXTERNS.into_iter().map(find).collect::<Result<Vec<_>, _>>()?;
+        let mut contents = Vec::new();
+        for (_, path) in &externs {
+            contents.push(std::fs::read(path).map_err(PtxError::path("read", path))?);
+        }
+        let root = root.to_path_buf();
+        let names = names(&root.join(KERNELS_DIR))?;
+        Ok(Kernels { compiler, root, build_dir, externs, externs_digest: cache::digest(contents), names })
     }
 
-    /// PTX of every tier given, in that order, several at a time.
-    pub fn build(&self, tiers: &[Tier]) -> Result<Vec<Module>, PtxError> {
-        let next = AtomicUsize::new(0);
-        let results: Vec<Mutex<Option<Result<Module, PtxError>>>> =
-            tiers.iter().map(|_| Mutex::new(None)).collect();
-        let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(tiers.len());
-        std::thread::scope(|scope| {
-            for _ in 0..workers {
-                scope.spawn(|| {
-                    loop {
-                        let i = next.fetch_add(1, Ordering::Relaxed);
-                        let (Some(tier), Some(slot)) = (tiers.get(i), results.get(i)) else { break };
-                        *slot.lock().unwrap_or_else(|poison| poison.into_inner()) =
-                            Some(self.build_tier(tier));
-                    }
-                });
-            }
-        });
-        let finished =
-            results.into_iter().map(|slot| slot.into_inner().unwrap_or_else(|poison| poison.into_inner()));
-        finished.map(|result| result.expect("every tier has a worker")).collect()
+    /// Names of the kernel files, sorted, and [`CHECKS`] at the end.
+    pub fn names(&self) -> &[String] {
+        &self.names
     }
 
-    fn build_tier(&self, tier: &Tier) -> Result<Module, PtxError> {
+    /// The modules of these kernel files for these tiers, tier by tier, several at a time.
+    pub fn build(&self, names: &[String], tiers: &[Tier]) -> Result<Vec<Module>, PtxError> {
+        let jobs: Vec<(&Tier, &String)> =
+            tiers.iter().flat_map(|tier| names.iter().map(move |name| (tier, name))).collect();
+        in_parallel(&jobs, |&(tier, name)| self.module(name, tier))
+    }
+
+    fn module(&self, name: &str, tier: &Tier) -> Result<Module, PtxError> {
+        let folder = self.build_dir.join(tier.name);
+        std::fs::create_dir_all(&folder).map_err(PtxError::path("create", &folder))?;
+        let (raw, inputs) = (folder.join(format!("{name}.s")), folder.join(format!("{name}.inputs")));
+        let flags = self.flags(name, tier);
+        let made_by = [format!("{} {:x}", self.compiler.description, self.externs_digest)];
+        let digest = cache::digest(flags.iter().chain(&made_by));
+        let fresh =
+            std::fs::read_to_string(&inputs).is_ok_and(|text| cache::holds(&self.root, digest, &text));
+        let kept = if fresh { std::fs::read_to_string(&raw).ok() } else { None };
+        let text = match kept {
+            Some(text) => text,
+            None => self.compile(name, tier, &flags, digest, &raw, &inputs)?,
+        };
+        Module::finish(*tier, name, &text)
+    }
+
+    /// Flags that decide what comes out.
+    fn flags(&self, name: &str, tier: &Tier) -> Vec<String> {
+        // Lints are the host build's affair; here each tier leaves other parts of the device layer unused.
+        let common = [
+            "--cap-lints=allow",
+            "--crate-name=gpu_kernels",
+            "--crate-type=rlib",
+            "-Ccodegen-units=1",
+            LLVM_ARGS,
+        ];
+        let mut flags: Vec<String> = common.map(String::from).into();
+        flags.push(format!("-Ctarget-cpu={}", tier.name));
+        flags.push(format!("-Ctarget-feature=+{}", tier.ptx));
+        flags.extend(tier.cfgs().map(|cfg| format!("--cfg={cfg}")));
+        flags.push(format!("--cfg=entries_of=\"{name}\""));
+        flags
+    }
+
+    fn compile(
+        &self,
+        name: &str,
+        tier: &Tier,
+        flags: &[String],
+        digest: u64,
+        raw: &Path,
+        inputs: &Path,
+    ) -> Result<String, PtxError> {
         // A folder each, since rustc's intermediate files have the same names for all; with the process in its name,
         // since a build script and xtask may compile at the same time.
-        let folder = self.build_dir.join(format!("{}.{}", tier.name, std::process::id()));
+        let folder = self.build_dir.join(tier.name).join(format!("{name}.{}", std::process::id()));
         std::fs::create_dir_all(&folder).map_err(PtxError::path("create", &folder))?;
-        let raw = folder.join("kernels.s");
+        let (asm, dep_info) = (folder.join("kernels.s"), folder.join("kernels.d"));
         let deps = |kind: &str| format!("dependency={}", self.build_dir.join("deps").join(kind).display());
         let mut command = self.compiler.command();
-        // Lints are the host build's affair; here each tier leaves other parts of the device layer unused.
-        command.args(["--cap-lints", "allow"]);
-        command.args(["--crate-name", "gpu_kernels", "--crate-type", "rlib", "-Ccodegen-units=1", LLVM_ARGS]);
-        command.arg(format!("-Ctarget-cpu={}", tier.name)).arg(format!("-Ctarget-feature=+{}", tier.ptx));
-        for cfg in tier.cfgs() {
-            command.arg("--cfg").arg(cfg);
-        }
+        command.args(flags);
         for (name, path) in &self.externs {
             command.arg("--extern").arg(format!("{name}={}", path.display()));
         }
         // Derive macros of quant's dependencies are host crates.
-        command.args([
-            "-L".into(),
-            deps(&format!("{TARGET}/release/deps")),
-            "-L".into(),
-            deps("release/deps"),
-        ]);
-        command.arg("--emit=asm").arg("-o").arg(&raw).arg(&self.source).current_dir(&folder);
-        run(&mut command, &format!("compile the kernels for {}", tier.name))?;
-        let text = std::fs::read_to_string(&raw).map_err(PtxError::path("read", &raw))?;
+        command.arg("-L").arg(deps(&format!("{TARGET}/release/deps"))).arg("-L").arg(deps("release/deps"));
+        command.arg(format!("--emit=asm={},dep-info={}", asm.display(), dep_info.display()));
+        command.arg(self.root.join("gpu-kernels/src/lib.rs")).current_dir(&folder);
+        run(&mut command, &format!("compile {name} for {}", tier.name))?;
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(PtxError::path("read", path));
+        let text = read(&asm)?;
+        let files = cache::inputs(&read(&dep_info)?, &self.root.join(KERNELS_DIR), name)?;
+        let record = cache::record(&self.root, digest, &files)?;
+        // The old record goes first and the new one comes last: a record never stands beside another's text.
+        match std::fs::remove_file(inputs) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(PtxError::path("remove", inputs)(error));
+            }
+            _ => {}
+        }
+        std::fs::rename(&asm, raw).map_err(PtxError::path("move PTX to", raw))?;
+        std::fs::write(inputs, record).map_err(PtxError::path("write", inputs))?;
         std::fs::remove_dir_all(&folder).map_err(PtxError::path("remove", &folder))?;
-        Module::finish(*tier, &text)
+        Ok(text)
     }
+}
+
+/// Runs all jobs, as many at a time as there are cores; results in their order, or the first error.
+pub fn in_parallel<J: Sync, T: Send>(
+    jobs: &[J],
+    work: impl Fn(&J) -> Result<T, PtxError> + Sync,
+) -> Result<Vec<T>, PtxError> {
+    let next = AtomicUsize::new(0);
+    let results: Vec<Mutex<Option<Result<T, PtxError>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
+    let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(jobs.len());
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let (Some(job), Some(slot)) = (jobs.get(i), results.get(i)) else { break };
+                    *slot.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(work(job));
+                }
+            });
+        }
+    });
+    let finished =
+        results.into_iter().map(|slot| slot.into_inner().unwrap_or_else(|poison| poison.into_inner()));
+    finished.map(|result| result.expect("every job has a worker")).collect()
+}
+
+/// Stems of the files in the folder that have entries, and [`CHECKS`].
+fn names(kernels_dir: &Path) -> Result<Vec<String>, PtxError> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(kernels_dir).map_err(PtxError::path("list", kernels_dir))? {
+        let path = entry.map_err(PtxError::path("list", kernels_dir))?.path();
+        let source = std::fs::read_to_string(&path).map_err(PtxError::path("read", &path))?;
+        if source.contains("kernels! {") {
+            names.push(path.file_stem().unwrap_or_default().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    names.push(CHECKS.into());
+    Ok(names)
 }
 
 /// The metadata file that cargo's messages name with this prefix.

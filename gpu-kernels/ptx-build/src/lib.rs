@@ -1,13 +1,14 @@
 //! From the kernel crate's source to PTX, without NVIDIA's toolkit.
 //!
 //! [`Compiler::find`] looks for a rustc that can make device code, [`Kernels::build`] compiles `gpu-kernels` once per
-//! [`Tier`] and finishes the text ([`module`]), [`ptxas`] assembles it for tests and reports. Callers: the build script
+//! kernel file and [`Tier`] and finishes the text ([`module`]), [`ptxas`] assembles it for tests and reports. Callers: the build script
 //! of `gpu-kernels` (embeds the text) and xtask (checks it).
 //!
 //! No `core` for the device is ever code-generated: kernels take only generic and inline code from other crates, and
 //! for that metadata with every function's MIR is enough. It is made once per compiler, below the target folder.
 #![forbid(unsafe_code)]
 
+mod cache;
 mod compiler;
 mod elf;
 mod error;
@@ -18,8 +19,8 @@ mod tier;
 
 pub use compiler::{Compiler, DEBIAN_PACKAGES, INSTALL_COMMAND};
 pub use error::PtxError;
-pub use kernels::Kernels;
-pub use module::Module;
+pub use kernels::{CHECKS, Kernels, in_parallel};
+pub use module::{Module, Part};
 pub use tier::{TIERS, Tier};
 
 /// The target of all device code.

@@ -1,4 +1,4 @@
-//! The finishing touches on a tier's PTX, and the rules it must keep.
+//! The finishing touches on a kernel file's PTX, and the rules it must keep.
 //!
 //! Finishing: rustc emits no launch bounds, so kernels carry them as a comment `// @launch .maxntid 256,1,1`, which is
 //! moved to the entry's header; rustc cannot align a parameter beyond 16 bytes, so `// @param_align INDEX ALIGN` raises
@@ -6,6 +6,12 @@
 //!
 //! Rules: no external function (code of another crate that was not inlined), no local memory, and each canary kernel
 //! (`device/canary.rs`) holds exactly one barrier: LLVM or rustc copying it means that convergence is broken.
+//!
+//! A driver compiles a whole module when it loads it, so a file's text is cut into parts that are loaded apart: one per
+//! weight format named in the entries, one for all others. A part has the tables its entries use, and no other.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::error::PtxError;
 use crate::tier::Tier;
@@ -14,24 +20,36 @@ use crate::tier::Tier;
 const DRIVER_FUNCTIONS: [&str; 4] = ["vprintf", "malloc", "free", "__assertfail"];
 const ENTRY: &str = ".visible .entry ";
 /// Kernels whose name starts so are there for the barrier rule alone.
-pub const CANARY: &str = "canary_";
-/// Kernels whose name starts so are there to show that instructions without a user assemble.
-pub const PROBE: &str = "probe_";
+const CANARY: &str = "canary_";
 
-/// PTX of one tier, ready for a driver.
+/// PTX of one kernel file for one tier, ready for a driver.
 #[derive(Clone, Debug)]
 pub struct Module {
     /// The tier.
     pub tier: Tier,
+    /// The kernel file's stem.
+    pub name: String,
     /// PTX text.
     pub ptx: String,
     /// Names of the entries, sorted.
     pub kernels: Vec<String>,
 }
 
+/// What a driver loads at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// `mmvq_Q4_0`, or the file's name for the entries that name no format.
+    pub name: String,
+    /// Its text: ranges of the module's, in order.
+    pub ranges: Vec<Range<usize>>,
+    /// Names of its entries, sorted.
+    pub kernels: Vec<String>,
+}
+
 impl Module {
     /// Finishes and checks the compiler's output.
-    pub fn finish(tier: Tier, raw: &str) -> Result<Module, PtxError> {
+    pub fn finish(tier: Tier, name: &str, raw: &str) -> Result<Module, PtxError> {
+        let file = name;
         let lint = |kernel: &str, what: String| PtxError::Lint {
             tier: tier.name.into(),
             kernel: kernel.into(),
@@ -63,7 +81,40 @@ impl Module {
             kernels.push(name.to_string());
         }
         kernels.sort();
-        Ok(Module { tier, ptx, kernels })
+        Ok(Module { tier, name: file.into(), ptx, kernels })
+    }
+
+    /// The parts, sorted by name.
+    pub fn parts(&self) -> Vec<Part> {
+        let at = |text: &str| text.as_ptr() as usize - self.ptx.as_ptr() as usize;
+        let range = |text: &str| at(text)..at(text) + text.len();
+        let mut pieces = split_at_entries(&self.ptx).into_iter();
+        // One line per declaration, as LLVM prints them; those that name no table belong to every part.
+        let declarations: Vec<&str> = pieces.next().unwrap_or_default().split_inclusive('\n').collect();
+        let mut entries: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
+        for entry in pieces {
+            let kernel = entry_name(entry).unwrap_or_default();
+            entries.entry(format_prefix(kernel).unwrap_or(&self.name)).or_default().push((kernel, entry));
+        }
+        let part = |(name, entries): (&str, Vec<(&str, &str)>)| {
+            let used = |declaration: &&&str| {
+                table_name(declaration)
+                    .is_none_or(|table| entries.iter().any(|(_, text)| text.contains(table)))
+            };
+            let texts =
+                declarations.iter().filter(used).copied().chain(entries.iter().map(|&(_, text)| text));
+            let mut ranges: Vec<Range<usize>> = Vec::new();
+            for next in texts.map(range) {
+                match ranges.last_mut() {
+                    Some(last) if last.end == next.start => last.end = next.end,
+                    _ => ranges.push(next),
+                }
+            }
+            let mut kernels: Vec<String> = entries.iter().map(|(kernel, _)| kernel.to_string()).collect();
+            kernels.sort();
+            Part { name: name.into(), ranges, kernels }
+        };
+        entries.into_iter().map(part).collect()
     }
 
     /// The text of one entry.
@@ -87,6 +138,33 @@ fn split_at_entries(text: &str) -> Vec<&str> {
 
 fn entry_name(entry: &str) -> Option<&str> {
     entry.strip_prefix(ENTRY)?.split(['(', '\n']).next().map(str::trim).filter(|name| !name.is_empty())
+}
+
+/// `mmvq_IQ2_XXS` of `mmvq_IQ2_XXS_n4`: up to the end of the first run of words in capitals and digits, as formats are
+/// written.
+fn format_prefix(kernel: &str) -> Option<&str> {
+    let (mut at, mut end) = (0, None);
+    for word in kernel.split('_') {
+        let first = if end.is_none() {
+            char::is_ascii_uppercase
+        } else {
+            |c: &char| c.is_ascii_uppercase() || c.is_ascii_digit()
+        };
+        let is_format = word.chars().next().is_some_and(|c| first(&c))
+            && !word.contains(|c: char| c.is_ascii_lowercase());
+        match (is_format, end) {
+            (true, _) => end = Some(at + word.len()),
+            (false, Some(_)) => break,
+            (false, None) => {}
+        }
+        at += word.len() + 1;
+    }
+    end.map(|end| &kernel[..end])
+}
+
+/// The name of the table that a line declares.
+fn table_name(line: &str) -> Option<&str> {
+    line.starts_with(".global ").then(|| line.split('[').next()?.rsplit(' ').next())?
 }
 
 /// Moves what the `@` comments say to where PTX wants it.
@@ -129,7 +207,7 @@ mod tests {
     }
 
     fn finish(text: &str) -> Result<Module, PtxError> {
-        Module::finish(TIERS[0], &format!("// made by LLVM\n.version 6.3\n{text}"))
+        Module::finish(TIERS[0], "k", &format!("// made by LLVM\n.version 6.3\n{text}"))
     }
 
     #[test]
@@ -158,5 +236,38 @@ mod tests {
         }
         finish(&entry("canary_branch", "\tbar.sync 0;")).unwrap();
         finish(&(".extern .func (.param .b32 r) vprintf\n".to_string() + &entry("k", ""))).unwrap();
+    }
+    #[test]
+    fn parts_are_loaded_apart_with_the_tables_they_use() {
+        let names = ["k_Q4_0_n1", "k_plain", "k_IQ2_XXS_f16", "k_Q4_0_n2"];
+        let bodies = ["", "", "\tld.global.b32 r, [grid_1];", "\tld.global.b32 r, [grid_2];"];
+        let entries: String = names.iter().zip(bodies).map(|(name, body)| entry(name, body)).collect();
+        let tables = ".global .align 4 .b8 grid_1[8] = {1, 2};\n.global .align 4 .b8 grid_2[8];\n";
+        let module = finish(&format!("{tables}{entries}")).unwrap();
+        let parts = module.parts();
+        let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
+        assert_eq!(names, ["k", "k_IQ2_XXS", "k_Q4_0"]);
+        assert_eq!(parts[2].kernels, ["k_Q4_0_n1", "k_Q4_0_n2"]);
+        let text =
+            |part: &Part| part.ranges.iter().map(|range| &module.ptx[range.clone()]).collect::<String>();
+        for (part, tables) in parts.iter().zip([[false, false], [true, false], [false, true]]) {
+            let text = text(part);
+            assert!(text.starts_with(".version"));
+            assert_eq!([text.contains("grid_1"), text.contains("grid_2")], tables, "{text}");
+            assert_eq!(text.matches(ENTRY).count(), part.kernels.len());
+        }
+    }
+
+    #[test]
+    fn formats_are_found_in_names() {
+        for (kernel, part) in [
+            ("mmvq_Q4_K_n1", Some("mmvq_Q4_K")),
+            ("dequantise_BF16_f32", Some("dequantise_BF16")),
+            ("mmq_MXFP4_moe_64", Some("mmq_MXFP4")),
+            ("rms_norm_4", None),
+            ("softmax", None),
+        ] {
+            assert_eq!(format_prefix(kernel), part, "{kernel}");
+        }
     }
 }

@@ -3,14 +3,30 @@
 //! ptxas comes from a Python wheel that xtask fetches; only tests and reports need it, never a build.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::cache;
 use crate::compiler::run;
 use crate::elf;
 use crate::error::PtxError;
-use crate::module::Module;
+use crate::module::{Module, Part};
 use crate::tier::Tier;
+
+/// An assembler.
+#[derive(Clone, Debug)]
+pub struct Ptxas {
+    program: PathBuf,
+    version: String,
+}
+
+impl Ptxas {
+    /// The assembler at this path.
+    pub fn new(program: PathBuf) -> Result<Ptxas, PtxError> {
+        let version = run(Command::new(&program).arg("--version"), "say its version")?;
+        Ok(Ptxas { program, version })
+    }
+}
 
 /// What one kernel takes on one tier.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,19 +45,45 @@ pub struct Resources {
     pub instructions: usize,
 }
 
-/// Assembles a module below `build_dir`; a kernel with a stack or spills is an error.
-pub fn assemble(ptxas: &Path, module: &Module, build_dir: &Path) -> Result<Vec<Resources>, PtxError> {
-    let tier = module.tier;
-    let ptx = build_dir.join(format!("{}.ptx", tier.name));
-    let cubin = build_dir.join(format!("{}.cubin", tier.name));
-    std::fs::write(&ptx, &module.ptx).map_err(PtxError::path("write", &ptx))?;
-    let mut command = Command::new(ptxas);
+/// Assembles a module's parts below `build_dir`; a kernel with a stack or spills is an error. A module that was
+/// assembled before is not assembled again.
+pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<Resources>, PtxError> {
+    let folder = build_dir.join(module.tier.name);
+    std::fs::create_dir_all(&folder).map_err(PtxError::path("create", &folder))?;
+    let kept = folder.join(format!("{}.resources", module.name));
+    let digest = format!("{:016x}\n", cache::digest([module.ptx.as_str(), ptxas.version.as_str(), RULES]));
+    if let Ok(text) = std::fs::read_to_string(&kept)
+        && let Some(rows) = text.strip_prefix(&digest).and_then(from_lines)
+    {
+        return Ok(rows);
+    }
+    let mut rows = Vec::new();
+    for part in module.parts() {
+        let text: String = part.ranges.iter().map(|range| &module.ptx[range.clone()]).collect();
+        rows.extend(assemble_part(ptxas, module.tier, &part, &text, &folder)?);
+    }
+    rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
+    std::fs::write(&kept, digest + &to_lines(&rows)).map_err(PtxError::path("write", &kept))?;
+    Ok(rows)
+}
+
+fn assemble_part(
+    ptxas: &Ptxas,
+    tier: Tier,
+    part: &Part,
+    text: &str,
+    folder: &Path,
+) -> Result<Vec<Resources>, PtxError> {
+    let ptx = folder.join(format!("{}.ptx", part.name));
+    let cubin = folder.join(format!("{}.cubin", part.name));
+    std::fs::write(&ptx, text).map_err(PtxError::path("write", &ptx))?;
+    let mut command = Command::new(&ptxas.program);
     command.args(["-v", "-arch", tier.name]).arg(&ptx).arg("-o").arg(&cubin);
     // The report of -v is on stderr.
-    let output = command.output().map_err(PtxError::path("start", ptxas))?;
+    let output = command.output().map_err(PtxError::path("start", &ptxas.program))?;
     let report = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
-        let purpose = format!("assemble {}", tier.name);
+        let purpose = format!("assemble {} for {}", part.name, tier.name);
         return Err(PtxError::Command { program: "ptxas".into(), purpose, stderr: report });
     }
     let bytes = std::fs::read(&cubin).map_err(PtxError::path("read", &cubin))?;
@@ -56,11 +98,37 @@ pub fn assemble(ptxas: &Path, module: &Module, build_dir: &Path) -> Result<Vec<R
         }
     }
     rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
-    if rows.iter().map(|row| &row.kernel).ne(&module.kernels) {
-        let what = format!("{} kernels reported, {} in the PTX", rows.len(), module.kernels.len());
+    if rows.iter().map(|row| &row.kernel).ne(&part.kernels) {
+        let what = format!("{} kernels reported, {} in the PTX", rows.len(), part.kernels.len());
         return Err(PtxError::Output { program: "ptxas -v".into(), what });
     }
     Ok(rows)
+}
+
+/// What is required of a row, for the record of those that were accepted.
+const RULES: &str = "no stack, no spill";
+
+/// Rows as they are kept; only accepted ones are, so stack and spills are zero.
+fn to_lines(rows: &[Resources]) -> String {
+    let line = |row: &Resources| {
+        let Resources { kernel, registers, smem_bytes, instructions, .. } = row;
+        format!("{kernel} {registers} {smem_bytes} {instructions}\n")
+    };
+    rows.iter().map(line).collect()
+}
+
+fn from_lines(text: &str) -> Option<Vec<Resources>> {
+    let row = |line: &str| {
+        let mut words = line.split(' ');
+        Some(Resources {
+            kernel: words.next()?.into(),
+            registers: words.next()?.parse().ok()?,
+            smem_bytes: words.next()?.parse().ok()?,
+            instructions: words.next()?.parse().ok()?,
+            ..Resources::default()
+        })
+    };
+    text.lines().map(row).collect()
 }
 
 /// Instructions in this many bytes of code: 16 bytes each from sm_70 on; before, 8 bytes, with one word of scheduling
@@ -115,12 +183,6 @@ pub fn table(tiers: &[(Tier, Vec<Resources>)]) -> String {
     text
 }
 
-/// Version of the assembler, in its own words.
-pub fn version(ptxas: &Path) -> Result<String, PtxError> {
-    let text = run(Command::new(ptxas).arg("--version"), "say its version")?;
-    Ok(text.lines().find_map(|line| line.split(", ").nth(1)).unwrap_or("unknown").to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,5 +205,18 @@ mod tests {
         };
         let b = Resources { kernel: "b".into(), registers: 10, ..Resources::default() };
         assert_eq!(parse(report), [a, b]);
+    }
+
+    #[test]
+    fn kept_rows_are_read_back() {
+        let row = |kernel: &str, registers| Resources {
+            kernel: kernel.into(),
+            registers,
+            instructions: 7,
+            ..Resources::default()
+        };
+        let rows = [row("a", 1), row("b", 2)];
+        assert_eq!(from_lines(&to_lines(&rows)).as_deref(), Some(&rows[..]));
+        assert_eq!(from_lines("a 1\n"), None);
     }
 }

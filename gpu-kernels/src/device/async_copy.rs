@@ -23,7 +23,24 @@ pub fn copy16(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32) {
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
     target.st(i, source.ld_nc(j));
     #[cfg(not(target_arch = "nvptx64"))]
-    lane::async_copy(target.address(i), source.address(j));
+    lane::async_copy(target.address(i), Some(source.address(j)));
+}
+
+/// [`copy16`] where `there` holds, else zeros by the same way: nothing is read then
+/// (`cp.async` with a source size of 0). Without a branch, so that copies mix with other work.
+#[inline(always)]
+#[track_caller]
+pub fn copy16_or_zero(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32, there: bool) {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    // SAFETY: the launch gave arrays that hold both elements, the source's only if it is there.
+    unsafe {
+        let bytes = if there { 16u32 } else { 0 };
+        asm!("cp.async.cg.shared.global.L2::128B [{}],[{}],16,{};", in(reg32) target.address(i), in(reg64) source.address(j), in(reg32) bytes, options(nostack, preserves_flags))
+    }
+    #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
+    target.st(i, if there { source.ld_nc(j) } else { U32x4([0; 4]) });
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::async_copy(target.address(i), there.then(|| source.address(j)));
 }
 
 /// Ends a group of copies (`cp.async.commit_group`).

@@ -7,6 +7,7 @@ use super::sync::sync_threads;
 use super::thread::thread_idx_x;
 
 kernels! {
+    in "device_checks";
     CANARIES: threads(1024);
     fn (out: Glb<u32>, x: u32);
     "canary_branch" => branch;

@@ -82,6 +82,19 @@ impl<T: Word> Glb<T> {
         lane::load_global(self.address(i))
     }
 
+    /// [`Glb::ld_nc`] of what the kernel reads once: passes by L1.
+    #[inline(always)]
+    #[track_caller]
+    pub fn ld_stream(self, i: u32) -> T {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the launch gave an array that holds element `i`.
+        unsafe {
+            T::load_global_stream(self.address(i))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::load_global(self.address(i))
+    }
+
     /// Sets element `i`.
     #[inline(always)]
     #[track_caller]

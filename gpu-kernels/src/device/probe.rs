@@ -7,6 +7,7 @@ use super::sync::Mbarrier;
 use super::{Glb, Smem, U32x4, async_copy, atomic, math, mma, thread, warp};
 
 kernels! {
+    in "device_checks";
     PROBE: threads(64);
     fn (memory: Glb<u32>, x: u32);
     "probe_device_layer" => probe;
@@ -36,6 +37,7 @@ fn probe(memory: Glb<u32>, x: u32) {
     value ^= atomic::add_shared(words, lane ^ 1, 1);
 
     async_copy::copy16(vectors, lane, memory.cast(), lane);
+    async_copy::copy16_or_zero(vectors, lane + 32, memory.cast(), lane, x > 3);
     async_copy::commit();
     async_copy::wait::<0>();
     sync::sync_threads();
@@ -45,20 +47,19 @@ fn probe(memory: Glb<u32>, x: u32) {
         sync::barrier::<1>(64);
     }
 
-    #[cfg(sm_ge_75)]
-    {
-        let [a, b, ..] = mma::load_x4(vectors, lane);
-        let [.., c, d] = mma::load_x4_transposed(vectors, lane);
-        value ^= a ^ b ^ c ^ d;
-    }
+    let [a, b, ..] = mma::load_x4(vectors, lane);
+    let [.., c, d] = mma::load_x4_transposed(vectors, lane);
+    value ^= a ^ b ^ c ^ d;
+    let (a, b) = (mma::FragmentA([value, x, value, x]), mma::FragmentB([x, value]));
+    let mut floats = mma::FragmentF32::default();
+    mma::mma_f16(&mut floats, a, b);
+    mma::mma_bf16(&mut floats, a, b);
+    value ^= floats.0[0].to_bits() ^ floats.0[3].to_bits();
     #[cfg(sm_ge_80)]
     {
-        let (a, b) = (mma::FragmentA([value, x, value, x]), mma::FragmentB([x, value]));
-        let (mut floats, mut ints) = (mma::FragmentF32::default(), mma::FragmentI32::default());
-        mma::mma_f16(&mut floats, a, b);
-        mma::mma_bf16(&mut floats, a, b);
+        let mut ints = mma::FragmentI32::default();
         mma::mma_s8(&mut ints, a, b);
-        value ^= floats.0[0].to_bits() ^ floats.0[3].to_bits() ^ (ints.0[1] ^ ints.0[2]) as u32;
+        value ^= (ints.0[1] ^ ints.0[2]) as u32;
 
         let barrier = Mbarrier::at(words.cast(), 0);
         barrier.init(64);

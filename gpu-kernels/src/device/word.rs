@@ -35,6 +35,13 @@ pub trait Word: Pod {
     /// * `address` is a global address of a `Self`, aligned to its size.
     #[cfg(target_arch = "nvptx64")]
     unsafe fn load_global_nc(address: u64) -> Self;
+    /// `ld.global.nc` of what is read once: no line in L1, and L2 fetches whole 128-byte lines (from sm_80 on).
+    ///
+    /// # Safety
+    ///
+    /// * `address` is a global address of a `Self`, aligned to its size.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe fn load_global_stream(address: u64) -> Self;
     /// `ld.global`.
     ///
     /// # Safety
@@ -65,6 +72,20 @@ pub trait Word: Pod {
     unsafe fn store_shared(address: u32, value: Self);
 }
 
+/// The instruction of [`Word::load_global_stream`] up to its type. The prefetch size needs PTX 7.4.
+#[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+macro_rules! stream {
+    () => {
+        "ld.global.nc.L1::no_allocate.L2::128B."
+    };
+}
+#[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
+macro_rules! stream {
+    () => {
+        "ld.global.nc."
+    };
+}
+
 /// Loads: not `pure` where others may store, so that none moves across a barrier.
 macro_rules! scalar {
     ($($ty:ty: $reg:ty, $class:ident, $suffix:literal;)*) => {$(
@@ -75,6 +96,14 @@ macro_rules! scalar {
                 let value: $reg;
                 // SAFETY: the caller's address.
                 unsafe { asm!(concat!("ld.global.nc.", $suffix, " {},[{}];"), out($class) value, in(reg64) address, options(pure, readonly, nostack, preserves_flags)) }
+                bytemuck::cast(value as <$reg as Narrow<$ty>>::To)
+            }
+            #[cfg(target_arch = "nvptx64")]
+            #[inline(always)]
+            unsafe fn load_global_stream(address: u64) -> Self {
+                let value: $reg;
+                // SAFETY: the caller's address.
+                unsafe { asm!(concat!(stream!(), $suffix, " {},[{}];"), out($class) value, in(reg64) address, options(pure, readonly, nostack, preserves_flags)) }
                 bytemuck::cast(value as <$reg as Narrow<$ty>>::To)
             }
             #[cfg(target_arch = "nvptx64")]
@@ -151,6 +180,14 @@ macro_rules! vector {
                 $(let $x: u32;)*
                 // SAFETY: the caller's address.
                 unsafe { asm!(concat!("ld.global.nc.", $suffix, " ", $list, ",[{}];"), $(out(reg32) $x,)* in(reg64) address, options(pure, readonly, nostack, preserves_flags)) }
+                bytemuck::cast([$($x),*])
+            }
+            #[cfg(target_arch = "nvptx64")]
+            #[inline(always)]
+            unsafe fn load_global_stream(address: u64) -> Self {
+                $(let $x: u32;)*
+                // SAFETY: the caller's address.
+                unsafe { asm!(concat!(stream!(), $suffix, " ", $list, ",[{}];"), $(out(reg32) $x,)* in(reg64) address, options(pure, readonly, nostack, preserves_flags)) }
                 bytemuck::cast([$($x),*])
             }
             #[cfg(target_arch = "nvptx64")]

@@ -251,14 +251,16 @@ pub fn atomic_global(address: u64, f: impl Fn(u32) -> u32) -> u32 {
     place.allocation.update(place.offset, f)
 }
 
-/// Starts an asynchronous copy of 16 bytes.
+/// Starts an asynchronous copy of 16 bytes, or of zeros from nowhere.
 #[track_caller]
-pub fn async_copy(to: u32, from: u64) {
+pub fn async_copy(to: u32, from: Option<u64>) {
     let at = Location::caller();
     let (cta, me) = (cta(), me());
-    let place = checked(touch(from, 16, 16, Kind::Read), at);
     let mut bytes = [0; 16];
-    place.allocation.load(place.offset, &mut bytes);
+    if let Some(from) = from {
+        let place = checked(touch(from, 16, 16, Kind::Read), at);
+        place.allocation.load(place.offset, &mut bytes);
+    }
     let result = cta.smem(|smem| {
         smem.bounds(to, 16)?;
         smem.access(to, 16, Kind::Write, me, &cta.clock(me))?;

@@ -5,6 +5,7 @@
 //! second address space to keep. Bytes are accessed as relaxed atomics: CTAs run on several threads of the host, and a kernel that races must not make
 //! the emulator's own behaviour undefined.
 
+use core::ptr::NonNull;
 use std::boxed::Box;
 use std::collections::{BTreeMap, HashMap};
 use std::format;
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::vec::Vec;
 
+use crate::driver::MemKind;
 use crate::launch::DevicePtr;
 
 /// Alignment of allocations, as CUDA's.
@@ -21,9 +23,8 @@ const ALIGN: usize = 256;
 /// One allocation.
 #[derive(Debug)]
 pub struct Allocation {
-    bytes: Box<[AtomicU8]>,
-    /// First byte used: aligned.
-    start: usize,
+    bytes: Bytes,
+    kind: MemKind,
     len: usize,
     /// A bit per byte: ever written.
     init: Box<[AtomicU8]>,
@@ -31,26 +32,63 @@ pub struct Allocation {
     atomics: Mutex<()>,
 }
 
+/// Where an allocation's bytes are.
+#[derive(Debug)]
+enum Bytes {
+    /// Our own; the first one used is aligned.
+    Owned { bytes: Box<[AtomicU8]>, start: usize },
+    /// Registered memory of the host's.
+    Registered(&'static [AtomicU8]),
+}
+
+fn atomics(n: usize, byte: u8) -> Option<Box<[AtomicU8]>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(n).ok()?;
+    bytes.resize_with(n, || AtomicU8::new(byte));
+    Some(bytes.into_boxed_slice())
+}
+
 impl Allocation {
-    fn new(len: usize) -> Option<Allocation> {
-        let atomics = |n: usize| -> Option<Box<[AtomicU8]>> {
-            let mut bytes = Vec::new();
-            bytes.try_reserve_exact(n).ok()?;
-            bytes.resize_with(n, AtomicU8::default);
-            Some(bytes.into_boxed_slice())
-        };
-        let bytes = atomics(len.checked_add(ALIGN)?)?;
+    fn new(kind: MemKind, len: usize) -> Option<Allocation> {
+        let bytes = atomics(len.checked_add(ALIGN)?, 0)?;
         let start = bytes.as_ptr().align_offset(ALIGN);
-        Some(Allocation { start, len, init: atomics(len.div_ceil(8))?, atomics: Mutex::new(()), bytes })
+        let init = atomics(len.div_ceil(8), 0)?;
+        Some(Allocation { bytes: Bytes::Owned { bytes, start }, kind, len, init, atomics: Mutex::new(()) })
+    }
+
+    /// Memory of the host's, all of it written.
+    ///
+    /// # Safety
+    ///
+    /// * `len` bytes from `at` are mapped as long as the allocation lives.
+    /// * Nobody accesses them, other than to read what we only read, while a method of the allocation runs.
+    unsafe fn registered(at: NonNull<u8>, len: usize) -> Option<Allocation> {
+        // SAFETY: an AtomicU8 is laid out as the byte; mapped and left alone, as the caller promises. `'static` is as
+        // long as the allocation: the slice leaves it in no method.
+        let bytes = unsafe { core::slice::from_raw_parts(at.cast::<AtomicU8>().as_ptr(), len) };
+        let (bytes, init) = (Bytes::Registered(bytes), atomics(len.div_ceil(8), 0xff)?);
+        Some(Allocation { bytes, kind: MemKind::Host, len, init, atomics: Mutex::new(()) })
     }
 
     fn address(&self) -> u64 {
-        self.bytes[self.start..].as_ptr().expose_provenance() as u64
+        self.range(0, 0).as_ptr().expose_provenance() as u64
     }
 
     /// The bytes from `offset` on; the range is within the allocation.
     fn range(&self, offset: usize, len: usize) -> &[AtomicU8] {
-        &self.bytes[self.start + offset..][..len]
+        match &self.bytes {
+            Bytes::Owned { bytes, start } => &bytes[start + offset..][..len],
+            Bytes::Registered(bytes) => &bytes[offset..][..len],
+        }
+    }
+
+    /// Where it lives.
+    pub(super) fn kind(&self) -> MemKind {
+        self.kind
+    }
+
+    fn is_registered(&self) -> bool {
+        matches!(self.bytes, Bytes::Registered(_))
     }
 
     pub(super) fn load(&self, offset: usize, to: &mut [u8]) {
@@ -107,16 +145,41 @@ pub struct Place {
 
 impl Memory {
     /// New memory; `None` if the host has no more.
-    pub fn alloc(&self, bytes: u64) -> Option<DevicePtr> {
-        let allocation = Allocation::new(usize::try_from(bytes).ok()?)?;
+    pub fn alloc(&self, kind: MemKind, bytes: u64) -> Option<DevicePtr> {
+        Some(self.insert(Allocation::new(kind, usize::try_from(bytes).ok()?)?))
+    }
+
+    /// Memory of the host's under its own address; `None` if the host has no more for the marks.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Driver::register_host`](crate::driver::Driver::register_host).
+    pub(super) unsafe fn register(&self, at: NonNull<u8>, bytes: usize) -> Option<DevicePtr> {
+        // SAFETY: mapped until `unregister` drops the allocation, and left alone while work is under way: the caller's
+        // promise. Our methods run within that work.
+        Some(self.insert(unsafe { Allocation::registered(at, bytes) }?))
+    }
+
+    fn insert(&self, allocation: Allocation) -> DevicePtr {
         let address = allocation.address();
         self.by_address.write().unwrap_or_else(PoisonError::into_inner).insert(address, Arc::new(allocation));
-        Some(DevicePtr(address))
+        DevicePtr(address)
     }
 
     /// Gives an allocation back; whether it was one.
     pub fn free(&self, at: DevicePtr) -> bool {
-        self.by_address.write().unwrap_or_else(PoisonError::into_inner).remove(&at.0).is_some()
+        self.remove(at, false)
+    }
+
+    /// Ends a registration; whether it was one.
+    pub(super) fn unregister(&self, at: DevicePtr) -> bool {
+        self.remove(at, true)
+    }
+
+    fn remove(&self, at: DevicePtr, registered: bool) -> bool {
+        let mut by_address = self.by_address.write().unwrap_or_else(PoisonError::into_inner);
+        let found = by_address.get(&at.0).is_some_and(|allocation| allocation.is_registered() == registered);
+        found && by_address.remove(&at.0).is_some()
     }
 
     /// Where a range lies, if it lies within one allocation.

@@ -65,6 +65,7 @@ macro_rules! plant {
         fn $name() {
             fn kernel($memory: Glb<u32>, $bug: u32) $body
             kernels! {
+                in "emulator_tests";
                 TABLE: threads(64);
                 fn (memory: Glb<u32>, bug: u32);
                 stringify!($name) => kernel;
@@ -291,6 +292,7 @@ fn a_panic_in_a_kernel_is_a_finding() {
         assert!(bug == 0 || thread_idx_x() != 7, "seven");
     }
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "panics" => kernel;
@@ -307,6 +309,7 @@ fn bytes_of_a_word_are_apart() {
         bytes.st(thread_idx_x(), thread_idx_x() as u8);
     }
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "bytes" => kernel;
@@ -329,6 +332,7 @@ fn atomics_lose_no_count() {
         }
     }
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "counts" => kernel;
@@ -382,6 +386,7 @@ fn a_matrix_product_has_ptxs_layout() {
     }
     PRODUCT.set(Some(std::boxed::Box::new(kernel)));
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "product" => entry;
@@ -390,10 +395,47 @@ fn a_matrix_product_has_ptxs_layout() {
     run_on(&TABLE[0], 0, 1, 1).unwrap_or_else(|error| panic!("{error}"));
 }
 
+/// The product that old GPUs compute by fma against the tensor cores': equal, since small integers leave nothing to round.
+#[test]
+fn a_float_product_by_fma_is_the_tensor_cores() {
+    fn kernel(_memory: Glb<u32>, _bug: u32) {
+        let mut random = crate::case::Random::new(u64::from(thread_idx_x()));
+        let mut pair = |bits: fn(f32) -> u16| {
+            let mut element = || u32::from(bits(random.below(17) as f32 - 8.0));
+            element() | element() << 16
+        };
+        for (bits, product, value) in [
+            (
+                quant::bits::f32_to_f16 as fn(f32) -> u16,
+                mma::mma_f16 as MmaFn,
+                quant::bits::f16_to_f32 as fn(u16) -> f32,
+            ),
+            (quant::bits::f32_to_bf16, mma::mma_bf16, quant::bits::bf16_to_f32),
+        ] {
+            let (a, b) =
+                (mma::FragmentA([(); 4].map(|()| pair(bits))), mma::FragmentB([(); 2].map(|()| pair(bits))));
+            let (mut expected, mut got) =
+                (mma::FragmentF32([0.5, -1.0, 2.0, 3.0]), mma::FragmentF32([0.5, -1.0, 2.0, 3.0]));
+            product(&mut expected, a, b);
+            mma::mma_fma(&mut got, a, b, value);
+            assert_eq!(got.0, expected.0);
+        }
+    }
+    type MmaFn = fn(&mut mma::FragmentF32, mma::FragmentA, mma::FragmentB);
+    kernels! {
+        in "emulator_tests";
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "product_by_fma" => kernel;
+    }
+    run(&TABLE[0], 0).unwrap_or_else(|error| panic!("{error}"));
+}
+
 #[test]
 fn launches_that_no_gpu_takes_are_refused() {
     fn kernel(_memory: Glb<u32>, _bug: u32) {}
     kernels! {
+        in "emulator_tests";
         TABLE: threads(64);
         fn (memory: Glb<u32>, bug: u32);
         "nothing" => kernel;
@@ -418,5 +460,151 @@ fn launches_that_no_gpu_takes_are_refused() {
     for launch in bad {
         let error = emulator.run(&TABLE[0], &launch);
         assert!(matches!(error, Err(DriverError::Launch { .. })), "{}", format!("{launch:?}"));
+    }
+}
+
+mod driver {
+    //! The emulator as a driver: capture and replay, host memory, handles.
+
+    use core::ptr::NonNull;
+    use std::vec;
+    use std::vec::Vec;
+
+    use super::super::{Emulator, Options};
+    use crate::device::{Glb, thread};
+    use crate::driver::{Driver, DriverError, EventId, GraphId, HostAccess, MemKind, StreamId};
+    use crate::launch::{DevicePtr, Launch, Params};
+
+    const N: usize = 64;
+    const MAIN: StreamId = StreamId::DEFAULT;
+
+    fn floats(device: &Emulator, at: DevicePtr) -> Result<Vec<f32>, DriverError> {
+        let mut bytes = vec![0; 4 * N];
+        device.read(&mut bytes, at, MAIN)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
+    }
+
+    kernels! {
+        in "emulator_tests";
+        ADD: threads(64);
+        fn (a: Glb<f32>, b: Glb<f32>);
+        "test_add" => add_kernel;
+    }
+
+    fn add_kernel(a: Glb<f32>, b: Glb<f32>) {
+        let i = thread::thread_idx_x();
+        b.st(i, a.ld(i) + b.ld(i));
+    }
+
+    fn device() -> (Emulator, DevicePtr, DevicePtr) {
+        let device = Emulator::with_kernels(Options::default(), ADD);
+        let memory = || device.alloc(MemKind::Device, 4 * N as u64).unwrap();
+        let (a, b) = (memory(), memory());
+        device.write(a, bytemuck::cast_slice(&[1.5f32; N]), MAIN).unwrap();
+        device.fill(b, 0, 4 * N as u64, MAIN).unwrap();
+        (device, a, b)
+    }
+
+    /// `b += a`, on a stream.
+    fn add(device: &Emulator, a: DevicePtr, b: DevicePtr, stream: StreamId) -> Result<(), DriverError> {
+        let params = Params::new().with(a).with(b);
+        let launch =
+            Launch { entry: "test_add", grid: [1; 3], cta: N as u32, cluster: 1, smem_bytes: 0, params };
+        device.launch(Emulator::MODULE, &launch, stream)
+    }
+
+    #[test]
+    fn a_graph_does_at_each_launch_what_was_captured() {
+        let (device, a, b) = device();
+        device.begin_capture(MAIN).unwrap();
+        add(&device, a, b, MAIN).unwrap();
+        device.copy(a, b, 4 * N as u64, MAIN).unwrap();
+        for refused in [
+            device.synchronise(MAIN),
+            device.write(a, &[0; 4], MAIN),
+            device.read(&mut [0; 4], a, MAIN),
+            device.begin_capture(MAIN),
+        ] {
+            assert!(matches!(refused, Err(DriverError::Capture { .. })), "{refused:?}");
+        }
+        let graph = device.end_capture(MAIN).unwrap();
+        assert_eq!(floats(&device, b).unwrap(), [0.0; N], "capturing does nothing");
+        for sum in [1.5f32, 3.0, 6.0] {
+            device.launch_graph(graph, MAIN).unwrap();
+            assert_eq!(floats(&device, b).unwrap(), [sum; N]);
+        }
+        device.release_graph(graph).unwrap();
+        assert_eq!(device.launch_graph(graph, MAIN), Err(DriverError::Handle { what: "graph", id: graph.0 }));
+    }
+
+    #[test]
+    fn streams_join_a_capture_by_events_and_must_be_waited_for() {
+        let (device, a, b) = device();
+        let side = device.create_stream().unwrap();
+        let fork = |join: bool| -> Result<GraphId, DriverError> {
+            device.begin_capture(MAIN)?;
+            let begun = device.record(MAIN)?;
+            device.wait(side, begun)?;
+            add(&device, a, b, side)?;
+            if join {
+                let done = device.record(side)?;
+                device.wait(MAIN, done)?;
+                assert!(matches!(device.is_done(done), Err(DriverError::Capture { .. })));
+            }
+            device.end_capture(MAIN)
+        };
+        assert_eq!(fork(false), Err(DriverError::Capture { op: "end_capture" }));
+        let graph = fork(true).unwrap();
+        assert_eq!(floats(&device, b).unwrap(), [0.0; N]);
+        device.launch_graph(graph, side).unwrap();
+        assert_eq!(floats(&device, b).unwrap(), [1.5; N]);
+        // Neither stream is captured any more.
+        add(&device, a, b, side).unwrap();
+        assert_eq!(floats(&device, b).unwrap(), [3.0; N]);
+        device.release_stream(side).unwrap();
+        assert_eq!(add(&device, a, b, side), Err(DriverError::Handle { what: "stream", id: side.0 }));
+    }
+
+    #[test]
+    fn pinned_memory_is_the_hosts_too_and_device_memory_is_not() {
+        let (device, a, _) = device();
+        let pinned = device.alloc(MemKind::Host, 16).unwrap();
+        device.write_host(pinned, &[7; 16]).unwrap();
+        device.copy(a, pinned, 16, MAIN).unwrap();
+        let mut back = [0; 16];
+        device.read(&mut back, a, MAIN).unwrap();
+        assert_eq!(back, [7; 16]);
+        assert!(matches!(device.write_host(a, &[0; 4]), Err(DriverError::Address { .. })));
+        assert!(matches!(device.read_host(&mut back, pinned.offset(1)), Err(DriverError::Address { .. })));
+    }
+
+    #[test]
+    fn registered_memory_is_read_and_written_in_place() {
+        let (device, a, b) = device();
+        let mut host = vec![0.25f32; N];
+        let at = NonNull::new(host.as_mut_ptr().cast()).unwrap();
+        // SAFETY: `host` outlives the registration and is not touched in between.
+        let mapped = unsafe { device.register_host(at, 4 * N, HostAccess::ReadWrite) }.unwrap();
+        add(&device, mapped, b, MAIN).unwrap();
+        add(&device, a, mapped, MAIN).unwrap();
+        assert!(matches!(device.free(mapped), Err(DriverError::Address { .. })));
+        device.unregister_host(mapped).unwrap();
+        assert_eq!(floats(&device, b).unwrap(), [0.25; N]);
+        assert_eq!(host, [1.75; N]);
+        assert!(matches!(add(&device, mapped, b, MAIN), Err(DriverError::Kernel { .. })));
+        assert!(device.unregister_host(mapped).is_err());
+    }
+
+    #[test]
+    fn events_are_used_again_until_they_are_released() {
+        let (device, ..) = device();
+        let (start, end) = (device.record(MAIN).unwrap(), device.record(MAIN).unwrap());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        device.record_again(end, MAIN).unwrap();
+        assert!(device.elapsed_ns(start, end).unwrap() >= 2_000_000);
+        assert_eq!(device.is_done(end), Ok(true));
+        device.release(end).unwrap();
+        assert_eq!(device.record_again(end, MAIN), Err(DriverError::Handle { what: "event", id: end.0 }));
+        assert_eq!(device.wait(MAIN, EventId(99)), Err(DriverError::Handle { what: "event", id: 99 }));
     }
 }

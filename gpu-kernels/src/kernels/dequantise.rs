@@ -11,28 +11,30 @@
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
-const THREADS: u32 = 128;
+pub(crate) const THREADS: u32 = 128;
 /// Words of a group's codes, and one more, so that a column of them meets no bank twice.
 const STRIDE: usize = 9;
 
 smem! {
-    struct Shared {
+    /// What [`gpu::store_groups`] needs, for up to [`THREADS`] threads.
+    pub(crate) struct Shared {
         /// Codes: per warp 32 groups, [`STRIDE`] words apart.
         codes: [u32; 4 * 32 * STRIDE],
     }
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
-    use quant::BlockFormat;
+pub(crate) mod gpu {
+    use quant::{BlockFormat, Group};
 
     use super::Shared;
     use crate::device::{F32x4, Float, Glb, U32x2, math, thread, warp};
+    use crate::kernels::lookup::InMemory;
 
     const STRIDE: u32 = super::STRIDE as u32;
 
     /// An output type: stores four neighbours at once.
-    pub(super) trait Output: Float {
+    pub(crate) trait Output: Float {
         fn store4(to: Glb<Self>, i4: u32, values: [f32; 4]);
     }
 
@@ -59,14 +61,16 @@ mod gpu {
     use half::{bf16, f16};
     half_output!(f16, bf16);
 
+    /// Writes a group of every lane of the warp, which calls together: 1024 elements, each lane four neighbours at a time.
+    /// `place(from)` is where lane `from`'s group goes, in units of four elements, if anywhere.
     #[inline(always)]
-    pub(super) fn blocks<F: BlockFormat, T: Output>(src: Glb<u8>, dst: Glb<T>, n_groups: u32) {
-        let (lane, warp_start) = (thread::lane_id(), thread::index_1d() - thread::lane_id());
-        // Lanes past the end unpack the last group, for the shuffles.
-        let mine = if warp_start + lane < n_groups { warp_start + lane } else { n_groups - 1 };
-        let groups = F::GROUPS as u32;
-        let group = src.cast::<F>().view(mine / groups).unpack_group((mine % groups) as usize);
-
+    #[track_caller]
+    pub(crate) fn store_groups<F: BlockFormat, T: Output>(
+        group: &Group,
+        dst: Glb<T>,
+        place: impl Fn(u32) -> Option<usize>,
+    ) {
+        let lane = thread::lane_id();
         let codes = Shared::codes();
         let base = thread::warp_id() * 32 * STRIDE;
         unroll!(I in 0..8 {
@@ -74,9 +78,9 @@ mod gpu {
         });
         warp::sync_warp();
 
-        // Round r writes the elements 128r..128r+128 of the warp: four groups, eight lanes each.
+        // In round r lane l writes part of the group of lane 4r + l / 8: four groups, eight lanes each.
         let (word, in_round) = (lane % 8, lane / 8);
-        // Rolled: unrolled, the 90 entries would be most of the PTX and no faster.
+        // Rolled: unrolled, the many entries would be most of the PTX and no faster.
         let rounds = math::opaque(8);
         let mut round = 0;
         while round < rounds {
@@ -95,11 +99,24 @@ mod gpu {
                 let scaled = math::mul(scale, code as f32);
                 if F::HAS_OFFSET { scaled + offset } else { scaled }
             };
-            if warp_start + from < n_groups {
-                T::store4(dst, 8 * (warp_start + from) + word, [value(0), value(1), value(2), value(3)]);
+            if let Some(at) = place(from) {
+                T::store4(dst.offset(4 * at), word, [value(0), value(1), value(2), value(3)]);
             }
             round += 1;
         }
+    }
+
+    #[inline(always)]
+    pub(super) fn blocks<F: BlockFormat, T: Output>(src: Glb<u8>, dst: Glb<T>, n_groups: u32) {
+        let (lane, warp_start) = (thread::lane_id(), thread::index_1d() - thread::lane_id());
+        // Lanes past the end unpack the last group, for the shuffles.
+        let mine = if warp_start + lane < n_groups { warp_start + lane } else { n_groups - 1 };
+        let groups = F::GROUPS as u32;
+        let group = src.cast::<F>().view(mine / groups).unpack_group_by((mine % groups) as usize, InMemory);
+        store_groups::<F, T>(&group, dst, |from| {
+            let group = warp_start + from;
+            (group < n_groups).then_some(8 * group as usize)
+        });
     }
 
     #[inline(always)]
@@ -162,6 +179,7 @@ macro_rules! entries {
     (@type $ty:ident, $to:literal, $table:ident, [$($id:ident => $module:ident,)*]) => {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
+            in "dequantise";
             $table: threads(128);
             fn (src: Glb<u8>, dst: Glb<$ty>, n: u32);
             $(concat!("dequantise_", stringify!($id), "_", $to) => gpu::blocks::<formats::$module::Block, $ty>;)*

@@ -60,6 +60,7 @@ mod gpu {
     }
 
     kernels! {
+        in "elementwise";
         pub(super) BINARY: threads(256);
         fn (a: Glb<F32x4>, b: Glb<F32x4>, y: Glb<F32x4>, n4: u32, period4: u32);
         "add_f32" => add;
@@ -67,6 +68,7 @@ mod gpu {
     }
 
     kernels! {
+        in "elementwise";
         pub(super) SCALE: threads(256);
         fn (a: Glb<F32x4>, y: Glb<F32x4>, n4: u32, factor: f32, bias: f32);
         "scale_f32" => scale;

@@ -1,112 +1,393 @@
-//! Matrix × vector with quantised weights: `y[c][r] = Σ w[r][i] · x[c][i]` for up to 8 columns c.
+//! Tiled quantised weights × few columns: `y[c][r] = Σ w[r][i] · x[c][i]` for up to 8 columns c, with what follows a
+//! product in the same launch.
 //!
-//! * Shapes: `w` [n_rows, k] in any block format, 16-byte aligned rows from the start of the matrix (k a multiple of the
-//!   format's block); activations [n_cols, k] as `quantise_act` writes them (`q`, `scales`) in the format's kind (`BlockFormat::ACT`); `y` [n_cols, n_rows] f32.
-//!   n_cols 1 to 8. Nothing overlaps.
-//! * Geometry: 128 threads per CTA, a warp per row; lane l takes the groups l, l + 32, … of 32 weights.
-//! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
-//! * Entries: n_cols rounded up to 1, 2, 4 or 8; the columns beyond are computed as the last one and not stored. Weights
-//!   are unpacked once for all columns, so the cost per column falls.
-//! * Result: the integer part of each group is exact; its float part is `BlockFormat::dot_group`'s, in that order; lanes
-//!   are summed as a butterfly. So it depends on k alone, not on the grid or on n_cols.
+//! * Shapes: `w` [n_rows, k] in any block format, tiled (`tile.rs`), 16-byte aligned; activations [n_cols, k] as
+//!   `quantise_act` writes them (`q`, `scales`) in the format's kind (`BlockFormat::ACT`); `y` [n_cols, n_rows] f32.
+//!   Nothing overlaps, except that `residual` may be `y`.
+//! * Several matrices, bias, gate and up, residual, mixtures of experts: `product.rs`. In a mixture every pair is a column
+//!   of its own.
+//! * Result: for every output the sum over a span of 256 weights is `BlockFormat::dot_group`'s chain from 0 over its groups in
+//!   order of k, and the spans are added in order. So bits depend on k alone: not on the grid, on n_cols, on the entry.
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
+//! * Geometry: lane = row, a warp works on one span of a row tile at a time (of two row tiles where several columns make
+//!   activations dear), a CTA on one row tile: its warps stride over the spans, leave partial sums in shared memory, and
+//!   add them in order. Warps per CTA by shape ([`warps`]).
+//! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
-//! Done for speed: (1) dp4a on unsigned codes, the bias taken out once per group through the activations' sums,
-//! (2) 16-byte loads of activations, which stay in L1/L2, (3) the block's index within a super-block is the same in
-//! every round (32 is a multiple of it).
+//! Done for speed: (1) a span's weights come by 128-bit coalesced loads, all issued before the first is used, past L1;
+//! (2) a warp stages its span's activations in shared memory, whose loads are broadcasts; with (1) in flight together,
+//! so that a span costs one latency; (3) the integer sum starts at the bits of 1.5·2^23 less the bias's part, so that it
+//! is a float after one subtraction, without a conversion or a correction per row.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
-const THREADS: u32 = 128;
+use crate::tile::SPAN_GROUPS;
+
+/// Most warps of a CTA.
+#[cfg(not(target_arch = "nvptx64"))]
+const MAX_WARPS: u32 = 16;
+/// Shared memory that a CTA may take: what every GPU gives without being asked.
+#[cfg(not(target_arch = "nvptx64"))]
+const SMEM_BYTES: u32 = 48 * 1024;
+/// Row tiles that a warp holds at a time. Shared memory delivers 128 bytes a cycle, broadcasts included: 8 columns of a
+/// group take 80 cycles, a 4-bit group of 32 rows only 40 of HBM's time. So activations serve two tiles where registers
+/// (48 words per tile at most) allow.
+const fn tiles_per_warp(span_bytes: usize, n_cols: usize) -> usize {
+    if n_cols >= 4 && span_bytes <= 4 * 48 { 2 } else { 1 }
+}
+
+/// Words of a group's scale and its companions in shared memory: what the halves do not share comes twice.
+const fn scale_words(scale_elems: usize) -> u32 {
+    if scale_elems == 16 { 4 } else { 2 }
+}
+
+/// Bytes of a span's activations in shared memory, of all columns.
+const fn stage_bytes(scale_elems: usize, n_cols: usize) -> u32 {
+    (n_cols * SPAN_GROUPS) as u32 * (32 + 4 * scale_words(scale_elems))
+}
+
+/// What the parts have in common.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Shape {
+    n_groups: u32,
+    n_cols: u32,
+    /// Items of work between two folds of the partial sums.
+    window: u32,
+    /// In a mixture: pairs that share a row of activations.
+    pairs_per_x: u32,
+}
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
     use quant::act::ActKind;
     use quant::{BlockFormat, Group};
 
-    use super::THREADS;
-    use crate::device::math::{dp4a_us, fma};
-    use crate::device::{Glb, U32x2, U32x4, math, thread, warp};
+    use super::{Shape, scale_words, stage_bytes};
+    use crate::device::math::{self, dp4a_us, fma};
+    use crate::device::{Glb, Smem, U32x2, U32x4, sync, thread, warp};
+    use crate::kernels::lookup::{SharedBook, book_bytes};
+    use crate::kernels::product::{Gate, Part, choose};
     use crate::kernels::quantise_act::ActScale;
+    use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block, load_span};
+
+    /// The f32 1.5·2^23: its bits plus an integer below 2^22 in size are the bits of the sum.
+    const MAGIC: f32 = 12_582_912.0;
+
+    /// What a group's activations bring beside their codes, prepared once for all rows.
+    #[derive(Clone, Copy)]
+    struct Staged {
+        d: f32,
+        /// Where the integer sums of the two halves start (of both, if they share a scale).
+        start: [i32; 2],
+        /// What the offsets multiply.
+        value: [f32; 2],
+    }
+
+    impl Staged {
+        #[inline(always)]
+        fn prepare<F: BlockFormat>(act: ActScale) -> [u32; 4] {
+            const { assert!(F::BIAS == 0 || !F::HAS_OFFSET) };
+            // Q8_1 keeps the offset's value where the others keep the sums.
+            const { assert!(!matches!(F::ACT, ActKind::Q8_1) || (F::HAS_OFFSET && F::SCALE_ELEMS != 16)) };
+            let d = act.d.to_bits();
+            if matches!(F::ACT, ActKind::Q8_1) {
+                return [d, act.extra, 0, 0];
+            }
+            let [first, second] = act.sums();
+            let start = |sum: i32| (MAGIC.to_bits() as i32 - F::BIAS * sum) as u32;
+            let value = |sum: i32| math::mul(act.d, sum as f32).to_bits();
+            match (F::HAS_OFFSET, F::SCALE_ELEMS == 16) {
+                (false, false) => [d, start(first + second), 0, 0],
+                (false, true) => [d, start(first), start(second), 0],
+                (true, false) => [d, value(first + second), 0, 0],
+                (true, true) => [d, value(first), value(second), 0],
+            }
+        }
+
+        #[inline(always)]
+        #[track_caller]
+        fn load<F: BlockFormat>(from: Smem<u32>, i: u32) -> Staged {
+            let [d, a, b] = if F::SCALE_ELEMS == 16 {
+                let U32x4([d, a, b, _]) = from.cast::<U32x4>().ld(i);
+                [d, a, b]
+            } else {
+                let U32x2([d, a]) = from.cast::<U32x2>().ld(i);
+                [d, a, 0]
+            };
+            let start = if F::HAS_OFFSET { [MAGIC.to_bits() as i32; 2] } else { [a as i32, b as i32] };
+            let value = if F::HAS_OFFSET { [a, b].map(f32::from_bits) } else { [0.0; 2] };
+            Staged { d: f32::from_bits(d), start, value }
+        }
+    }
 
     /// `acc` plus the dot product of a weight group and an activation group; the order is `BlockFormat::dot_group`'s.
     #[inline(always)]
-    fn dot<F: BlockFormat>(group: &Group, q: [[u32; 4]; 2], act: ActScale, mut acc: f32) -> f32 {
-        let mut halves = [0i32; 2];
-        unroll!(H in 0..2 {
-            unroll!(I in 0..4 {
-                halves[H] = dp4a_us(group.codes[4 * H + I], q[H][I], halves[H]);
-            });
-        });
-        // Q8_1 keeps the offset's value where the others keep the sums.
-        let offset_value = matches!(F::ACT, ActKind::Q8_1);
-        const { assert!(!matches!(F::ACT, ActKind::Q8_1) || (F::BIAS == 0 && F::SCALE_ELEMS != 16)) };
-        let sums = if offset_value { [0; 2] } else { act.sums() };
-        unroll!(H in 0..2 {
-            halves[H] -= F::BIAS * sums[H];
-        });
+    fn dot<F: BlockFormat>(group: &Group, q: [u32; 8], act: Staged, mut acc: f32) -> f32 {
+        let sum = |start: i32, from: usize, to: usize| {
+            let mut sum = start;
+            let mut i = from;
+            while i < to {
+                sum = dp4a_us(group.codes[i], q[i], sum);
+                i += 1;
+            }
+            // Exact: both are integers below 2^24.
+            f32::from_bits(sum as u32) - MAGIC
+        };
         if F::SCALE_ELEMS == 16 {
-            acc = fma(group.scale[0] * act.d, halves[0] as f32, acc);
-            acc = fma(group.scale[1] * act.d, halves[1] as f32, acc);
+            acc = fma(group.scale[0] * act.d, sum(act.start[0], 0, 4), acc);
+            acc = fma(group.scale[1] * act.d, sum(act.start[1], 4, 8), acc);
         } else {
-            acc = fma(group.scale[0] * act.d, (halves[0] + halves[1]) as f32, acc);
+            acc = fma(group.scale[0] * act.d, sum(act.start[0], 0, 8), acc);
         }
         if F::HAS_OFFSET {
-            if offset_value {
-                acc = fma(group.offset[0], f32::from_bits(act.extra), acc);
-            } else if F::SCALE_ELEMS == 16 {
-                acc = fma(group.offset[0], math::mul(act.d, sums[0] as f32), acc);
-                acc = fma(group.offset[1], math::mul(act.d, sums[1] as f32), acc);
-            } else {
-                acc = fma(group.offset[0], math::mul(act.d, (sums[0] + sums[1]) as f32), acc);
+            acc = fma(group.offset[0], act.value[0], acc);
+            if F::SCALE_ELEMS == 16 {
+                acc = fma(group.offset[1], act.value[1], acc);
             }
         }
         acc
     }
 
+    /// A warp's copy of a span's activations in shared memory.
+    #[derive(Clone, Copy)]
+    struct Stage {
+        codes: Smem<U32x4>,
+        scales: Smem<u32>,
+    }
+
+    impl Stage {
+        #[inline(always)]
+        fn at<F: BlockFormat, const COLS: usize>(offset: u32) -> Stage {
+            let groups = (COLS * SPAN_GROUPS) as u32;
+            Stage {
+                codes: Smem::dynamic(offset, 2 * groups),
+                scales: Smem::dynamic(offset + 32 * groups, scale_words(F::SCALE_ELEMS) * groups),
+            }
+        }
+
+        /// Fills it with `n` groups from group `first` of each column, a column `stride` groups after the other; the
+        /// span's other groups become zeros. The warp calls together, and `between` runs while the loads are under way.
+        #[inline(always)]
+        #[track_caller]
+        fn fill<F: BlockFormat, const COLS: usize, T>(
+            self,
+            q: Glb<U32x4>,
+            scales: Glb<U32x2>,
+            n: u32,
+            column: impl Fn(u32) -> u32,
+            between: impl FnOnce() -> T,
+        ) -> T {
+            let lane = thread::lane_id();
+            let groups = SPAN_GROUPS as u32;
+            let (n_vectors, n_scales) = (COLS as u32 * 2 * groups, COLS as u32 * groups);
+            // At most 8 columns of 16 vectors: 4 per lane; 8 scales: 2 per lane.
+            let (mut codes, mut acts) = ([U32x4([0; 4]); 4], [U32x2([0; 2]); 2]);
+            let mut i = 0;
+            while 32 * i < n_vectors as usize {
+                let at = lane + 32 * i as u32;
+                let (c, v) = (at / (2 * groups), at % (2 * groups));
+                if at < n_vectors && v < 2 * n {
+                    codes[i] = q.ld_nc(2 * column(c) + v);
+                }
+                i += 1;
+            }
+            let mut i = 0;
+            while 32 * i < n_scales as usize {
+                let at = lane + 32 * i as u32;
+                let (c, g) = (at / groups, at % groups);
+                if at < n_scales && g < n {
+                    acts[i] = scales.ld_nc(column(c) + g);
+                }
+                i += 1;
+            }
+            let result = between();
+            // All lanes have read what was here before.
+            warp::sync_warp();
+            let mut i = 0;
+            while 32 * i < n_vectors as usize {
+                let at = lane + 32 * i as u32;
+                if at < n_vectors {
+                    self.codes.st(at, codes[i]);
+                }
+                i += 1;
+            }
+            let mut i = 0;
+            while 32 * i < n_scales as usize {
+                let at = lane + 32 * i as u32;
+                if at < n_scales {
+                    let U32x2([d, extra]) = acts[i];
+                    let staged = Staged::prepare::<F>(ActScale { d: f32::from_bits(d), extra });
+                    if F::SCALE_ELEMS == 16 {
+                        self.scales.cast::<U32x4>().st(at, U32x4(staged));
+                    } else {
+                        self.scales.cast::<U32x2>().st(at, U32x2([staged[0], staged[1]]));
+                    }
+                }
+                i += 1;
+            }
+            warp::sync_warp();
+            result
+        }
+    }
+
+    /// The kernel; `TILES` row tiles per warp.
     #[inline(always)]
-    pub(super) fn mmvq<F: BlockFormat, const COLS: usize>(
-        w: Glb<u8>,
+    pub(super) fn mmvq<F: BlockFormat + Tiled, const COLS: usize, const TILES: usize>(
+        p0: Part,
+        p1: Part,
+        p2: Part,
         q: Glb<U32x4>,
         scales: Glb<U32x2>,
-        y: Glb<f32>,
-        n_rows: u32,
-        n_groups: u32,
-        n_cols: u32,
+        ids: Glb<u32>,
+        gate: Gate,
+        shape: Shape,
     ) {
-        let row = thread::block_idx_x() * (THREADS / thread::WARP) + thread::warp_id();
-        // A whole warp leaves: no collective below misses a lane.
-        if row >= n_rows {
-            return;
-        }
-        let w = w.cast::<F>().offset(row as usize * (n_groups as usize / F::GROUPS));
-        let column = |c: usize| if (c as u32) < n_cols { c } else { n_cols as usize - 1 } * n_groups as usize;
+        let (lane, warp_id) = (thread::lane_id(), thread::warp_id());
+        let n_warps = thread::block_dim_x() / thread::WARP;
+        let part = choose(p0, p1, p2);
+        let gated_pair = gate.is_some();
 
-        let mut acc = [0.0f32; COLS];
-        let in_block = thread::lane_id() as usize % F::GROUPS;
-        let mut g = thread::lane_id();
-        while g < n_groups {
-            let block = w.view(g / F::GROUPS as u32);
-            let group = block.unpack_group(in_block);
-            let mut c = 0;
-            while c < COLS {
-                let (q, scales) = (q.offset(2 * column(c)), scales.offset(column(c)));
-                let U32x2([d, extra]) = scales.ld_nc(g);
-                let codes = [q.ld_nc(2 * g).0, q.ld_nc(2 * g + 1).0];
-                acc[c] = dot::<F>(&group, codes, ActScale { d: f32::from_bits(d), extra }, acc[c]);
-                c += 1;
-            }
-            g += thread::WARP;
-        }
+        // In a mixture a column is a (token, slot) pair.
+        let pair = thread::block_idx_y();
+        let mixture = !ids.is_null();
+        let expert = if mixture { ids.ld_nc(pair) } else { 0 };
+        let first_x = if mixture { pair / shape.pairs_per_x } else { 0 };
+        let last_column = shape.n_cols - 1;
 
-        let mut c = 0;
-        while c < COLS {
-            let sum = warp::sum_f32(acc[c]);
-            if thread::lane_id() == 0 && (c as u32) < n_cols {
-                y.offset(c * n_rows as usize).st(row, sum);
+        let groups = SPAN_GROUPS as u32;
+        let n_spans = shape.n_groups.div_ceil(groups);
+        let k = shape.n_groups as usize * quant::format::GROUP;
+        let tile_bytes = F::LAYOUT.tile_bytes(k);
+        let n_tiles = part.n_rows.div_ceil(ROWS as u32);
+        let first_tile = (thread::block_idx_x() - part.first_cta) * TILES as u32;
+        let matrix = (expert as usize * n_tiles as usize) * tile_bytes;
+
+        // Shared memory: the format's codebook, a stage per warp, totals, partial sums.
+        let book = SharedBook::fill(F::BOOK, 0);
+        if F::BOOK.n_words() != 0 {
+            sync::sync_threads();
+        }
+        let (stages, stage_bytes) = (book_bytes(F::BOOK), stage_bytes(F::SCALE_ELEMS, COLS));
+        let stage = Stage::at::<F, COLS>(stages + warp_id * stage_bytes);
+        let outputs = (TILES * COLS * ROWS) as u32;
+        let sums = stages + n_warps * stage_bytes;
+        let totals: Smem<f32> = Smem::dynamic(sums, 2 * outputs);
+        let partials: Smem<f32> = Smem::dynamic(sums + 8 * outputs, shape.window * outputs);
+
+        // An item is a span of one matrix; gate and up alternate.
+        let n_items = if gated_pair { 2 * n_spans } else { n_spans };
+        let mut start = 0;
+        loop {
+            let end = if start + shape.window < n_items { start + shape.window } else { n_items };
+            let mut item = start + warp_id;
+            while item < end {
+                let (span, second) = if gated_pair { (item / 2, item % 2 == 1) } else { (item, false) };
+                let w = if second { p1.w } else { part.w };
+                let n = if F::ELEMS == crate::tile::SPAN || span + 1 < n_spans {
+                    groups
+                } else {
+                    shape.n_groups - span * groups
+                };
+                let units = if F::ELEMS == crate::tile::SPAN || n == groups {
+                    F::LAYOUT.span_units() as u32
+                } else {
+                    F::LAYOUT.tail_units(k) as u32
+                };
+                let column = |c: u32| {
+                    let c = first_x + if c < last_column { c } else { last_column };
+                    c * shape.n_groups + span * groups
+                };
+                let words = stage.fill::<F, COLS, _>(q, scales, n, column, || {
+                    core::array::from_fn::<F::Words, TILES, _>(|t| {
+                        let tile = first_tile + t as u32;
+                        let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
+                        let at = matrix + tile as usize * tile_bytes + F::LAYOUT.span_offset(span as usize);
+                        load_span::<F>(w.offset(at), units)
+                    })
+                });
+
+                let mut acc = [[0.0f32; COLS]; TILES];
+                let mut g = 0;
+                while g < SPAN_GROUPS {
+                    let weights: [Group; TILES] = core::array::from_fn(|t| {
+                        block::<F>(&words[t], g / F::GROUPS).unpack_group_by(g % F::GROUPS, book)
+                    });
+                    let mut c = 0;
+                    while c < COLS {
+                        let at = (c * SPAN_GROUPS + g) as u32;
+                        let [U32x4(low), U32x4(high)] = [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
+                        let act = Staged::load::<F>(stage.scales, at);
+                        let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
+                        let mut t = 0;
+                        while t < TILES {
+                            let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
+                            // Groups beyond a short span hold nothing; without a branch.
+                            let there = F::ELEMS == crate::tile::SPAN || (g as u32) < n;
+                            acc[t][c] = if there { sum } else { acc[t][c] };
+                            t += 1;
+                        }
+                        c += 1;
+                    }
+                    g += 1;
+                }
+                let mut t = 0;
+                while t < TILES {
+                    let mut c = 0;
+                    while c < COLS {
+                        let output = ((t * COLS + c) * ROWS) as u32 + lane;
+                        partials.st((item - start) * outputs + output, acc[t][c]);
+                        c += 1;
+                    }
+                    t += 1;
+                }
+                item += n_warps;
             }
-            c += 1;
+            sync::sync_threads();
+
+            let last = end == n_items;
+            let mut output = thread::thread_idx_x();
+            while output < outputs {
+                // The sum so far, then the window's spans in order.
+                let sum_of = |second: u32| {
+                    let step = if gated_pair { 2 } else { 1 };
+                    let mut item = second;
+                    let mut sum = if start == 0 {
+                        item += step;
+                        partials.ld(second * outputs + output)
+                    } else {
+                        totals.ld(second * outputs + output)
+                    };
+                    while item < end - start {
+                        sum += partials.ld(item * outputs + output);
+                        item += step;
+                    }
+                    sum
+                };
+                let sum = sum_of(0);
+                let up = if gated_pair { sum_of(1) } else { 0.0 };
+                if last {
+                    let column = output / ROWS as u32 % COLS as u32;
+                    let tile = first_tile + output / (COLS * ROWS) as u32;
+                    let row = tile * ROWS as u32 + output % ROWS as u32;
+                    if row < part.n_rows && column <= last_column {
+                        part.finish(gate, p1, expert, pair + column, row, [sum, up]);
+                    }
+                } else {
+                    totals.st(output, sum);
+                    if gated_pair {
+                        totals.st(outputs + output, up);
+                    }
+                }
+                output += thread::block_dim_x();
+            }
+            if last {
+                break;
+            }
+            // The partial sums are free again.
+            sync::sync_threads();
+            start = end;
         }
     }
 }
@@ -116,50 +397,112 @@ macro_rules! entries {
     ([] $($id:ident => $module:ident :: Block,)*) => {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
-            ENTRIES: threads(128, 3);
-            fn (w: Glb<u8>, q: Glb<U32x4>, scales: Glb<U32x2>, y: Glb<f32>, n_rows: u32, n_groups: u32, n_cols: u32);
+            in "mmvq";
+            FEW: threads(512);
+            fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
-                concat!("mmvq_", stringify!($id), "_n1") => gpu::mmvq::<formats::$module::Block, 1>;
-                concat!("mmvq_", stringify!($id), "_n2") => gpu::mmvq::<formats::$module::Block, 2>;
-                concat!("mmvq_", stringify!($id), "_n4") => gpu::mmvq::<formats::$module::Block, 4>;
-                concat!("mmvq_", stringify!($id), "_n8") => gpu::mmvq::<formats::$module::Block, 8>;
+                concat!("mmvq_", stringify!($id), "_n1") => entries!(@entry $module, 1);
+                concat!("mmvq_", stringify!($id), "_n2") => entries!(@entry $module, 2);
             )*
         }
 
-        /// Entry of a format for up to `n_cols` columns, and the number it computes.
-        #[cfg(not(target_arch = "nvptx64"))]
-        fn entry(format: quant::FormatId, n_cols: usize) -> Option<&'static str> {
-            match (format, n_cols) {
-                $(
-                    (quant::FormatId::$id, 1) => Some(concat!("mmvq_", stringify!($id), "_n1")),
-                    (quant::FormatId::$id, 2) => Some(concat!("mmvq_", stringify!($id), "_n2")),
-                    (quant::FormatId::$id, 3..=4) => Some(concat!("mmvq_", stringify!($id), "_n4")),
-                    (quant::FormatId::$id, 5..=8) => Some(concat!("mmvq_", stringify!($id), "_n8")),
-                )*
-                _ => None,
-            }
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmvq";
+            MORE: threads(256);
+            fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
+            $(
+                concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
+                concat!("mmvq_", stringify!($id), "_n8") => entries!(@entry $module, 8);
+            )*
         }
 
-        /// Every format at one column, and for a few the edges of the column counts.
+        /// Entry of a format for up to `n_cols` columns.
+        #[cfg(not(target_arch = "nvptx64"))]
+        fn entry(format: quant::FormatId, n_cols: usize) -> Option<EntryShape> {
+            let (names, scale_elems, book) = match format {
+                $(
+                    quant::FormatId::$id => (
+                        [
+                            concat!("mmvq_", stringify!($id), "_n1"),
+                            concat!("mmvq_", stringify!($id), "_n2"),
+                            concat!("mmvq_", stringify!($id), "_n4"),
+                            concat!("mmvq_", stringify!($id), "_n8"),
+                        ],
+                        <quant::formats::$module::Block as BlockFormat>::SCALE_ELEMS,
+                        <quant::formats::$module::Block as BlockFormat>::BOOK,
+                    ),
+                )*
+                _ => return None,
+            };
+            let i = n_cols.next_power_of_two().ilog2() as usize;
+            Some(EntryShape {
+                name: names.get(i)?,
+                n_cols: 1 << i,
+                stage_bytes: stage_bytes(scale_elems, 1 << i),
+                book_bytes: lookup::book_bytes(book),
+            })
+        }
+
+        /// Every format at one column and at eight; the edges of rows, of k and of the column counts; every epilogue.
         #[cfg(not(target_arch = "nvptx64"))]
         const CASES: &[host::Case] = &[
-            $(host::Case { format: quant::FormatId::$id, n_rows: 5, k: 512, n_cols: 1 },)*
-            host::Case { format: quant::FormatId::Q4_0, n_rows: 4, k: 32, n_cols: 2 },
-            host::Case { format: quant::FormatId::Q8_0, n_rows: 3, k: 1056, n_cols: 3 },
-            host::Case { format: quant::FormatId::Q4_K, n_rows: 9, k: 1280, n_cols: 4 },
-            host::Case { format: quant::FormatId::Q6_K, n_rows: 1, k: 768, n_cols: 5 },
-            host::Case { format: quant::FormatId::IQ3_XXS, n_rows: 2, k: 2304, n_cols: 7 },
-            host::Case { format: quant::FormatId::Q5_1, n_rows: 7, k: 1024, n_cols: 8 },
+            $(
+                host::Case { rows: &[37], k: 512, ..host::Case::of(quant::FormatId::$id) },
+                host::Case { rows: &[5], k: 256, n_cols: 8, ..host::Case::of(quant::FormatId::$id) },
+            )*
+            host::Case { rows: &[4], k: 32, n_cols: 2, ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[33], k: 1056, n_cols: 3, ..host::Case::of(quant::FormatId::Q8_0) },
+            host::Case { rows: &[65], k: 1280, n_cols: 4, ..host::Case::of(quant::FormatId::Q4_K) },
+            host::Case { rows: &[1], k: 768, n_cols: 5, ..host::Case::of(quant::FormatId::Q6_K) },
+            host::Case { rows: &[96], k: 2304, n_cols: 7, ..host::Case::of(quant::FormatId::IQ3_XXS) },
+            host::Case { rows: &[64], k: 576, n_cols: 8, ..host::Case::of(quant::FormatId::Q5_1) },
+            // More spans than fit the partial sums at a time.
+            host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, ..host::Case::of(quant::FormatId::Q4_1) },
+            host::Case { rows: &[40, 8, 33], k: 288, extras: true, ..host::Case::of(quant::FormatId::Q5_0) },
+            host::Case { rows: &[70, 10], k: 512, n_cols: 4, extras: true, ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[45, 45], k: 1024, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::Q4_K) },
+            host::Case { rows: &[70, 70], k: 320, n_cols: 8, glu: Some(Glu::Gelu), extras: true, ..host::Case::of(quant::FormatId::Q8_0) },
+            host::Case { rows: &[9, 9], k: 256 * 12, n_cols: 8, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[40], k: 256, n_cols: 3, mixture: Some((5, 2, false)), ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[33], k: 512, n_cols: 2, mixture: Some((4, 3, true)), extras: true, ..host::Case::of(quant::FormatId::Q6_K) },
+            host::Case {
+                rows: &[34, 34], k: 96, n_cols: 2, mixture: Some((4, 2, false)), extras: true,
+                glu: Some(Glu::SwigluOai { alpha: 1.702, limit: 1.0 }), ..host::Case::of(quant::FormatId::MXFP4)
+            },
         ];
+    };
+    (@entry $module:ident, $n:literal) => {
+        gpu::mmvq::<
+            formats::$module::Block,
+            $n,
+            { tiles_per_warp(<formats::$module::Block as Tiled>::LAYOUT.span_bytes, $n) },
+        >
     };
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
     crate::device::{Glb, U32x2, U32x4},
+    crate::kernels::product::{Gate, Part},
+    crate::tile::Tiled,
     quant::formats,
 };
+#[cfg(not(target_arch = "nvptx64"))]
+use {
+    crate::kernels::{lookup, product::Glu},
+    quant::BlockFormat,
+};
 quant::for_each_block_format!(entries![]);
+
+/// What the launcher must know of an entry.
+#[cfg(not(target_arch = "nvptx64"))]
+struct EntryShape {
+    name: &'static str,
+    n_cols: usize,
+    stage_bytes: u32,
+    book_bytes: u32,
+}
 
 #[cfg(not(target_arch = "nvptx64"))]
 mod host {
@@ -168,10 +511,12 @@ mod host {
     use quant::act::ActKind;
     use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
 
-    use super::THREADS;
+    use super::{MAX_WARPS, SMEM_BYTES, tiles_per_warp};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::product::{Args, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
     use crate::kernels::quantise_act;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+    use crate::tile::{self, ROWS, SPAN, SPAN_GROUPS, TileLayout};
 
     /// Most columns of one launch.
     pub const MAX_COLS: usize = 8;
@@ -182,70 +527,77 @@ mod host {
         groups.zip(column).map(|((block, g), act)| f64::from(block.dot_group(g, act, 0.0))).sum()
     }
 
-    /// All rows and columns, of weights given as bytes.
-    struct Product<'a> {
-        blocks: &'a [u8],
-        x: &'a [f32],
-        k: usize,
+    /// The same as kernels must compute it, bit for bit: a chain per span, spans in order.
+    pub fn reference_bits<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f32 {
+        let span = |(blocks, groups): (&[F], &[ActGroup])| {
+            let at = (0..groups.len()).map(|g| (&blocks[g / F::GROUPS], g % F::GROUPS));
+            at.zip(groups).fold(0.0, |sum, ((block, g), act)| block.dot_group(g, act, sum))
+        };
+        let spans = row.chunks(SPAN / F::ELEMS).zip(column.chunks(SPAN_GROUPS)).map(span);
+        spans.reduce(|total, span| total + span).unwrap_or(0.0)
     }
 
-    impl Visitor for Product<'_> {
-        type Output = (ActKind, Vec<f64>);
-
-        fn block<F: BlockFormat>(self) -> Self::Output {
-            let blocks: &[F] = bytemuck::cast_slice(self.blocks);
-            let mut groups = vec![ActGroup::ZERO; self.x.len() / 32];
-            ActGroup::quantise(F::ACT, self.x, &mut groups);
-            let columns = groups.chunks(self.k / 32);
-            let rows = || blocks.chunks(self.k / F::ELEMS);
-            (F::ACT, columns.flat_map(|column| rows().map(|row| reference(row, column))).collect())
-        }
-
-        fn float<F: FloatFormat>(self) -> Self::Output {
-            unreachable!("{:?} has no blocks", F::ID)
-        }
+    /// Warps of a CTA, by shape alone: enough that all CTAs together fill the machine, no more than there is work for, and
+    /// such that all have about equally much.
+    ///
+    /// With few row tiles every SM holds one CTA: 16 warps keep 16 spans (73 KB of a 4-bit format) under way. With many,
+    /// 8, so that an SM holds several CTAs, and one's loads hide another's end. The entries for many columns need the
+    /// registers of 16 warps for 8.
+    fn warps(n_ctas: u32, n_items: u32, n_cols: usize) -> u32 {
+        let most = if n_cols <= 2 && n_ctas <= 264 { MAX_WARPS } else { MAX_WARPS / 2 };
+        n_items.div_ceil(n_items.div_ceil(most))
     }
 
-    /// Arguments; see the contract.
-    #[derive(Clone, Copy, Debug)]
-    #[allow(missing_docs)] // the contract's names
-    pub struct Args {
-        pub format: FormatId,
-        pub w: DevicePtr,
-        pub q: DevicePtr,
-        pub scales: DevicePtr,
-        pub y: DevicePtr,
-        pub n_rows: usize,
-        pub k: usize,
-        pub n_cols: usize,
-    }
-
-    /// One launch for all rows.
-    pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
+    /// One launch for all matrices.
+    pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
         let kernel = Mmvq::NAME;
         let check = Check(kernel);
-        if !(1..=MAX_COLS).contains(&args.n_cols) {
+        let columns = if args.mixture.is_some() { 1 } else { args.n_cols };
+        if !(1..=MAX_COLS).contains(&columns) {
             let got = args.n_cols as u64;
             return Err(LaunchError::Shape { kernel, what: "n_cols", expected: "1 to 8", got });
         }
-        let entry = super::entry(args.format, args.n_cols);
-        let entry = entry.ok_or(LaunchError::Format { kernel, format: args.format })?;
-        check.multiple("k", args.k, info(args.format).elems, "a multiple of the format's block")?;
-        let n_groups = check.size("k", args.k)? / 32;
-        let n_rows = check.size("n_rows", args.n_rows)?;
-        for (what, at, align) in
-            [("w", args.w, 16), ("q", args.q, 16), ("scales", args.scales, 8), ("y", args.y, 4)]
-        {
+        let entry = super::entry(args.format, columns);
+        let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
+            entry.ok_or(LaunchError::Format { kernel, format: args.format })?;
+        let format = info(args.format);
+        check.multiple("k", args.k, format.elems, "a multiple of the format's block")?;
+        let k = check.size("k", args.k)?;
+        for (what, at, align) in [("q", args.q, 16), ("scales", args.scales, 16)] {
             check.aligned(what, at, align)?;
         }
-        let params = Params::new().with(args.w).with(args.q).with(args.scales).with(args.y);
+        let (ids, n_lines, pairs_per_x) = match args.mixture {
+            None => (DevicePtr::NULL, 1, 1),
+            Some(Mixture { ids, n_pairs, pairs_per_x }) => {
+                check.aligned("ids", ids, 4)?;
+                let n_pairs = check.grid("n_pairs", n_pairs)?;
+                (ids, n_pairs, check.size("pairs_per_x", pairs_per_x)?)
+            }
+        };
+
+        let layout = TileLayout::new(format.elems, format.bytes);
+        let tiles = tiles_per_warp(layout.span_bytes, n_cols);
+        let rows_per_cta = (tiles * ROWS) as u32;
+        let (params, n_ctas) =
+            with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(rows_per_cta))?;
+
+        let n_items = k.div_ceil(SPAN as u32) * if args.glu.is_some() { 2 } else { 1 };
+        let n_warps = warps(n_ctas.saturating_mul(n_lines), n_items, n_cols);
+        let outputs_bytes = 4 * rows_per_cta * n_cols as u32;
+        let fixed = book_bytes + n_warps * stage_bytes + 2 * outputs_bytes;
+        // Whole rounds of the warps, and gate and up together.
+        let fits = (SMEM_BYTES - fixed) / outputs_bytes;
+        let step = n_warps.next_multiple_of(2);
+        let window = if fits >= n_items { n_items } else { (fits / step * step).max(2) };
+        let params = params.with(args.q).with(args.scales).with(ids);
+        let params = with_gate(params, args.glu).with(k / 32).with(columns as u32);
         Ok(Launch {
-            entry,
-            grid: [n_rows.div_ceil(THREADS / 32), 1, 1],
-            cta: THREADS,
+            entry: name,
+            grid: [n_ctas, n_lines, 1],
+            cta: 32 * n_warps,
             cluster: 1,
-            smem_bytes: 0,
-            params: params.with(n_rows).with(n_groups).with(args.n_cols as u32),
+            smem_bytes: fixed + window * outputs_bytes,
+            params: params.with(window).with(pairs_per_x),
         })
     }
 
@@ -255,16 +607,32 @@ mod host {
 
     /// One case.
     #[derive(Clone, Copy, Debug)]
-    #[allow(missing_docs)] // the contract's names
     pub struct Case {
+        /// The weights' format.
         pub format: FormatId,
-        pub n_rows: usize,
+        /// Rows of each matrix.
+        pub rows: &'static [usize],
+        /// Weights per row.
         pub k: usize,
+        /// Columns; in a mixture tokens.
         pub n_cols: usize,
+        /// Whether the two matrices are gate and up.
+        pub glu: Option<Glu>,
+        /// Whether there are biases and residuals.
+        pub extras: bool,
+        /// Experts, experts used, and whether each slot has activations of its own.
+        pub mixture: Option<(usize, usize, bool)>,
+    }
+
+    impl Case {
+        /// One row of 256, one column.
+        pub const fn of(format: FormatId) -> Case {
+            Case { format, rows: &[1], k: 256, n_cols: 1, glu: None, extras: false, mixture: None }
+        }
     }
 
     /// Random weights of a format, as bytes and decoded.
-    pub(crate) struct Weights<'a>(pub &'a mut Random, pub usize);
+    pub struct Weights<'a>(pub &'a mut Random, pub usize);
 
     impl Visitor for Weights<'_> {
         type Output = (Vec<u8>, Vec<f32>);
@@ -307,45 +675,131 @@ mod host {
         }
     }
 
+    /// All rows of a matrix, of weights given as bytes, times the activations.
+    struct Product<'a> {
+        blocks: &'a [u8],
+        x: &'a [f32],
+        k: usize,
+    }
+
+    impl Visitor for Product<'_> {
+        type Output = (ActKind, Vec<f64>);
+
+        fn block<F: BlockFormat>(self) -> Self::Output {
+            let blocks: &[F] = bytemuck::cast_slice(self.blocks);
+            let mut groups = vec![ActGroup::ZERO; self.x.len() / 32];
+            ActGroup::quantise(F::ACT, self.x, &mut groups);
+            let columns = groups.chunks(self.k / 32);
+            let rows = || blocks.chunks(self.k / F::ELEMS);
+            (F::ACT, columns.flat_map(|column| rows().map(|row| reference(row, column))).collect())
+        }
+
+        fn float<F: FloatFormat>(self) -> Self::Output {
+            unreachable!("{:?} has no blocks", F::ID)
+        }
+    }
+
     impl Kernel for Mmvq {
         const NAME: &'static str = "mmvq";
         type Case = Case;
         const CASES: &'static [Case] = super::CASES;
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
-        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { format, n_rows, k, n_cols } = *case;
-            let weights = with_format(format, Weights(random, n_rows * k));
-            let (blocks, _) = weights.expect("cases name formats of weights");
-            let x = random.values(n_cols * k);
-            let product = with_format(format, Product { blocks: &blocks, x: &x, k });
-            let (kind, expected) = product.expect("cases name formats of weights");
+            let Case { format, rows, k, n_cols, glu, extras, mixture } = *case;
+            let (n_expert, n_used, per_slot) = mixture.unwrap_or((1, 1, false));
+            let n_pairs = n_cols * n_used;
+            let n_x = if per_slot { n_pairs } else { n_cols };
+            let x = random.values(n_x * k);
+            let ids: Vec<u32> = (0..n_pairs).map(|_| random.below(n_expert as u64) as u32).collect();
+
+            let mut kind = ActKind::Q8_0;
+            let mut buffers = vec![];
+            // Per part: sums [n_pairs, n_rows], bias and residual of the same shape.
+            let mut sums = vec![];
+            for &n_rows in rows {
+                let mut tiles = vec![];
+                let mut products = vec![];
+                for _ in 0..n_expert {
+                    let weights = with_format(format, Weights(random, n_rows * k));
+                    let (blocks, _) = weights.expect("cases name formats of weights");
+                    tiles.extend(tile::pack(format, &blocks, n_rows, k));
+                    let product = with_format(format, Product { blocks: &blocks, x: &x, k });
+                    let (of, product) = product.expect("cases name formats of weights");
+                    kind = of;
+                    products.push(product);
+                }
+                let bias = random.values(n_expert * n_rows);
+                let residual = random.values(n_pairs * n_rows);
+                let mut lines = vec![];
+                let mut biases = vec![];
+                for pair in 0..n_pairs {
+                    let (expert, row) = (ids[pair] as usize, if per_slot { pair } else { pair / n_used });
+                    lines.extend(&products[expert][row * n_rows..][..n_rows]);
+                    biases.extend(bias[expert * n_rows..][..n_rows].iter().map(|&b| f64::from(b)));
+                }
+                buffers.extend([
+                    Buffer::Input(tiles),
+                    Buffer::Input(bytes_of(&bias)),
+                    Buffer::Input(bytes_of(&residual)),
+                ]);
+                sums.push((lines, biases, residual));
+            }
+            let n_inputs = buffers.len();
+            let outputs = if glu.is_some() { 1 } else { rows.len() };
+            for part in 0..outputs {
+                let (lines, biases, residual) = &sums[part];
+                let up = glu.map(|glu| (glu, &sums[1].0[..]));
+                let given = |v: f64| if extras { v } else { 0.0 };
+                let expected = epilogue_reference(
+                    lines,
+                    up,
+                    |i| given(biases[i]),
+                    |i| given(sums[1].1[i]),
+                    |i| given(residual[i].into()),
+                );
+                buffers.push(Buffer::Output(Expected::F32(expected)));
+            }
             let (q, scales) = quantise_act::reference(kind, &x);
+            buffers.extend([
+                Buffer::Input(bytes_of(&q)),
+                Buffer::Input(bytes_of(&scales)),
+                Buffer::Input(bytes_of(&ids)),
+            ]);
             Problem {
-                buffers: vec![
-                    Buffer::Input(blocks),
-                    Buffer::Input(bytes_of(&q)),
-                    Buffer::Input(bytes_of(&scales)),
-                    Buffer::Output(Expected::F32(expected)),
-                ],
+                buffers,
                 launches: Box::new(move |at| {
-                    let args =
-                        Args { format, w: at[0], q: at[1], scales: at[2], y: at[3], n_rows, k, n_cols };
-                    Ok(vec![launch(&args)?])
+                    let given = |at: DevicePtr| if extras { at } else { DevicePtr::NULL };
+                    let part = |(p, &n_rows): (usize, &usize)| Matrix {
+                        w: at[3 * p],
+                        bias: given(at[3 * p + 1]),
+                        residual: given(at[3 * p + 2]),
+                        y: if p < outputs { at[n_inputs + p] } else { DevicePtr::NULL },
+                        n_rows,
+                    };
+                    let parts: Vec<Matrix> = rows.iter().enumerate().map(part).collect();
+                    let rest = &at[n_inputs + outputs..];
+                    let pairs_per_x = if per_slot { 1 } else { n_used };
+                    let mixture = mixture.map(|_| Mixture { ids: rest[2], n_pairs, pairs_per_x });
+                    let (q, scales) = (rest[0], rest[1]);
+                    Ok(vec![launch(&Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture })?])
                 }),
             }
         }
 
         fn bytes(case: &Case) -> u64 {
             let row = info(case.format);
-            let weights = case.n_rows * case.k / row.elems * row.bytes;
-            (weights + case.n_cols * (case.k * 5 / 4 + 4 * case.n_rows)) as u64
+            let n_rows: usize = case.rows.iter().sum();
+            let n_matrices = case.mixture.map_or(1, |(experts, used, _)| experts.min(used * case.n_cols));
+            let weights = n_matrices * n_rows * case.k / row.elems * row.bytes;
+            (weights + case.n_cols * (case.k * 5 / 4 + 4 * n_rows)) as u64
         }
 
         fn flops(case: &Case) -> u64 {
-            2 * (case.n_rows * case.n_cols * case.k) as u64
+            let n_cols = case.n_cols * case.mixture.map_or(1, |(_, used, _)| used);
+            2 * (case.rows.iter().sum::<usize>() * n_cols * case.k) as u64
         }
     }
 }

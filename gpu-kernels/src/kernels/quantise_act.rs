@@ -164,6 +164,7 @@ mod gpu {
     }
 
     kernels! {
+        in "quantise_act";
         pub(super) ENTRIES: threads(256);
         fn (x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32);
         "quantise_act_Q8_0" => q8_0;

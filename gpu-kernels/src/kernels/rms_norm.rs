@@ -71,6 +71,7 @@ mod gpu {
     }
 
     kernels! {
+        in "rms_norm";
         pub(super) ENTRIES: threads(256);
         fn (x: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<F32x4>, n4: u32, eps: f32);
         "rms_norm_f32" => rms_norm;

@@ -97,12 +97,14 @@ mod gpu {
     }
 
     kernels! {
+        in "rope";
         pub(super) TABLE: threads(256);
         fn (positions: Glb<i32>, frequencies: Glb<f32>, out: Glb<F32x2>, n_pairs: u32, magnitude: f32);
         "rope_table_f32" => table;
     }
 
     kernels! {
+        in "rope";
         pub(super) ROPE: threads(256);
         fn (x: Glb<f32>, angles: Glb<F32x2>, y: Glb<f32>, n_heads: u32, head_dim: u32, n_rot: u32);
         "rope_norm_f32" => norm;

@@ -70,6 +70,7 @@ mod gpu {
     }
 
     kernels! {
+        in "softmax";
         pub(super) ENTRIES: threads(256);
         fn (x: Glb<f32>, mask: Glb<f32>, slopes: Glb<f32>, y: Glb<f32>, n: u32, scale: f32);
         "softmax_f32" => softmax;

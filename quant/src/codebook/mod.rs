@@ -145,12 +145,12 @@ pub(crate) fn signs_of_28_bits(packed: u32) -> u32 {
 
 /// Codes biased by [`SIGNED_BIAS`] out of magnitudes (bytes up to 63) and one sign bit per weight.
 ///
-/// Four sign bits are spread to a mask of 0x7f bytes; `(v ^ 127) - 127` is `-v`, and with the bias added first no byte
-/// borrows from its neighbour. The same steps for each word, so that the loop becomes vector code.
+/// With u = 1 for a minus, else 0: `(v ^ (64 - u)) + u` is `v ^ 64 = 64 + v`, or `(v ^ 63) + 1 = 64 - v`; no byte carries
+/// into its neighbour. The same steps for each word, so that the loop becomes vector code.
 #[inline(always)]
 pub(crate) fn signed_codes(magnitudes: [u32; 8], signs: u32) -> [u32; 8] {
     core::array::from_fn(|i| {
-        let mask = spread_bits(signs >> (4 * i)) * 0x7f;
-        (magnitudes[i] ^ mask) + 0x4040_4040 - mask
+        let minus = spread_bits(signs >> (4 * i));
+        (magnitudes[i] ^ (0x4040_4040 - minus)) + minus
     })
 }

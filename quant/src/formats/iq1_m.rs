@@ -14,8 +14,10 @@ use bytemuck::{Pod, Zeroable};
 
 use super::iq1_s::{BIAS, CODE_MAX, Octet, VALUES, ascending, codes, levels_by_rank, snap_all};
 use crate::bits::{f16_to_f32, f32_to_f16, word};
+use crate::codebook::IQ1;
 use crate::codebook::fit::{SUPER, odd_multiple};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::{Book, Lookup};
 use crate::search::{importance_weight, sum_of_squares};
 
 /// One super-block.
@@ -35,10 +37,11 @@ impl BlockFormat for Block {
     const BIAS: i32 = BIAS;
     const CODE_MAX: u8 = CODE_MAX;
     const SCALE_ELEMS: usize = 16;
+    const BOOK: Book = Book::Words(IQ1);
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let words = u64::from_le_bytes(self.scales);
         let d = (words >> 12) & 0xf | (words >> 24) & 0xf0 | (words >> 36) & 0xf00 | (words >> 48) & 0xf000;
         let d = f16_to_f32(d as u16);
@@ -47,7 +50,7 @@ impl BlockFormat for Block {
         let all = core::array::from_fn(|i| {
             let l = i / 2;
             let top = high >> (4 * l);
-            codes(((low >> (8 * l)) & 0xff | (top & 7) << 8) as usize, top >> 3 & 1)[i % 2]
+            codes(((low >> (8 * l)) & 0xff | (top & 7) << 8) as usize, top >> 3 & 1, lookup)[i % 2]
         });
         let packed = (words >> (16 * (g / 2) + 6 * (g % 2))) as u32;
         let scale = [0, 3].map(|shift| d * (2 * (packed >> shift & 7) + 1) as f32 * 0.125);

@@ -18,6 +18,7 @@ use crate::codebook::IQ1;
 use crate::codebook::fit::{SUPER, closest, odd_multiple};
 use crate::codebook::nearest::{Codebook, Iq1, Place, place};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::{Book, Lookup};
 use crate::search::{importance_weight, sum_of_squares};
 
 /// One super-block.
@@ -38,8 +39,8 @@ pub(super) const CODE_MAX: u8 = 18;
 
 /// Codes of eight weights, `minus` (0 or 1) saying that the shift is down.
 #[inline(always)]
-pub(super) fn codes(index: usize, minus: u32) -> [u32; 2] {
-    let levels = IQ1[index];
+pub(super) fn codes<L: Lookup>(index: usize, minus: u32, lookup: L) -> [u32; 2] {
+    let levels = lookup.word(IQ1, index);
     let shift = 0x0202_0202 * (1 - minus);
     [((levels << 3) & 0x1818_1818) + shift, ((levels >> 1) & 0x1818_1818) + shift]
 }
@@ -49,15 +50,16 @@ impl BlockFormat for Block {
     const ELEMS: usize = SUPER;
     const BIAS: i32 = BIAS;
     const CODE_MAX: u8 = CODE_MAX;
+    const BOOK: Book = Book::Words(IQ1);
     const ENCODE: Encode = Encode::WithImportance;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let (low, high) =
             (word(&self.qs, g), u16::from_le_bytes([self.qh[2 * g], self.qh[2 * g + 1]]) as u32);
         let index = |l: usize| ((low >> (8 * l)) & 0xff | (high >> (3 * l) & 7) << 8) as usize;
-        let all = core::array::from_fn(|i| codes(index(i / 2), high >> 15)[i % 2]);
+        let all = core::array::from_fn(|i| codes(index(i / 2), high >> 15, lookup)[i % 2]);
         let scale = d * (2 * (high >> 12 & 7) + 1) as f32 * 0.125;
         Group { codes: all, scale: [scale; 2], offset: [0.0; 2] }
     }

@@ -17,8 +17,9 @@ use super::iq2_xs::scales;
 use crate::bits::{f16_to_f32, f32_to_f16, word};
 use crate::codebook::fit::{Resnap, SUPER, Search, Tries, largest, odd_multiple, split_signs};
 use crate::codebook::nearest::Iq2S;
-use crate::codebook::{IQ2_S, SIGNED_BIAS, halves, signed_codes};
+use crate::codebook::{IQ2_S, SIGNED_BIAS, signed_codes};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::{Book, Lookup};
 use crate::search::{importance_weight, sum_of_squares};
 
 /// One super-block.
@@ -40,14 +41,15 @@ impl BlockFormat for Block {
     const BIAS: i32 = SIGNED_BIAS;
     const CODE_MAX: u8 = 64 + 43;
     const SCALE_ELEMS: usize = 16;
+    const BOOK: Book = Book::Octets(IQ2_S);
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let (low, high) = (word(&self.qs, g), self.qh[g] as u32);
         let index = |l: usize| ((low >> (8 * l)) & 0xff | (high << (8 - 2 * l)) & 0x300) as usize;
-        let magnitudes = core::array::from_fn(|i| halves(IQ2_S[index(i / 2)])[i % 2]);
+        let magnitudes = core::array::from_fn(|i| lookup.octet(IQ2_S, index(i / 2))[i % 2]);
         Group {
             codes: signed_codes(magnitudes, word(&self.signs, g)),
             scale: scales(d, self.scales[g]),

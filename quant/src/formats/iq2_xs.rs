@@ -14,8 +14,9 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, f32_to_f16, word};
 use crate::codebook::fit::{Resnap, SUPER, Search, Tries, largest, odd_multiple, split_signs};
 use crate::codebook::nearest::Iq2Xs;
-use crate::codebook::{IQ2_XS, SIGNED_BIAS, halves, signed_codes, with_parity};
+use crate::codebook::{IQ2_XS, SIGNED_BIAS, signed_codes, with_parity};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::{Book, Lookup};
 use crate::search::{ZERO_MAX, importance_weight, sum_of_squares};
 
 /// One super-block.
@@ -41,14 +42,15 @@ impl BlockFormat for Block {
     const BIAS: i32 = SIGNED_BIAS;
     const CODE_MAX: u8 = 64 + 43;
     const SCALE_ELEMS: usize = 16;
+    const BOOK: Book = Book::Octets(IQ2_XS);
     const ENCODE: Encode = Encode::WithImportance;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let (a, b) = (word(&self.qs, 2 * g), word(&self.qs, 2 * g + 1));
         let index = |l: usize| (if l < 2 { a } else { b } >> (16 * (l % 2))) as usize & 0x1ff;
-        let magnitudes = core::array::from_fn(|i| halves(IQ2_XS[index(i / 2)])[i % 2]);
+        let magnitudes = core::array::from_fn(|i| lookup.octet(IQ2_XS, index(i / 2))[i % 2]);
         // Sign bits of the four: bits 9..16 and 25..32 of each word.
         let signs = (a >> 9) & 0x7f | (a >> 17) & 0x7f00 | (b << 7) & 0x007f_0000 | (b >> 1) & 0x7f00_0000;
         Group {

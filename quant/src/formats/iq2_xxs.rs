@@ -14,8 +14,9 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, f32_to_f16, word};
 use crate::codebook::fit::{Resnap, SUPER, Search, Tries, largest, odd_multiple, split_signs};
 use crate::codebook::nearest::Iq2Xxs;
-use crate::codebook::{IQ2_XXS, SIGNED_BIAS, halves, signed_codes, signs_of_28_bits};
+use crate::codebook::{IQ2_XXS, SIGNED_BIAS, signed_codes, signs_of_28_bits};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::{Book, Lookup};
 use crate::search::{ZERO_MAX, fit_positive, importance_weight, sum_of_squares};
 
 /// One super-block.
@@ -33,13 +34,14 @@ impl BlockFormat for Block {
     const ELEMS: usize = SUPER;
     const BIAS: i32 = SIGNED_BIAS;
     const CODE_MAX: u8 = 64 + 43;
+    const BOOK: Book = Book::Octets(IQ2_XXS);
     const ENCODE: Encode = Encode::WithImportance;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let (indices, tail) = (word(&self.qs, 2 * g), word(&self.qs, 2 * g + 1));
-        let entry = |l: usize| halves(IQ2_XXS[(indices >> (8 * l)) as usize & 0xff]);
+        let entry = |l: usize| lookup.octet(IQ2_XXS, (indices >> (8 * l)) as usize & 0xff);
         let magnitudes = core::array::from_fn(|i| entry(i / 2)[i % 2]);
         let scale = d * (0.5 + (tail >> 28) as f32) * 0.25;
         Group { codes: signed_codes(magnitudes, signs_of_28_bits(tail)), scale: [scale; 2], offset: [0.0; 2] }

@@ -18,6 +18,7 @@ use crate::codebook::fit::{Resnap, SUPER, Search, Tries, largest, odd_multiple, 
 use crate::codebook::nearest::Iq3S;
 use crate::codebook::{IQ3_S, SIGNED_BIAS, signed_codes};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::{Book, Lookup};
 use crate::search::{importance_weight, sum_of_squares};
 
 /// One super-block.
@@ -38,14 +39,16 @@ impl BlockFormat for Block {
     const ELEMS: usize = SUPER;
     const BIAS: i32 = SIGNED_BIAS;
     const CODE_MAX: u8 = 64 + 15;
+    const BOOK: Book = Book::Words(IQ3_S);
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let high = self.qh[g] as usize;
-        let magnitudes =
-            core::array::from_fn(|i| IQ3_S[self.qs[8 * g + i] as usize | (high << (8 - i)) & 0x100]);
+        let magnitudes = core::array::from_fn(|i| {
+            lookup.word(IQ3_S, self.qs[8 * g + i] as usize | (high << (8 - i)) & 0x100)
+        });
         let scale = d * (1 + 2 * ((self.scales[g / 2] >> (4 * (g % 2))) & 0xf)) as f32;
         Group { codes: signed_codes(magnitudes, word(&self.signs, g)), scale: [scale; 2], offset: [0.0; 2] }
     }

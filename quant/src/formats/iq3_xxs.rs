@@ -16,6 +16,7 @@ use crate::codebook::fit::{Resnap, SUPER, Search, Tries, largest, odd_multiple, 
 use crate::codebook::nearest::Iq3Xxs;
 use crate::codebook::{IQ3_XXS, SIGNED_BIAS, signed_codes, signs_of_28_bits};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::{Book, Lookup};
 use crate::search::{importance_weight, sum_of_squares};
 
 /// One super-block.
@@ -34,13 +35,14 @@ impl BlockFormat for Block {
     const ELEMS: usize = SUPER;
     const BIAS: i32 = SIGNED_BIAS;
     const CODE_MAX: u8 = 64 + 62;
+    const BOOK: Book = Book::Words(IQ3_XXS);
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let tail = word(&self.tails, g);
-        let magnitudes = core::array::from_fn(|i| IQ3_XXS[self.qs[8 * g + i] as usize]);
+        let magnitudes = core::array::from_fn(|i| lookup.word(IQ3_XXS, self.qs[8 * g + i] as usize));
         let scale = d * (0.5 + (tail >> 28) as f32) * 0.5;
         Group { codes: signed_codes(magnitudes, signs_of_28_bits(tail)), scale: [scale; 2], offset: [0.0; 2] }
     }

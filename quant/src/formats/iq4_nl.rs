@@ -10,9 +10,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::bits::{f16_to_f32, f32_to_f16};
+use crate::bits::{f16_to_f32, f32_to_f16, word};
 use crate::codebook::IQ4;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 use crate::search::{ZERO_MAX, importance_weight, sum_of_squares};
 
 /// One block.
@@ -30,29 +31,22 @@ pub(super) const BIAS: i32 = 128;
 /// Largest code of [`codes`].
 pub(super) const CODE_MAX: u8 = 113 + 128;
 
-/// Both codes of a byte: the low nibble's in the low byte.
-const PAIRS: &[u16; 256] = &{
-    let mut pairs = [0; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        let (low, high) = (IQ4[byte & 0xf] as i32 + BIAS, IQ4[byte >> 4] as i32 + BIAS);
-        pairs[byte] = (low | high << 8) as u16;
-        byte += 1;
+/// The code of each nibble.
+const CODES: [u8; 16] = {
+    let mut codes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        codes[i] = (IQ4[i] as i32 + BIAS) as u8;
+        i += 1;
     }
-    pairs
+    codes
 };
 
 /// Codes of 32 weights out of their 16 bytes.
 #[inline(always)]
-pub(super) fn codes(qs: &[u8]) -> [u32; 8] {
-    let mut codes = [0; 8];
-    for i in 0..4 {
-        let [a, b, c, d]: [u32; 4] = core::array::from_fn(|k| PAIRS[qs[4 * i + k] as usize] as u32);
-        let (even, odd) = (a | c << 16, b | d << 16);
-        codes[i] = even & 0x00ff_00ff | (odd & 0x00ff_00ff) << 8;
-        codes[4 + i] = (even >> 8) & 0x00ff_00ff | odd & 0xff00_ff00;
-    }
-    codes
+pub(super) fn codes<L: Lookup>(qs: &[u8], lookup: L) -> [u32; 8] {
+    let words: [[u32; 2]; 4] = core::array::from_fn(|i| lookup.nibbles(&CODES, word(qs, i)));
+    core::array::from_fn(|i| words[i % 4][i / 4])
 }
 
 /// Index of the value nearest to `x`, the upper one of two equally near; NaN goes to the last.
@@ -139,9 +133,9 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, _g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, _g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
-        Group { codes: codes(&self.qs), scale: [d; 2], offset: [0.0; 2] }
+        Group { codes: codes(&self.qs, lookup), scale: [d; 2], offset: [0.0; 2] }
     }
 
     fn encode_row(src: &[f32], importance: Importance<'_>, out: &mut [Self]) {

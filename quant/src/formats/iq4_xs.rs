@@ -16,6 +16,7 @@ use super::iq4_nl::{BIAS, CODE_MAX, codes, fit_scale, pack, weights};
 use crate::bits::{f16_to_f32, f32_to_f16, nearest_int};
 use crate::codebook::fit::SUPER;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 use crate::search::sum_of_squares;
 
 /// One super-block.
@@ -38,12 +39,12 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let low = (self.scales_l[g / 2] >> (4 * (g % 2))) & 0xf;
         let high = (u16::from_le_bytes(self.scales_h) >> (2 * g)) & 3;
         let scale = d * ((low as i32 | (high as i32) << 4) - 32) as f32;
-        Group { codes: codes(&self.qs[16 * g..][..16]), scale: [scale; 2], offset: [0.0; 2] }
+        Group { codes: codes(&self.qs[16 * g..][..16], lookup), scale: [scale; 2], offset: [0.0; 2] }
     }
 
     fn encode_row(src: &[f32], importance: Importance<'_>, out: &mut [Self]) {

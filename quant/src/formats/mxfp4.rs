@@ -10,9 +10,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::bits::{pack_nibbles, words};
+use crate::bits::{pack_nibbles, word};
 use crate::extent::abs_max;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 
 /// One block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -27,23 +28,19 @@ const _: () = assert!(size_of::<Block>() == 17);
 /// Twice the E2M1 value of each nibble. Negative zero reads as zero.
 const E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// What to subtract from [`code`]s.
+/// What to subtract from [`E2M1_CODES`].
 pub(super) const E2M1_BIAS: i32 = 12;
 
-/// The doubled value of a nibble, biased.
-#[inline(always)]
-pub(super) fn code(nibble: u8) -> u8 {
-    const CODES: [u8; 16] = {
-        let mut codes = [0; 16];
-        let mut i = 0;
-        while i < 16 {
-            codes[i] = (E2M1_DOUBLED[i] as i32 + E2M1_BIAS) as u8;
-            i += 1;
-        }
-        codes
-    };
-    CODES[(nibble & 0xf) as usize]
-}
+/// The doubled value of each nibble, biased.
+pub(super) const E2M1_CODES: [u8; 16] = {
+    let mut codes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        codes[i] = (E2M1_DOUBLED[i] as i32 + E2M1_BIAS) as u8;
+        i += 1;
+    }
+    codes
+};
 
 /// The nibble whose value times `d` is nearest to each of `x`; the smaller magnitude on ties.
 #[inline]
@@ -79,9 +76,10 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, _g: usize) -> Group {
-        let codes = core::array::from_fn(|i| code(self.qs[i % 16] >> (4 * (i / 16))));
-        Group { codes: words(&codes), scale: [scale(self.e); 2], offset: [0.0; 2] }
+    fn unpack_group_by<L: Lookup>(&self, _g: usize, lookup: L) -> Group {
+        let pairs: [[u32; 2]; 4] = core::array::from_fn(|i| lookup.nibbles(&E2M1_CODES, word(&self.qs, i)));
+        let codes = core::array::from_fn(|i| pairs[i % 4][i / 4]);
+        Group { codes, scale: [scale(self.e); 2], offset: [0.0; 2] }
     }
 
     fn encode_row(src: &[f32], _importance: Importance<'_>, out: &mut [Self]) {

@@ -10,10 +10,11 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::bits::words;
+use crate::bits::word;
 use crate::extent::abs_max;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
-use crate::formats::mxfp4::{E2M1_BIAS, code, nearest};
+use crate::formats::mxfp4::{E2M1_BIAS, E2M1_CODES, nearest};
+use crate::lookup::Lookup;
 
 /// One block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -30,13 +31,11 @@ const _: () = assert!(size_of::<Block>() == 36);
 #[inline(always)]
 fn half_ue4m3(bits: u8) -> f32 {
     let (exponent, mantissa) = ((bits >> 3) as u32 & 0xf, bits as u32 & 7);
-    if bits == 0x7f {
-        0.0
-    } else if exponent == 0 {
-        mantissa as f32 * (1.0 / 1024.0)
-    } else {
-        f32::from_bits(((exponent + 127 - 8) << 23) | (mantissa << 20))
-    }
+    // All three at once: on a GPU a choice between values is cheaper than a branch.
+    let subnormal = mantissa as f32 * (1.0 / 1024.0);
+    let normal = f32::from_bits(((exponent + 127 - 8) << 23) | (mantissa << 20));
+    let value = if exponent == 0 { subnormal } else { normal };
+    if bits == 0x7f { 0.0 } else { value }
 }
 
 /// Nearest unsigned E4M3 number, halves up; what is not positive becomes 0. From 256 on, where the last exponent would
@@ -68,14 +67,12 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let qs = &self.qs[16 * g..][..16];
-        let codes = core::array::from_fn(|i| code(qs[8 * (i / 16) + i % 8] >> (4 * (i / 8 % 2))));
-        Group {
-            codes: words(&codes),
-            scale: [half_ue4m3(self.d[2 * g]), half_ue4m3(self.d[2 * g + 1])],
-            offset: [0.0; 2],
-        }
+        // Words of bytes 0..4, 4..8 of either half: low nibbles are its weights 0..8, high ones 8..16.
+        let pairs: [[u32; 2]; 4] = core::array::from_fn(|i| lookup.nibbles(&E2M1_CODES, word(qs, i)));
+        let codes = core::array::from_fn(|i| pairs[2 * (i / 4) + i % 2][i / 2 % 2]);
+        Group { codes, scale: [half_ue4m3(self.d[2 * g]), half_ue4m3(self.d[2 * g + 1])], offset: [0.0; 2] }
     }
 
     fn encode_row(src: &[f32], _importance: Importance<'_>, out: &mut [Self]) {

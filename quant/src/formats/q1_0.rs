@@ -11,6 +11,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::bits::{f16_to_f32, f32_to_f16, spread_bits, word};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 
 /// One block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -30,7 +31,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let bits = word(&self.qs, g);
         let codes = core::array::from_fn(|i| spread_bits(bits >> (4 * i)) << 1);

@@ -12,6 +12,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, f32_to_f16, round_half_away, spread_pairs};
 use crate::extent::abs_max;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 
 /// One block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -31,7 +32,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let codes = core::array::from_fn(|i| spread_pairs(self.qs[8 * g + i] as u32));
         Group { codes, scale: [d; 2], offset: [0.0; 2] }

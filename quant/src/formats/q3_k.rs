@@ -13,6 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, f32_to_f16, nearest_int, pack_2bit, unpack_2bit, word};
 use crate::extent::extreme;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 use crate::search::{
     fit_symmetric, fit_symmetric_descent, importance_weight, in_sequence, round_to_codes, side_by_side, sum,
     sum_of_squares,
@@ -102,7 +103,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let low = unpack_2bit(&self.qs, g);
         Group {

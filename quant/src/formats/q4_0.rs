@@ -13,6 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, f32_to_f16, pack_nibbles, unpack_nibbles};
 use crate::extent::extreme;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 use crate::search::{fit_symmetric, importance_weight, in_sequence, side_by_side, sum_of_squares};
 
 /// One block.
@@ -71,7 +72,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, _g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, _g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         Group { codes: unpack_nibbles(&self.qs), scale: [d; 2], offset: [0.0; 2] }
     }

@@ -14,6 +14,7 @@ use crate::act::ActKind;
 use crate::bits::{f16_to_f32, f32_to_f16, pack_nibbles, unpack_nibbles};
 use crate::extent::range;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 use crate::search::{AffineSearch, fit_affine, importance_weight, in_sequence, side_by_side, sum_of_squares};
 
 /// One block.
@@ -75,7 +76,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, _g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, _g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let m = f16_to_f32(u16::from_le_bytes(self.m));
         Group { codes: unpack_nibbles(&self.qs), scale: [d; 2], offset: [m; 2] }

@@ -16,6 +16,7 @@ use crate::bits::{f16_to_f32, f32_to_f16, gather_bit, pack_nibbles};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
 use crate::formats::q4_1::{encode_range, encode_searched};
 use crate::formats::q5_0::unpack_codes;
+use crate::lookup::Lookup;
 
 /// One block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -39,7 +40,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, _g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, _g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let m = f16_to_f32(u16::from_le_bytes(self.m));
         Group { codes: unpack_codes(&self.qs, &self.qh), scale: [d; 2], offset: [m; 2] }

@@ -14,6 +14,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, word};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
 use crate::formats::q4_k::{encode_super_block, pack_nibble_pairs, scale_min};
+use crate::lookup::Lookup;
 use crate::search::AffineSearch;
 
 /// One super-block.
@@ -38,7 +39,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let dmin = f16_to_f32(u16::from_le_bytes(self.dmin));
         let (scale, min) = scale_min(g, &self.scales);

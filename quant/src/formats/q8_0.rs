@@ -12,6 +12,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, f32_to_f16, round_half_away, words};
 use crate::extent::abs_max;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 
 /// One block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -39,7 +40,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, _g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, _g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         Group { codes: words(&self.qs).map(|w| w ^ 0x8080_8080), scale: [d; 2], offset: [0.0; 2] }
     }

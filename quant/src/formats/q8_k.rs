@@ -13,6 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{nearest_int, word};
 use crate::extent::extreme;
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
+use crate::lookup::Lookup;
 
 /// One super-block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -33,7 +34,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, _lookup: L) -> Group {
         let qs = &self.qs[32 * g..][..32];
         let codes = core::array::from_fn(|i| word(qs, i) ^ 0x8080_8080);
         Group { codes, scale: [f32::from_le_bytes(self.d); 2], offset: [0.0; 2] }

@@ -17,6 +17,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::bits::{f16_to_f32, f32_to_f16, words};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
 use crate::formats::tq2_0::trits;
+use crate::lookup::Lookup;
 
 /// One super-block.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -51,7 +52,7 @@ impl BlockFormat for Block {
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]
-    fn unpack_group(&self, g: usize) -> Group {
+    fn unpack_group_by<L: Lookup>(&self, g: usize, _lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let codes: [u8; 32] = match g {
             0..5 => core::array::from_fn(|i| trit(self.qs[i], g)),

@@ -812,10 +812,11 @@ pub(super) fn attend<
 
 /// Entries of a table, see `for_each_table`.
 macro_rules! entries {
-    ($table:ident $prefix:literal $bounds:tt
+    ($file:literal $table:ident $prefix:literal $bounds:tt
         $($dim:literal $suffix:literal $class:ident $kind:ident $asynchronous:literal
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         kernels! {
+            in $file;
             pub(super) $table: threads $bounds;
             fn (
                 q: Glb<F32x2>, k: Glb<u8>, v: Glb<u8>, out: Glb<F32x2>, scratch: Glb<F32x2>,

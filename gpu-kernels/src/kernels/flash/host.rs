@@ -54,7 +54,7 @@ struct Variant {
 }
 
 macro_rules! variants {
-    ($table:ident $prefix:literal $bounds:tt
+    ($file:literal $table:ident $prefix:literal $bounds:tt
         $($dim:literal $suffix:literal $class:ident $kind:ident $asynchronous:literal
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         const $table: &[Variant] = &[$(Variant {

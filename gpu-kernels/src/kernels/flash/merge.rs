@@ -114,6 +114,7 @@ fn merge(
 }
 
 kernels! {
+    in "flash";
     pub(super) ENTRIES: threads(128);
     fn (
         scratch: Glb<F32x2>, out: Glb<f32>, positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>,

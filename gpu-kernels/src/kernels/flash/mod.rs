@@ -33,26 +33,26 @@
 //! whole, (4) tiles are swizzled: no bank conflicts for ldmatrix or copies, (5) one barrier per block, so that one
 //! warp's softmax runs beside another's products.
 
-/// Calls a macro with each table of entries: its name, the entries' first part, threads and CTAs per SM, then per row
+/// Calls a macro with each table of entries: the kernel's name, its own, the entries' first part, threads and CTAs per SM, then per row
 /// head dimension, class, how operands are kept, whether copied asynchronously, [steps of 16 along a key, columns of 8
 /// scores and of 8 outputs per warp], [warps that share rows, groups of rows].
 ///
 /// The tiles of head 576 serve prefill too.
 macro_rules! for_each_table {
     ($callback:ident) => {
-        $callback! { DECODE "flash_decode_" (128, 3)
+        $callback! { "flash" DECODE "flash_decode_" (128, 3)
             64 "f16" F16 Half true [4 2 2] [4 1];
             128 "f16" F16 Half true [8 2 4] [4 1];
             64 "wide" Wide Half false [4 2 2] [4 1];
             128 "wide" Wide Half false [8 2 4] [4 1];
         }
-        $callback! { LARGE_DECODE "flash_decode_" (128, 2)
+        $callback! { "flash" LARGE_DECODE "flash_decode_" (128, 2)
             256 "f16" F16 Half true [16 1 8] [4 1];
             576 "f16" F16 Half true [36 1 16] [4 1];
             256 "wide" Wide Half false [16 1 8] [4 1];
             576 "wide" Wide Half false [36 1 16] [4 1];
         }
-        $callback! { PREFILL "flash_prefill_" (256, 1)
+        $callback! { "flash" PREFILL "flash_prefill_" (256, 1)
             64 "f16" F16 Half true [4 8 8] [1 8];
             128 "f16" F16 Half true [8 8 16] [1 8];
             256 "f16" F16 Half true [16 2 16] [2 4];
@@ -60,13 +60,13 @@ macro_rules! for_each_table {
             128 "wide" Wide Half false [8 8 16] [1 8];
             256 "wide" Wide Half false [16 2 16] [2 4];
         }
-        $callback! { SPLIT_DECODE "flash_decode_" (128, 2)
+        $callback! { "flash_split" SPLIT_DECODE "flash_decode_" (128, 2)
             64 "split" Split Split false [4 1 2] [4 1];
             128 "split" Split Split false [8 1 4] [4 1];
             256 "split" Split Split false [16 1 16] [2 1];
             576 "split" Split Split false [36 1 16] [4 1];
         }
-        $callback! { SPLIT_PREFILL "flash_prefill_" (256, 1)
+        $callback! { "flash_split" SPLIT_PREFILL "flash_prefill_" (256, 1)
             64 "split" Split Split false [4 4 8] [1 8];
             128 "split" Split Split false [8 4 16] [1 8];
             256 "split" Split Split false [16 1 16] [2 4];

@@ -1,0 +1,4 @@
+//! The GPU.
+
+#[cfg(feature = "cuda")]
+pub mod hosted;

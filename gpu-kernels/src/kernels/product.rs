@@ -1,0 +1,280 @@
+//! What every matrix product takes, and what follows the sum: shared by the kernels that multiply weights.
+//!
+//! * Parts: up to [`MAX_PARTS`] matrices of one format and one k that share the activations, each with its own rows and
+//!   output, in one launch.
+//! * Epilogue, in this order, each step a plain f32 operation, so that all kernels give equal bits: `+ bias[r]`; with a
+//!   [`Glu`], the two parts are gate and up of one shape, and become `act(gate) · up`; `+ residual[c][r]`.
+//! * Mixture: a column is a (token, slot) pair; its weights are expert `ids[pair]` of [n_expert, n_rows, k], its bias that row
+//!   of [n_expert, n_rows]; tokens have one row of activations for all their slots, or one per slot.
+
+/// Most matrices in a launch.
+pub const MAX_PARTS: usize = 3;
+
+/// How a gated pair of matrices is combined.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Glu {
+    /// `silu(gate) · up`.
+    Silu,
+    /// `gelu(gate) · up`, the tanh form.
+    Gelu,
+    /// gpt-oss: gate at most `limit`, up within ±`limit`; `gate · sigmoid(alpha · gate) · (up + 1)`.
+    SwigluOai {
+        /// Slope inside the sigmoid.
+        alpha: f32,
+        /// Clamp.
+        limit: f32,
+    },
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+pub(crate) use device::{Gate, Part, choose, choose_at};
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::*;
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod device {
+    use crate::device::math::{self, fma};
+    use crate::device::{Glb, thread};
+
+    /// One matrix as kernels take it: what [`super::host`]'s `with_parts` writes.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    pub(crate) struct Part {
+        pub(crate) w: Glb<u8>,
+        pub(crate) bias: Glb<f32>,
+        residual: Glb<f32>,
+        y: Glb<f32>,
+        pub(crate) n_rows: u32,
+        pub(crate) first_cta: u32,
+    }
+
+    /// A [`super::Glu`] as kernels take it: 0 for none, then in the enum's order.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    pub(crate) struct Gate {
+        kind: u32,
+        alpha: f32,
+        limit: f32,
+    }
+
+    /// The part that this CTA of the grid's first dimension works on.
+    #[inline(always)]
+    pub(crate) fn choose(p0: Part, p1: Part, p2: Part) -> Part {
+        choose_at(p0, p1, p2, thread::block_idx_x())
+    }
+
+    /// The part that a kernel's CTA `cta` works on, however it counts them.
+    #[inline(always)]
+    pub(crate) fn choose_at(p0: Part, p1: Part, p2: Part, cta: u32) -> Part {
+        if cta < p1.first_cta {
+            p0
+        } else if cta < p2.first_cta {
+            p1
+        } else {
+            p2
+        }
+    }
+
+    impl Gate {
+        /// Whether the first two parts are gate and up.
+        #[inline(always)]
+        pub(crate) fn is_some(self) -> bool {
+            self.kind != 0
+        }
+
+        #[inline(always)]
+        fn apply(self, gate: f32, up: f32) -> f32 {
+            let sigmoid = |x: f32| math::rcp(1.0 + math::ex2(-x * math::LOG2_E));
+            // `mul`: the residual's addition does not fuse with it.
+            match self.kind {
+                1 => math::mul(gate * sigmoid(gate), up),
+                2 => {
+                    let cubic = fma(gate * gate, 0.044_715, 1.0);
+                    math::mul(gate * sigmoid(gate * 1.595_769 * cubic), up)
+                }
+                _ => {
+                    let gate = math::fmin(gate, self.limit);
+                    let up = math::fmax(math::fmin(up, self.limit), -self.limit);
+                    math::mul(gate * sigmoid(self.alpha * gate), up + 1.0)
+                }
+            }
+        }
+    }
+
+    impl Part {
+        #[inline(always)]
+        #[track_caller]
+        fn biased(self, expert: u32, row: u32, sum: f32) -> f32 {
+            if self.bias.is_null() { sum } else { sum + self.bias.ld_nc(expert * self.n_rows + row) }
+        }
+
+        /// Ends output `row` of line `line` (a column or pair): the epilogue on `sum`, and with a gate on `up`'s sum.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn finish(self, gate: Gate, up: Part, expert: u32, line: u32, row: u32, sum: [f32; 2]) {
+            let mut v = self.biased(expert, row, sum[0]);
+            if gate.is_some() {
+                v = gate.apply(v, up.biased(expert, row, sum[1]));
+            }
+            let line = line as usize * self.n_rows as usize;
+            if !self.residual.is_null() {
+                v += self.residual.offset(line).ld(row);
+            }
+            self.y.offset(line).st(row, v);
+        }
+    }
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod host {
+    use alloc::vec::Vec;
+
+    use quant::FormatId;
+
+    use super::{Glu, MAX_PARTS};
+    use crate::launch::{Check, DevicePtr, LaunchError, Params};
+
+    /// One matrix of a product.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Matrix {
+        /// [n_rows, k] (in a mixture [n_expert, n_rows, k]), tiled.
+        pub w: DevicePtr,
+        /// f32 [n_rows] (in a mixture [n_expert, n_rows]), or null.
+        pub bias: DevicePtr,
+        /// f32, of `y`'s shape, added last; may be `y`; or null.
+        pub residual: DevicePtr,
+        /// f32 [n_cols, n_rows]. The second of a gated pair has none: null.
+        pub y: DevicePtr,
+        /// Rows.
+        pub n_rows: usize,
+    }
+
+    /// Columns that choose their weights.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Mixture {
+        /// i32 [n_tokens, n_used], each below the number of experts.
+        pub ids: DevicePtr,
+        /// n_tokens · n_used.
+        pub n_pairs: usize,
+        /// Pairs that share a row of activations: n_used, or 1.
+        pub pairs_per_x: usize,
+    }
+
+    /// Arguments of a product with quantised activations.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Args<'a> {
+        /// The weights' format.
+        pub format: FormatId,
+        /// The matrices: 1 to [`MAX_PARTS`], or gate and up.
+        pub parts: &'a [Matrix],
+        /// What combines gate and up.
+        pub glu: Option<Glu>,
+        /// Codes and scales of the activations, in the format's kind.
+        pub q: DevicePtr,
+        /// As `q`.
+        pub scales: DevicePtr,
+        /// Weights per row.
+        pub k: usize,
+        /// Columns; in a mixture rows of activations, of which nothing is asked here.
+        pub n_cols: usize,
+        /// Columns that choose their weights.
+        pub mixture: Option<Mixture>,
+    }
+
+    /// The parts as checked, with `ctas(rows)` CTAs each, and the sum of those.
+    pub(crate) fn with_parts(
+        kernel: &'static str,
+        params: Params,
+        parts: &[Matrix],
+        glu: Option<Glu>,
+        ctas: impl Fn(u32) -> u32,
+    ) -> Result<(Params, u32), LaunchError> {
+        let check = Check(kernel);
+        let shape =
+            |what, expected, got: usize| LaunchError::Shape { kernel, what, expected, got: got as u64 };
+        if !(1..=MAX_PARTS).contains(&parts.len()) {
+            return Err(shape("parts", "1 to 3", parts.len()));
+        }
+        if glu.is_some() && (parts.len() != 2 || parts[0].n_rows != parts[1].n_rows) {
+            return Err(shape("parts", "gate and up of one shape", parts.len()));
+        }
+        let mut params = params;
+        let mut n_ctas = 0;
+        for i in 0..MAX_PARTS {
+            let none = Matrix {
+                w: DevicePtr::NULL,
+                bias: DevicePtr::NULL,
+                residual: DevicePtr::NULL,
+                y: DevicePtr::NULL,
+                n_rows: 0,
+            };
+            let part = parts.get(i).copied().unwrap_or(none);
+            let up = glu.is_some() && i == 1;
+            let mut n_rows = 0;
+            // Beyond the grid's end: no CTA is this part's.
+            let mut first_cta = u32::MAX;
+            if i < parts.len() {
+                n_rows = check.size("n_rows", part.n_rows)?;
+                check.aligned("w", part.w, 16)?;
+                for (what, at) in [("bias", part.bias), ("residual", part.residual), ("y", part.y)] {
+                    check.aligned(what, at, 4)?;
+                }
+                if part.y == DevicePtr::NULL && !up {
+                    return Err(shape("y", "an address", 0));
+                }
+                if !up {
+                    first_cta = n_ctas;
+                    n_ctas += ctas(n_rows);
+                }
+            }
+            params = params.with(part.w).with(part.bias).with(part.residual).with(part.y);
+            params = params.with(n_rows).with(first_cta);
+        }
+        Ok((params, n_ctas))
+    }
+
+    /// A gate's three words.
+    pub(crate) fn with_gate(params: Params, glu: Option<Glu>) -> Params {
+        let (kind, alpha, limit) = match glu {
+            None => (0u32, 0.0, 0.0),
+            Some(Glu::Silu) => (1, 0.0, 0.0),
+            Some(Glu::Gelu) => (2, 0.0, 0.0),
+            Some(Glu::SwigluOai { alpha, limit }) => (3, alpha, limit),
+        };
+        params.with(kind).with(alpha).with(limit)
+    }
+
+    /// The definition of [`Glu`].
+    pub fn glu_reference(glu: Glu, gate: f64, up: f64) -> f64 {
+        let sigmoid = |x: f64| 1.0 / (1.0 + libm::exp(-x));
+        match glu {
+            Glu::Silu => gate * sigmoid(gate) * up,
+            Glu::Gelu => {
+                let inner = libm::sqrt(2.0 / core::f64::consts::PI) * (gate + 0.044715 * gate * gate * gate);
+                0.5 * gate * (1.0 + libm::tanh(inner)) * up
+            }
+            Glu::SwigluOai { alpha, limit } => {
+                let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+                let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+                gate * sigmoid(alpha * gate) * (up + 1.0)
+            }
+        }
+    }
+
+    /// The definition of the epilogue, over all lines of one part (or gated pair): `sums` [n_lines, n_rows] of the part and of
+    /// `up`, biases as `bias(line, row)`.
+    pub fn epilogue_reference(
+        sums: &[f64],
+        up: Option<(Glu, &[f64])>,
+        bias: impl Fn(usize) -> f64,
+        up_bias: impl Fn(usize) -> f64,
+        residual: impl Fn(usize) -> f64,
+    ) -> Vec<f64> {
+        let ended = |(i, sum): (usize, &f64)| {
+            let v = sum + bias(i);
+            let v = up.map_or(v, |(glu, up)| glu_reference(glu, v, up[i] + up_bias(i)));
+            v + residual(i)
+        };
+        sums.iter().enumerate().map(ended).collect()
+    }
+}
