@@ -6,6 +6,8 @@ use crate::kernels::{
     mmvq, moe_combine, moe_route, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax,
     top_k,
 };
+use crate::kernels::{mmf, mmf32, mmvf, round_act};
+use crate::kernels::flash;
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[

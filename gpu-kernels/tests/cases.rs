@@ -68,6 +68,9 @@ kernels! {
     sample
     copy
     set_rows
+    dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise
+    round_act mmvf mmf mmf32
+    flash flash_split
 }
 
 #[test]

@@ -7,6 +7,7 @@ pub mod copy;
 pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
+pub mod flash;
 pub mod get_rows;
 pub mod glu;
 pub mod layer_norm;
