@@ -8,6 +8,7 @@ use crate::kernels::{
 };
 use crate::kernels::{mmf, mmf32, mmvf, round_act};
 use crate::kernels::flash;
+    dequantise, elementwise, get_rows, mmq, mmvq, moe_sort, quantise_act, repack, rms_norm, rope, softmax,
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[

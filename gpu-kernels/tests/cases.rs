@@ -72,6 +72,7 @@ kernels! {
     round_act mmvf mmf mmf32
     flash flash_split
 }
+kernels! { dequantise repack get_rows quantise_act mmvq mmq moe_sort rms_norm softmax rope elementwise }
 
 #[test]
 fn entry_names_are_unique() {
