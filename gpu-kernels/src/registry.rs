@@ -2,13 +2,10 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    argmax, argsort, copy, cumsum, dequantise, elementwise, get_rows, glu, layer_norm, mmf, mmf32, mmvf,
-    mmvq, moe_combine, moe_route, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax,
-    top_k,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, layer_norm, mmf, mmf32, mmq,
+    mmvf, mmvq, moe_combine, moe_route, moe_sort, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows,
+    softmax, top_k,
 };
-use crate::kernels::{mmf, mmf32, mmvf, round_act};
-use crate::kernels::flash;
-    dequantise, elementwise, get_rows, mmq, mmvq, moe_sort, quantise_act, repack, rms_norm, rope, softmax,
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -21,6 +18,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &mmvf::Mmvf,
     &mmf::Mmf,
     &mmf32::Mmf32,
+    &mmq::Mmq,
+    &moe_sort::MoeSort,
     &rms_norm::RmsNorm,
     &layer_norm::LayerNorm,
     &softmax::Softmax,
@@ -36,6 +35,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &sample::Sample,
     &copy::StridedCopy,
     &set_rows::SetRows,
+    &flash::Flash,
+    &flash::FlashSplit,
 ];
 
 /// The kernel of this name.

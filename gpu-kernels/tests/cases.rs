@@ -68,11 +68,11 @@ kernels! {
     sample
     copy
     set_rows
-    dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise
-    round_act mmvf mmf mmf32
-    flash flash_split
+    flash
+    flash_split
+    mmq
+    moe_sort
 }
-kernels! { dequantise repack get_rows quantise_act mmvq mmq moe_sort rms_norm softmax rope elementwise }
 
 #[test]
 fn entry_names_are_unique() {

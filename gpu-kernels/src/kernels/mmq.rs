@@ -44,7 +44,7 @@ mod gpu {
     use crate::kernels::mmq_narrow::narrow;
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     use crate::kernels::mmq_wide::wide;
-    use crate::kernels::product::{Gate, Part, choose};
+    use crate::kernels::product::{Gate, Part, choose_at};
     use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block};
 
     /// What the parts have in common.
@@ -200,7 +200,7 @@ mod gpu {
                 if columns.n == 0 {
                     return;
                 }
-                let part = choose(thread::block_idx_y(), p0, p1, p2);
+                let part = choose_at(p0, p1, p2, thread::block_idx_y());
                 let cta = thread::block_idx_y() - part.first_cta;
                 let $work = &Work { part, up: p1, gate, cta, q, scales, n_groups: shape.n_groups, columns };
                 $body

@@ -246,7 +246,7 @@ mod gpu {
     ) {
         let (lane, warp_id) = (thread::lane_id(), thread::warp_id());
         let n_warps = thread::block_dim_x() / thread::WARP;
-        let part = choose(thread::block_idx_x(), p0, p1, p2);
+        let part = choose(p0, p1, p2);
         let gated_pair = gate.is_some();
 
         // In a mixture a column is a (token, slot) pair.

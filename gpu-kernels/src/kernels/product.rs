@@ -27,14 +27,14 @@ pub enum Glu {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use device::{Gate, Part, choose};
+pub(crate) use device::{Gate, Part, choose, choose_at};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod device {
     use crate::device::math::{self, fma};
-    use crate::device::Glb;
+    use crate::device::{Glb, thread};
 
     /// One matrix as kernels take it: what [`super::host`]'s `with_parts` writes.
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -59,7 +59,13 @@ mod device {
 
     /// The part that CTA `cta` of the rows works on.
     #[inline(always)]
-    pub(crate) fn choose(cta: u32, p0: Part, p1: Part, p2: Part) -> Part {
+    pub(crate) fn choose(p0: Part, p1: Part, p2: Part) -> Part {
+        choose_at(p0, p1, p2, thread::block_idx_x())
+    }
+
+    /// The part that a kernel's CTA `cta` works on, however it counts them.
+    #[inline(always)]
+    pub(crate) fn choose_at(p0: Part, p1: Part, p2: Part, cta: u32) -> Part {
         if cta < p1.first_cta {
             p0
         } else if cta < p2.first_cta {
