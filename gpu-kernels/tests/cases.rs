@@ -44,9 +44,34 @@ macro_rules! kernels {
 }
 
 kernels! {
-    dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise
-    round_act mmvf mmf mmf32
-    flash flash_split
+    dequantise
+    repack
+    get_rows
+    quantise_act
+    mmvq
+    rms_norm
+    softmax
+    rope
+    elementwise
+    round_act
+    mmvf
+    mmf
+    mmf32
+    glu
+    layer_norm
+    moe_route
+    moe_combine
+    argmax
+    top_k
+    argsort
+    cumsum
+    sample
+    copy
+    set_rows
+    mmq
+    moe_sort
+    flash
+    flash_split
 }
 
 #[test]

@@ -174,8 +174,8 @@ mod gpu {
             });
             if NEXT {
                 unroll!(STEP in 0..4 {
-                    const I: usize = 4 * QUARTER + STEP;
-                    a[I] = next.ld_stream(32 * I as u32);
+                    let i = 4 * QUARTER + STEP;
+                    a[i] = next.ld_stream(32 * i as u32);
                 });
             }
         });
