@@ -11,6 +11,7 @@ pub mod epilogue;
 pub mod flash;
 pub mod get_rows;
 pub mod glu;
+pub mod kv_store;
 pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
