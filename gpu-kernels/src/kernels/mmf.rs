@@ -18,6 +18,9 @@
 //! address arithmetic, because the tiles lie in the order of their registers; (3) the registers of the next 16 of k are
 //! loaded before the products of these, also across stages, whose one barrier lies before the last products of a stage;
 //! (4) sums of a span and totals both stay in registers; results leave through shared memory in whole lines.
+//!
+//! On sm_90a `wgmma` could take the place of `Step` and its products: a warpgroup's A in registers is this layout, and a
+//! stage's activations are its core matrices without a swizzle, which four warps then share. Whether its sums have the bits of `mma.sync`, which `mmvf` uses, must be known first.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
