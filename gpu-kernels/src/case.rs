@@ -102,12 +102,21 @@ pub enum Buffer {
     Input(Vec<u8>),
     /// Contents expected after it.
     Output(Expected),
+    /// Contents before and after.
+    Changed(Vec<u8>, Expected),
 }
 
 /// What an output must hold.
 pub enum Expected {
     /// These bytes.
     Exact(Vec<u8>),
+    /// What this other buffer holds after the launches, bit for bit: for a fused kernel beside the separate ones.
+    Same {
+        /// Which buffer.
+        buffer: usize,
+        /// Bytes of both.
+        bytes: usize,
+    },
     /// These values, within the kernel's error, as f32.
     F32(Vec<f64>),
     /// As f16.
@@ -120,6 +129,7 @@ impl Expected {
     fn bytes(&self) -> usize {
         match self {
             Expected::Exact(bytes) => bytes.len(),
+            Expected::Same { bytes, .. } => *bytes,
             Expected::F32(values) => 4 * values.len(),
             Expected::F16(values) | Expected::Bf16(values) => 2 * values.len(),
         }
@@ -186,13 +196,13 @@ pub fn run(
     let result = (|| {
         for buffer in &problem.buffers {
             let bytes = match buffer {
-                Buffer::Input(bytes) => bytes.len(),
+                Buffer::Input(bytes) | Buffer::Changed(bytes, _) => bytes.len(),
                 Buffer::Output(expected) => expected.bytes(),
             };
             let at = driver.alloc(MemKind::Device, bytes as u64)?;
             pointers.push(at);
             match buffer {
-                Buffer::Input(bytes) => driver.write(at, bytes, stream)?,
+                Buffer::Input(bytes) | Buffer::Changed(bytes, _) => driver.write(at, bytes, stream)?,
                 Buffer::Output(_) => driver.fill(at, 0xff, bytes as u64, stream)?,
             }
         }
@@ -203,9 +213,19 @@ pub fn run(
         driver.synchronise(stream)?;
         let mut worst = 0.0f64;
         for (i, (buffer, &at)) in problem.buffers.iter().zip(&pointers).enumerate() {
-            let Buffer::Output(expected) = buffer else { continue };
+            let (Buffer::Output(expected) | Buffer::Changed(_, expected)) = buffer else { continue };
             let mut got = vec![0; expected.bytes()];
             driver.read(&mut got, at, stream)?;
+            let same;
+            let expected = match expected {
+                Expected::Same { buffer, bytes } => {
+                    let mut other = vec![0; *bytes];
+                    driver.read(&mut other, pointers[*buffer], stream)?;
+                    same = Expected::Exact(other);
+                    &same
+                }
+                other => other,
+            };
             worst = worst.max(compare(i, expected, &got, nmse_max)?);
         }
         Ok(worst)
@@ -219,6 +239,7 @@ pub fn run(
 fn compare(buffer: usize, expected: &Expected, got: &[u8], nmse_max: f64) -> Result<f64, CaseError> {
     let halves = || got.as_chunks::<2>().0.iter().map(|&bytes| u16::from_le_bytes(bytes));
     let (expected, got): (Vec<f64>, Vec<f64>) = match expected {
+        Expected::Same { .. } => unreachable!("`run` reads the other buffer"),
         Expected::Exact(bytes) => {
             return match bytes.iter().zip(got).position(|(a, b)| a != b) {
                 None => Ok(0.0),

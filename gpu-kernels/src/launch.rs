@@ -212,7 +212,7 @@ impl Check {
         }
     }
 
-    fn shape(self, what: &'static str, expected: &'static str, got: usize) -> LaunchError {
+    pub(crate) fn shape(self, what: &'static str, expected: &'static str, got: usize) -> LaunchError {
         LaunchError::Shape { kernel: self.0, what, expected, got: got as u64 }
     }
 }

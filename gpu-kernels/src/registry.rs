@@ -2,9 +2,10 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    dequantise, elementwise, get_rows, mmvq, quantise_act, repack, rms_norm, rope, softmax,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, get_rows, glu, layer_norm, mmf, mmf32, mmvf,
+    mmvq, moe_combine, moe_route, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax,
+    top_k,
 };
-use crate::kernels::{mmf, mmf32, mmvf, round_act};
 
 /// The rows.
 pub static KERNELS: &[&dyn AnyKernel] = &[
@@ -18,9 +19,20 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &mmf::Mmf,
     &mmf32::Mmf32,
     &rms_norm::RmsNorm,
+    &layer_norm::LayerNorm,
     &softmax::Softmax,
     &rope::Rope,
     &elementwise::Elementwise,
+    &glu::Glu,
+    &moe_route::MoeRoute,
+    &moe_combine::MoeCombine,
+    &argmax::Argmax,
+    &top_k::TopK,
+    &argsort::Argsort,
+    &cumsum::Cumsum,
+    &sample::Sample,
+    &copy::StridedCopy,
+    &set_rows::SetRows,
 ];
 
 /// The kernel of this name.

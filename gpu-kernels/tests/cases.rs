@@ -44,8 +44,30 @@ macro_rules! kernels {
 }
 
 kernels! {
-    dequantise repack get_rows quantise_act mmvq rms_norm softmax rope elementwise
-    round_act mmvf mmf mmf32
+    dequantise
+    repack
+    get_rows
+    quantise_act
+    mmvq
+    rms_norm
+    softmax
+    rope
+    elementwise
+    round_act
+    mmvf
+    mmf
+    mmf32
+    glu
+    layer_norm
+    moe_route
+    moe_combine
+    argmax
+    top_k
+    argsort
+    cumsum
+    sample
+    copy
+    set_rows
 }
 
 #[test]

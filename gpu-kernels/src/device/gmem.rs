@@ -30,6 +30,9 @@ unsafe impl<T: 'static> bytemuck::Pod for Glb<T> {}
 unsafe impl<T> bytemuck::Zeroable for Glb<T> {}
 
 impl<T> Glb<T> {
+    /// The argument that was not given.
+    pub const NULL: Glb<T> = Glb { address: 0, element: PhantomData };
+
     /// The array that starts `elems` further on.
     #[inline(always)]
     pub fn offset(self, elems: usize) -> Glb<T> {

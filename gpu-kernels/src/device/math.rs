@@ -5,6 +5,8 @@ use super::intrinsics;
 
 /// log2(e).
 pub const LOG2_E: f32 = core::f32::consts::LOG2_E;
+/// log2(e) less what f32 holds of it.
+const LOG2_E_REST: f32 = (core::f64::consts::LOG2_E - LOG2_E as f64) as f32;
 
 twin! {
     /// `n`, unknown to the compiler: a loop up to it stays rolled.
@@ -68,6 +70,14 @@ twin! {
             unsafe { intrinsics::rsqrt(x) }
         }
         host { 1.0 / libm::sqrtf(x) }
+    }
+}
+
+twin! {
+    /// Square root, correctly rounded (`sqrt.rn`).
+    pub fn sqrt(x: f32) -> f32 {
+        ptx { core::intrinsics::sqrtf32(x) }
+        host { libm::sqrtf(x) }
     }
 }
 
@@ -154,4 +164,45 @@ pub fn dp4a(a: u32, b: u32, c: i32) -> i32 {
         let product = |i: u32| byte(a, i) * byte(b, i);
         c.wrapping_add(product(0)).wrapping_add(product(1)).wrapping_add(product(2)).wrapping_add(product(3))
     }
+}
+
+/// `e^x`, relative error 2^-21.5; infinite above 88.8, zero below -87.4. NaN stays.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    // The bounds keep the correction finite; both lie beyond what `ex2` can represent.
+    let x = if x < -104.0 { -104.0 } else { x };
+    let x = if x > 89.0 { 89.0 } else { x };
+    let power = mul(x, LOG2_E);
+    // What rounding took from the product, and what f32 took from log2(e): up to 2^-17 for large x.
+    let rest = fma(x, LOG2_E, -power) + x * LOG2_E_REST;
+    ex2(power) * fma(rest, core::f32::consts::LN_2, 1.0)
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    rcp(1.0 + ex2(-x * LOG2_E))
+}
+
+/// Hyperbolic tangent, relative error 2^-21.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    // Near zero the fraction below would cancel: Lambert's continued fraction to the fifth term, good to 5e-10 there.
+    if fabs(x) < 0.6 {
+        let square = x * x;
+        let above = fma(square, square + 105.0, 945.0);
+        let below = fma(square, fma(square, 15.0, 420.0), 945.0);
+        return x * above * rcp(below);
+    }
+    let magnitude = fma(-2.0, rcp(1.0 + ex2(2.0 * LOG2_E * fabs(x))), 1.0);
+    f32::copysign(magnitude, x)
+}
+
+/// `1 - erf(x)` for x >= 0, absolute error 1.5e-7: Abramowitz and Stegun 7.1.26.
+#[inline(always)]
+pub fn erfc(x: f32) -> f32 {
+    let t = rcp(fma(0.327_591_1, x, 1.0));
+    let terms = [0.254_829_6, -0.284_496_74, 1.421_413_7, -1.453_152_1, 1.061_405_4];
+    let series = terms.iter().rev().fold(0.0, |sum, &term| fma(sum, t, term));
+    series * t * ex2(-x * x * LOG2_E)
 }

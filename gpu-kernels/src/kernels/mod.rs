@@ -1,22 +1,37 @@
 //! The kernels, one file each: contract, f64 reference, device code, entries, launcher, cases.
 
+pub mod activation;
+pub mod argmax;
+pub mod argsort;
+pub mod copy;
+pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
 pub mod get_rows;
+pub mod glu;
+pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
 pub mod mmvf;
 pub mod mmvq;
+pub mod moe_combine;
+pub mod moe_route;
+pub mod output;
 pub mod product;
 pub mod quantise_act;
 pub mod repack;
 pub mod rms_norm;
 pub mod rope;
 pub mod round_act;
+pub mod sample;
+pub mod set_rows;
 pub mod softmax;
+pub mod top_k;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub(crate) mod float_case;
 pub(crate) mod lookup;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod order;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;

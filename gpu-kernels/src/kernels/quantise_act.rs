@@ -8,8 +8,8 @@
 //! * Shapes: `x` [n_cols, k] f32, 16-byte aligned, k a multiple of 32 (Q8K: 256). Output in two arrays, so that both are
 //!   read with full-width coalesced loads: `q` [n_cols, k] bytes, 16-byte aligned; `scales` [n_cols, k / 32] of
 //!   [`ActScale`]. Nothing overlaps.
-//! * Geometry: 256 threads per CTA. Q8_0, Q8_1: 8 lanes per group, a float4 each. Q8K: a warp per super-block, lane l takes
-//!   the float4s l and l + 32.
+//! * Geometry: 256 threads per CTA, a warp per 256 values, lane l takes the float4s l and l + 32 of them. Other kernels
+//!   that end in quantised activations hold their values the same way and call `gpu::span`.
 //! * Bytes: 5.25 per element. FLOPs: 4 per element.
 //! * Tolerance: exact.
 
@@ -44,9 +44,10 @@ impl ActScale {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
-    use super::{ActScale, THREADS};
+pub(crate) mod gpu {
+    use super::ActScale;
     use crate::device::{F32x4, Glb, U32x2, math, thread, warp};
+    use quant::act::ActKind;
     use quant::bits::{f16_to_f32, f32_to_f16, round_half_away};
 
     /// Sum over the `lanes` neighbours (a power of two) that share a result.
@@ -87,10 +88,7 @@ mod gpu {
 
     #[inline(always)]
     #[track_caller]
-    fn per_group(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32, offset_value: bool) {
-        let i = thread::index_1d();
-        // Lanes past the end work on the last vector, for the shuffles, and store nothing.
-        let F32x4(v) = x.ld_nc(if i < n4 { i } else { n4 - 1 });
+    fn group(v: [f32; 4], q: Glb<u32>, scales: Glb<U32x2>, i: u32, inside: bool, offset_value: bool) {
         let abs = v.map(math::fabs);
         let mut amax = math::fmax(math::fmax(abs[0], abs[1]), math::fmax(abs[2], abs[3]));
         unroll!(S in 0..4 {
@@ -102,7 +100,7 @@ mod gpu {
         let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
         // Rounded apart from the sum in `round_half_away`: the CPU does not fuse them.
         let codes = v.map(|v| round_half_away(math::mul(v, inverse)).clamp(-127, 127));
-        store(q, scales, i, codes, i < n4, |sums| {
+        store(q, scales, i, codes, inside, |sums| {
             let stored = f16_to_f32(f32_to_f16(d));
             if offset_value {
                 let value = f16_to_f32(f32_to_f16(d * (sums[0] + sums[1]) as f32));
@@ -113,16 +111,6 @@ mod gpu {
         });
     }
 
-    #[inline(always)]
-    fn q8_0(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
-        per_group(x, q, scales, n4, false);
-    }
-
-    #[inline(always)]
-    fn q8_1(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
-        per_group(x, q, scales, n4, true);
-    }
-
     /// The value of larger magnitude; of equal ones the one that comes first in the super-block.
     #[inline(always)]
     fn larger(a: (f32, u32), b: (f32, u32)) -> (f32, u32) {
@@ -131,21 +119,15 @@ mod gpu {
     }
 
     #[inline(always)]
-    fn q8k(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
-        let (lane, first) = (thread::lane_id(), (thread::index_1d() - thread::lane_id()) * 2);
-        // A whole warp leaves: n4 is a multiple of 64.
-        if first >= n4 {
-            return;
-        }
-        const { assert!(THREADS.is_multiple_of(32)) };
-        let mut v = [[0.0f32; 4]; 2];
+    #[track_caller]
+    fn super_block(v: [[f32; 4]; 2], q: Glb<u32>, scales: Glb<U32x2>, first: u32, inside: bool) {
+        let lane = thread::lane_id();
         // NaN counts as nothing, as on the CPU.
         let mut max = (0.0f32, u32::MAX);
         unroll!(H in 0..2 {
-            let F32x4(values) = x.ld_nc(first + 32 * H as u32 + lane);
-            v[H] = values;
             unroll!(J in 0..4 {
-                let here = (if values[J].is_nan() { 0.0 } else { values[J] }, 128 * H as u32 + 4 * lane + J as u32);
+                let value = v[H][J];
+                let here = (if value.is_nan() { 0.0 } else { value }, 128 * H as u32 + 4 * lane + J as u32);
                 max = larger(max, here);
             });
         });
@@ -159,8 +141,58 @@ mod gpu {
         let d = if max.0 != 0.0 { 1.0 / inverse } else { 0.0 };
         unroll!(H in 0..2 {
             let codes = v[H].map(|v| math::round_even(math::mul(inverse, v)).clamp(-127.0, 127.0) as i32);
-            store(q, scales, first + 32 * H as u32 + lane, codes, true, |sums| ActScale::with_sums(d, sums));
+            store(q, scales, first + 32 * H as u32 + lane, codes, inside, |sums| ActScale::with_sums(d, sums));
         });
+    }
+
+    /// Quantises 256 neighbouring values of a warp, lane l holding the float4s l and l + 32 of them, as words `first` and
+    /// on of `q`; words from `end` on are not written. The warp calls together; `kind` is a constant.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn span(
+        kind: ActKind,
+        v: [[f32; 4]; 2],
+        q: Glb<u32>,
+        scales: Glb<U32x2>,
+        first: u32,
+        end: u32,
+    ) {
+        match kind {
+            ActKind::Q8_0 | ActKind::Q8_1 => {
+                unroll!(H in 0..2 {
+                    let i = first + 32 * H as u32 + thread::lane_id();
+                    group(v[H], q, scales, i, i < end, matches!(kind, ActKind::Q8_1));
+                });
+            }
+            ActKind::Q8K => super_block(v, q, scales, first, first < end),
+        }
+    }
+
+    #[inline(always)]
+    fn quantise(kind: ActKind, x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+        let lane = thread::lane_id();
+        let first = (thread::index_1d() - lane) * 2;
+        if first >= n4 {
+            return;
+        }
+        // Lanes past the end work on the last vector, for the shuffles, and store nothing.
+        let load = |i: u32| x.ld_nc(if i < n4 { i } else { n4 - 1 }).0;
+        span(kind, [load(first + lane), load(first + 32 + lane)], q, scales, first, n4);
+    }
+
+    #[inline(always)]
+    fn q8_0(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+        quantise(ActKind::Q8_0, x, q, scales, n4);
+    }
+
+    #[inline(always)]
+    fn q8_1(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+        quantise(ActKind::Q8_1, x, q, scales, n4);
+    }
+
+    #[inline(always)]
+    fn q8k(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+        quantise(ActKind::Q8K, x, q, scales, n4);
     }
 
     kernels! {
@@ -210,10 +242,10 @@ mod host {
     /// One launch for all columns.
     pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
         let check = Check(QuantiseAct::NAME);
-        let (entry, vectors_per_thread) = match args.kind {
-            ActKind::Q8_0 => ("quantise_act_Q8_0", 1),
-            ActKind::Q8_1 => ("quantise_act_Q8_1", 1),
-            ActKind::Q8K => ("quantise_act_Q8K", 2),
+        let entry = match args.kind {
+            ActKind::Q8_0 => "quantise_act_Q8_0",
+            ActKind::Q8_1 => "quantise_act_Q8_1",
+            ActKind::Q8K => "quantise_act_Q8K",
         };
         match args.kind {
             ActKind::Q8K => check.multiple("k", args.k, SUPER_BLOCK, "a multiple of 256")?,
@@ -226,7 +258,7 @@ mod host {
         }
         Ok(Launch {
             entry,
-            grid: [n4.div_ceil(THREADS * vectors_per_thread), 1, 1],
+            grid: [n4.div_ceil(2 * THREADS), 1, 1],
             cta: THREADS,
             cluster: 1,
             smem_bytes: 0,

@@ -1,18 +1,21 @@
-//! RMS norm with its usual followers: `y = x / sqrt(mean(x²) + eps) · weight + add`, row by row.
+//! RMS norm with what usually stands beside it: `h = x + residual`, then
+//! `y = h / sqrt(mean(h²) + eps) · weight + add`, row by row.
 //!
-//! * Shapes: `x`, `y` [n_rows, n]; `weight` `[n]` or absent; `add` `[n_rows, n]` or absent. f32, dense, 16-byte aligned,
-//!   n a multiple of 4. `y` may be `x`; nothing else overlaps.
-//! * Geometry: one CTA of 256 threads per row, thread t takes the float4s t, t + 256, … in both passes.
-//! * Bytes: n_rows · n · 4 · (2, or 3 with `add`) + n · 4; the second pass finds its row in L1/L2. FLOPs: 4 per element.
-//! * Tolerance: NMSE 1e-12. The sum of squares is f32 in 256 partial sums, `rsqrt.approx` is good to 2^-22.
+//! * Shapes: `x`, `residual`, `h`, `add`, `y` [n_rows, n]; `weight` `[n]`. f32, dense, 16-byte aligned, n a multiple of 4.
+//!   `residual` with `h`, `weight` and `add` may be absent; without `residual`, h is `x`. `y` in any [`Output`] type.
+//!   `h` may be `x` or `residual`, `y` (f32) may be any of them; nothing else overlaps.
+//! * Geometry: rows of up to 256 (heads) take a warp each, 8 to a CTA. Longer ones take a CTA with a warp per 256 values, up
+//!   to 32; lane l of a warp holds the float4s l and l + 32 of a span of 256.
+//! * Bytes: per element 4 each for `x`, `residual`, `h`, `add`, and `y`'s own; the weights come from L2. FLOPs: 4 per element.
+//! * Tolerance: NMSE 1e-12. The sum of squares is f32 in partial sums of lanes, `rsqrt.approx` is good to 2^-22. Every
+//!   output type is bit-equal to the f32 output converted by its own kernel.
 //! * The order of the sum depends on n alone.
 //!
-//! Done for speed: (1) 16-byte loads, (2) one barrier per row.
+//! Done for speed: (1) 16-byte loads, (2) one barrier per row, none for heads, (3) rows up to 8192 are read once and stay
+//! in registers, (4) the product that follows finds its activations quantised.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
-
-const THREADS: u32 = 256;
 
 smem! {
     struct Shared {
@@ -23,70 +26,198 @@ smem! {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
-    use super::{Shared, THREADS};
-    use crate::device::{F32x4, Glb, math, thread};
+    use half::{bf16, f16};
+
+    use super::Shared;
+    use crate::device::{F32x4, Glb, U32x2, math, thread, warp};
+    use crate::kernels::output::SPAN4;
+    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read};
     use crate::kernels::reduce;
 
-    #[inline(always)]
-    fn rms_norm(x: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<F32x4>, n4: u32, eps: f32) {
-        const { assert!(reduce::SCRATCH == 32) };
-        let row = thread::block_idx_x() as usize * n4 as usize;
-        let (x, y) = (x.offset(row), y.offset(row));
+    /// One row's arrays.
+    #[derive(Clone, Copy)]
+    struct Row {
+        x: Glb<F32x4>,
+        residual: Glb<F32x4>,
+        h: Glb<F32x4>,
+        add: Glb<F32x4>,
+        n4: u32,
+    }
 
-        // Sum of squares: a partial sum per component and thread.
-        let mut squares = [0.0f32; 4];
-        let mut i = thread::thread_idx_x();
-        while i < n4 {
-            let F32x4(v) = x.ld(i);
-            unroll!(J in 0..4 {
-                squares[J] = math::fma(v[J], v[J], squares[J]);
+    impl Row {
+        /// The sum with the residual, written to `h` if there is one.
+        #[inline(always)]
+        #[track_caller]
+        fn sum(self, span: u32) -> [[f32; 4]; 2] {
+            let mut v = read(self.x, span, self.n4, 0.0);
+            if !self.residual.is_null() {
+                let residual = read(self.residual, span, self.n4, 0.0);
+                each(span * SPAN4, self.n4, |h, i| {
+                    unroll!(J in 0..4 {
+                        v[h][J] += residual[h][J];
+                    });
+                    self.h.st(i, F32x4(v[h]));
+                });
+            }
+            v
+        }
+
+        /// The same values again: what this thread has written, or `x`.
+        #[inline(always)]
+        #[track_caller]
+        fn sum_again(self, span: u32) -> [[f32; 4]; 2] {
+            read(if self.residual.is_null() { self.x } else { self.h }, span, self.n4, 0.0)
+        }
+
+        #[inline(always)]
+        #[track_caller]
+        fn normalise(
+            self,
+            v: [[f32; 4]; 2],
+            weight: [[f32; 4]; 2],
+            add: [[f32; 4]; 2],
+            scale: f32,
+        ) -> [[f32; 4]; 2] {
+            let mut y = v;
+            unroll!(H in 0..2 {
+                unroll!(J in 0..4 {
+                    y[H][J] = math::fma(math::mul(v[H][J], scale), weight[H][J], add[H][J]);
+                });
             });
-            i += THREADS;
+            y
+        }
+    }
+
+    /// Adds the squares to a partial sum per component.
+    #[inline(always)]
+    fn add_squares(squares: &mut [f32; 4], v: [[f32; 4]; 2]) {
+        unroll!(H in 0..2 {
+            unroll!(J in 0..4 {
+                squares[J] = math::fma(v[H][J], v[H][J], squares[J]);
+            });
+        });
+    }
+
+    #[inline(always)]
+    fn scale_of(sum: f32, n4: u32, eps: f32) -> f32 {
+        math::rsqrt(sum / (4 * n4) as f32 + eps)
+    }
+
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // the entry's
+    fn row_per_cta<T: Output>(
+        x: Glb<F32x4>,
+        residual: Glb<F32x4>,
+        h: Glb<F32x4>,
+        weight: Glb<F32x4>,
+        add: Glb<F32x4>,
+        y: Glb<u32>,
+        scales: Glb<U32x2>,
+        _n_rows: u32,
+        n4: u32,
+        eps: f32,
+    ) {
+        const { assert!(reduce::SCRATCH == 32) };
+        let start = thread::block_idx_x() * n4;
+        let of_row = |array: Glb<F32x4>| if array.is_null() { array } else { array.offset(start as usize) };
+        let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
+        let (first, step, spans) = (thread::warp_id(), thread::block_dim_x() / 32, n4.div_ceil(SPAN4));
+
+        // Sum of squares. Each warp keeps its first span; more than one it has only in rows beyond 8192.
+        // All loads before the store of h, which waits for the first of them.
+        let (w, a) = (read(weight, first, n4, 1.0), read(row.add, first, n4, 0.0));
+        let v = row.sum(first);
+        let mut squares = [0.0f32; 4];
+        add_squares(&mut squares, v);
+        let mut span = first + step;
+        while span < spans {
+            add_squares(&mut squares, row.sum(span));
+            span += step;
         }
         let sum = reduce::cta_sum((squares[0] + squares[1]) + (squares[2] + squares[3]), Shared::partial());
-        let scale = math::rsqrt(sum / (4 * n4) as f32 + eps);
+        let scale = scale_of(sum, n4, eps);
 
         // Each thread writes what it alone has read, so `y` may be `x`.
-        let mut i = thread::thread_idx_x();
-        while i < n4 {
-            let F32x4(mut v) = x.ld(i);
-            unroll!(J in 0..4 {
-                v[J] *= scale;
-            });
-            if !weight.is_null() {
-                let F32x4(w) = weight.ld_nc(i);
-                unroll!(J in 0..4 {
-                    v[J] *= w[J];
-                });
-            }
-            if !add.is_null() {
-                let F32x4(a) = add.offset(row).ld_nc(i);
-                unroll!(J in 0..4 {
-                    v[J] += a[J];
-                });
-            }
-            y.st(i, F32x4(v));
-            i += THREADS;
+        let end = start + n4;
+        T::store(row.normalise(v, w, a, scale), y, scales, start + first * SPAN4, end);
+        let mut span = first + step;
+        while span < spans {
+            let (w, a) = (read(weight, span, n4, 1.0), read(row.add, span, n4, 0.0));
+            let v = row.sum_again(span);
+            T::store(row.normalise(v, w, a, scale), y, scales, start + span * SPAN4, end);
+            span += step;
         }
+    }
+
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // the entry's
+    fn row_per_warp<T: Output>(
+        x: Glb<F32x4>,
+        residual: Glb<F32x4>,
+        h: Glb<F32x4>,
+        weight: Glb<F32x4>,
+        add: Glb<F32x4>,
+        y: Glb<u32>,
+        scales: Glb<U32x2>,
+        n_rows: u32,
+        n4: u32,
+        eps: f32,
+    ) {
+        let index = thread::index_1d() / 32;
+        // A whole warp leaves.
+        if index >= n_rows {
+            return;
+        }
+        let start = index * n4;
+        let of_row = |array: Glb<F32x4>| if array.is_null() { array } else { array.offset(start as usize) };
+        let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
+        let (w, a) = (read(weight, 0, n4, 1.0), read(row.add, 0, n4, 0.0));
+        let v = row.sum(0);
+        let mut squares = [0.0f32; 4];
+        add_squares(&mut squares, v);
+        let sum = warp::sum_f32((squares[0] + squares[1]) + (squares[2] + squares[3]));
+        T::store(row.normalise(v, w, a, scale_of(sum, n4, eps)), y, scales, start, start + n4);
     }
 
     kernels! {
         in "rms_norm";
-        pub(super) ENTRIES: threads(256);
-        fn (x: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<F32x4>, n4: u32, eps: f32);
-        "rms_norm_f32" => rms_norm;
+        pub(super) CTA: threads(1024);
+        fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
+            scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);
+        "rms_norm_f32" => row_per_cta::<f32>;
+        "rms_norm_f16" => row_per_cta::<f16>;
+        "rms_norm_bf16" => row_per_cta::<bf16>;
+        "rms_norm_Q8_0" => row_per_cta::<Q8_0>;
+        "rms_norm_Q8_1" => row_per_cta::<Q8_1>;
+        "rms_norm_Q8K" => row_per_cta::<Q8K>;
+    }
+
+    kernels! {
+        in "rms_norm";
+        pub(super) WARP: threads(256);
+        fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
+            scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);
+        "rms_norm_head_f32" => row_per_warp::<f32>;
+        "rms_norm_head_f16" => row_per_warp::<f16>;
+        "rms_norm_head_bf16" => row_per_warp::<bf16>;
+        "rms_norm_head_Q8_0" => row_per_warp::<Q8_0>;
+        "rms_norm_head_Q8_1" => row_per_warp::<Q8_1>;
+        "rms_norm_head_Q8K" => row_per_warp::<Q8K>;
     }
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
 mod host {
-    use alloc::{boxed::Box, vec, vec::Vec};
+    use alloc::{vec, vec::Vec};
 
-    use super::{Shared, THREADS};
+    use quant::act::ActKind;
+
+    use super::Shared;
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::output::{self, Output, SPAN4};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
-    /// The definition: one row.
+    /// The definition: one row, the residual already in `x`.
     pub fn reference(x: &[f32], weight: Option<&[f32]>, add: Option<&[f32]>, eps: f32) -> Vec<f64> {
         let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / x.len() as f64;
         let scale = 1.0 / libm::sqrt(mean + f64::from(eps));
@@ -95,35 +226,73 @@ mod host {
         x.iter().enumerate().map(|(i, &x)| f64::from(x) * scale * weight(i) + add(i)).collect()
     }
 
-    /// Arguments; see the contract.
+    /// Arguments; see the contract. Absent arrays, and `scales` of a float output, are [`DevicePtr::NULL`].
     #[derive(Clone, Copy, Debug)]
     #[allow(missing_docs)] // the contract's names
     pub struct Args {
         pub x: DevicePtr,
+        pub residual: DevicePtr,
+        pub h: DevicePtr,
         pub weight: DevicePtr,
         pub add: DevicePtr,
+        pub output: Output,
         pub y: DevicePtr,
+        pub scales: DevicePtr,
         pub n_rows: usize,
         pub n: usize,
         pub eps: f32,
     }
 
+    /// Longest row that a warp takes.
+    const WARP_N: usize = 4 * SPAN4 as usize;
+    const WARP_THREADS: u32 = 256;
+
     /// One launch for all rows.
     pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
         let check = Check(RmsNorm::NAME);
-        let n = check.size("n", args.n)?;
-        check.multiple("n", args.n, 4, "a multiple of 4")?;
-        for (what, at) in [("x", args.x), ("weight", args.weight), ("add", args.add), ("y", args.y)] {
+        let n4 = check.size("n", args.n)? / 4;
+        let n_rows = check.size("n_rows", args.n_rows)?;
+        check.size("n_rows * n", args.n_rows.saturating_mul(args.n))?;
+        args.output.check(check, args.n, args.y, args.scales)?;
+        let arrays = [
+            ("x", args.x),
+            ("residual", args.residual),
+            ("h", args.h),
+            ("weight", args.weight),
+            ("add", args.add),
+        ];
+        for (what, at) in arrays {
             check.aligned(what, at, 16)?;
         }
-        let params = Params::new().with(args.x).with(args.weight).with(args.add).with(args.y);
+        let params = arrays.iter().fold(Params::new(), |params, (_, at)| params.with(*at));
+        let (entries, grid, cta, smem_bytes) = if args.n <= WARP_N {
+            let names = [
+                "rms_norm_head_f32",
+                "rms_norm_head_f16",
+                "rms_norm_head_bf16",
+                "rms_norm_head_Q8_0",
+                "rms_norm_head_Q8_1",
+                "rms_norm_head_Q8K",
+            ];
+            (names, n_rows.div_ceil(WARP_THREADS / 32), WARP_THREADS, 0)
+        } else {
+            let names = [
+                "rms_norm_f32",
+                "rms_norm_f16",
+                "rms_norm_bf16",
+                "rms_norm_Q8_0",
+                "rms_norm_Q8_1",
+                "rms_norm_Q8K",
+            ];
+            (names, n_rows, 32 * n4.div_ceil(SPAN4).min(32), Shared::BYTES)
+        };
         Ok(Launch {
-            entry: "rms_norm_f32",
-            grid: [check.size("n_rows", args.n_rows)?, 1, 1],
-            cta: THREADS,
+            entry: entries[args.output.index()],
+            grid: [grid, 1, 1],
+            cta,
             cluster: 1,
-            smem_bytes: Shared::BYTES,
-            params: params.with(n / 4).with(args.eps),
+            smem_bytes,
+            params: params.with(args.y).with(args.scales).with(n_rows).with(n4).with(args.eps),
         })
     }
 
@@ -137,57 +306,87 @@ mod host {
     pub struct Case {
         pub n_rows: usize,
         pub n: usize,
+        pub residual: bool,
         pub weight: bool,
         pub add: bool,
+        pub output: Output,
     }
+
+    const fn case(n_rows: usize, n: usize, [residual, weight, add]: [bool; 3], output: Output) -> Case {
+        Case { n_rows, n, residual, weight, add, output }
+    }
+    const PLAIN: [bool; 3] = [false, false, false];
+    const WEIGHT: [bool; 3] = [false, true, false];
+    const ADD: [bool; 3] = [false, false, true];
+    const WEIGHT_ADD: [bool; 3] = [false, true, true];
+    const RESIDUAL: [bool; 3] = [true, true, false];
+    const ALL: [bool; 3] = [true, true, true];
 
     impl Kernel for RmsNorm {
         const NAME: &'static str = "rms_norm";
         type Case = Case;
         const CASES: &'static [Case] = &[
-            Case { n_rows: 1, n: 4, weight: false, add: false },
-            Case { n_rows: 3, n: 576, weight: true, add: false },
-            Case { n_rows: 2, n: 1020, weight: true, add: true },
-            Case { n_rows: 2, n: 1024, weight: false, add: true },
-            Case { n_rows: 1, n: 1028, weight: true, add: true },
-            Case { n_rows: 1, n: 4096, weight: true, add: false },
+            case(1, 4, PLAIN, Output::F32),
+            case(9, 64, WEIGHT, Output::F32),
+            case(17, 128, RESIDUAL, Output::F16),
+            case(3, 256, WEIGHT, Output::Act(ActKind::Q8K)),
+            case(2, 224, ALL, Output::Act(ActKind::Q8_0)),
+            case(1, 252, ALL, Output::Bf16),
+            case(3, 576, WEIGHT, Output::F32),
+            case(3, 576, RESIDUAL, Output::Act(ActKind::Q8_1)),
+            case(2, 1020, WEIGHT_ADD, Output::F32),
+            case(2, 1024, ADD, Output::F16),
+            case(1, 1028, ALL, Output::Bf16),
+            case(2, 2048, RESIDUAL, Output::Act(ActKind::Q8_0)),
+            case(1, 4096, WEIGHT, Output::Act(ActKind::Q8K)),
+            case(1, 8192, RESIDUAL, Output::F32),
+            case(1, 8196, ALL, Output::F32),
+            case(1, 8448, RESIDUAL, Output::Act(ActKind::Q8K)),
         ];
         const NMSE_MAX: f64 = 1e-12;
         #[cfg(feature = "emu")]
-        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::CTA, super::gpu::WARP];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { n_rows, n, .. } = *case;
+            let Case { n_rows, n, output, .. } = *case;
             let eps = 1e-5;
             let x = random.values(n_rows * n);
+            let residual = case.residual.then(|| random.values(n_rows * n));
             let weight = case.weight.then(|| random.values(n));
             let add = case.add.then(|| random.values(n_rows * n));
+            let h: Vec<f32> = match &residual {
+                Some(residual) => x.iter().zip(residual).map(|(x, r)| x + r).collect(),
+                None => x.clone(),
+            };
             let row = |r: usize| {
-                reference(&x[r * n..][..n], weight.as_deref(), add.as_deref().map(|a| &a[r * n..][..n]), eps)
+                reference(&h[r * n..][..n], weight.as_deref(), add.as_deref().map(|a| &a[r * n..][..n]), eps)
             };
             let expected = (0..n_rows).flat_map(row).collect();
-            let mut buffers = vec![Buffer::Input(bytes_of(&x)), Buffer::Output(Expected::F32(expected))];
+            let mut buffers = vec![Buffer::Input(bytes_of(&x))];
             let mut optional = |values: Option<&[f32]>| {
                 values.map(|values| {
                     buffers.push(Buffer::Input(bytes_of(values)));
                     buffers.len() - 1
                 })
             };
-            let (weight, add) = (optional(weight.as_deref()), optional(add.as_deref()));
-            Problem {
-                buffers,
-                launches: Box::new(move |at| {
-                    let given = |i: Option<usize>| i.map_or(DevicePtr::NULL, |i| at[i]);
-                    let args =
-                        Args { x: at[0], weight: given(weight), add: given(add), y: at[1], n_rows, n, eps };
-                    Ok(vec![launch(&args)?])
-                }),
-            }
+            let given =
+                [optional(residual.as_deref()), optional(weight.as_deref()), optional(add.as_deref())];
+            let h_at = residual.is_some().then(|| {
+                buffers.push(Buffer::Output(Expected::Exact(bytes_of(&h))));
+                buffers.len() - 1
+            });
+            output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
+                let [residual, weight, add] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
+                let h = h_at.map_or(DevicePtr::NULL, |i| at[i]);
+                launch(&Args { x: at[0], residual, h, weight, add, output, y, scales, n_rows, n, eps })
+            })
         }
 
         fn bytes(case: &Case) -> u64 {
-            (case.n_rows * case.n * 4 * (2 + usize::from(case.add)) + case.n * 4 * usize::from(case.weight))
-                as u64
+            let (y, scales) = case.output.bytes(case.n_rows * case.n);
+            let arrays = 1 + 2 * usize::from(case.residual) + usize::from(case.add);
+            let weight = 4 * case.n * usize::from(case.weight);
+            (case.n_rows * case.n * 4 * arrays + weight + y + scales) as u64
         }
 
         fn flops(case: &Case) -> u64 {

@@ -1,14 +1,17 @@
 //! Rotary position embedding: a table of angles per step, then the rotation of queries and keys.
 //!
-//! * `table`: `out[t][j]` = (cos a, sin a) · magnitude with a = `positions[t]` · `frequencies[j]`. The frequencies come from the
-//!   host in f32, with scaling, YaRN's mix and the model's factors already in them ([`frequencies`] for the plain case).
+//! * `table`: `out[t][j]` = (cos a, sin a) · magnitude with a = position · `frequencies[j]` / `factors[j]`. The frequencies
+//!   come from the host as sums of two floats, with scaling and YaRN's mix already in them ([`frequencies`]); the factors are
+//!   the model's (`rope_freqs`), or absent. A token has one position, or four with [`Sections`], and a pair takes the one of
+//!   its section.
 //! * `rope`: pair j < n_rot/2 of a head, elements (2j, 2j+1) in [`Mode::Norm`] or (j, j + n_rot/2) in [`Mode::Neox`],
 //!   turns by its angle; the elements from n_rot on are copied.
-//! * Shapes: `positions` `[n_tokens]` i32; `frequencies` [n_rot/2]; table [n_tokens, n_rot/2] pairs, 8-byte aligned; `x`, `y`
+//! * Shapes: `positions` [1 or 4, n_tokens] i32; `frequencies` [n_rot/2] pairs, 8-byte aligned; `factors` [n_rot/2]; table [n_tokens, n_rot/2] pairs, 8-byte aligned; `x`, `y`
 //!   [n_tokens, n_heads, head_dim] f32, dense. n_rot even, at most head_dim. `y` may be `x`.
-//! * Geometry: 256 threads, one pair each; tokens along the grid's second dimension.
+//! * Geometry: 256 threads; tokens along the grid's second dimension. Four pairs per thread where head_dim and n_rot are
+//!   multiples of 8 and the arrays 16-byte aligned, else one.
 //! * Bytes: 8 per element, the table is read from L2. FLOPs: 6 per pair.
-//! * Tolerance: NMSE 1e-13. The product of position and frequency is taken exactly (as a sum of two floats) and reduced
+//! * Tolerance: NMSE 1e-13. Frequencies are good to 2^-47, their product with the position is a sum of two floats and reduced
 //!   by three parts of π/2, so large positions cost no accuracy; sine and cosine are polynomials good to 1e-8.
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -19,16 +22,16 @@ const THREADS: u32 = 256;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
     use crate::device::math::{fma, mul};
-    use crate::device::{F32x2, Glb, thread};
+    use crate::device::{F32x2, F32x4, Glb, thread};
 
     /// Parts of π/2: the first two have so few bits that their products with quarter turns below 2^12 are exact.
     const HALF_PI: [f32; 3] = [1.570_312_5, 4.837_513e-4, 7.549_79e-8];
 
-    /// Cosine and sine of `a · b`; |a · b| below 2^22.
+    /// Cosine and sine of `a · (b + b_rest)`; |a · b| below 2^22.
     #[inline(always)]
-    fn cos_sin_of_product(a: f32, b: f32) -> [f32; 2] {
+    fn cos_sin_of_product(a: f32, b: f32, b_rest: f32) -> [f32; 2] {
         let product = mul(a, b);
-        let rest = fma(a, b, -product);
+        let rest = fma(a, b_rest, fma(a, b, -product));
         // Adding and taking away 1.5 · 2^23 leaves the nearest integer, and that integer in the low bits.
         let shifted = fma(product, core::f32::consts::FRAC_2_PI, 12_582_912.0);
         let quarters = shifted - 12_582_912.0;
@@ -45,11 +48,58 @@ mod gpu {
         if quadrant & 2 == 0 { [cosine, sine] } else { [-cosine, -sine] }
     }
 
+    /// Which of a token's four positions pair j takes.
     #[inline(always)]
-    fn table(positions: Glb<i32>, frequencies: Glb<f32>, out: Glb<F32x2>, n_pairs: u32, magnitude: f32) {
-        let (j, token) = (thread::index_1d(), thread::block_idx_y());
+    fn section(j: u32, sections: [u32; 4], interleaved: bool) -> u32 {
+        let total = sections[0] + sections[1] + sections[2] + sections[3];
+        if total == 0 {
+            return 0;
+        }
+        let place = j % total;
+        if interleaved {
+            // Time, height and width in turn, each as long as it has pairs left.
+            let turn = place % 3;
+            let length = if turn == 0 {
+                sections[0]
+            } else if turn == 1 {
+                sections[1]
+            } else {
+                sections[2]
+            };
+            return if place < 3 * length { turn } else { 3 };
+        }
+        let (height, width) = (sections[0], sections[0] + sections[1]);
+        u32::from(place >= height) + u32::from(place >= width) + u32::from(place >= width + sections[2])
+    }
+
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // the entry's
+    fn table(
+        positions: Glb<i32>,
+        frequencies: Glb<F32x2>,
+        factors: Glb<f32>,
+        out: Glb<F32x2>,
+        n_pairs: u32,
+        magnitude: f32,
+        s0: u32,
+        s1: u32,
+        s2: u32,
+        s3: u32,
+        interleaved: u32,
+    ) {
+        let (j, token, n_tokens) = (thread::index_1d(), thread::block_idx_y(), thread::grid_dim_y());
         if j < n_pairs {
-            let [cosine, sine] = cos_sin_of_product(positions.ld_nc(token) as f32, frequencies.ld_nc(j));
+            let F32x2([mut frequency, mut rest]) = frequencies.ld_nc(j);
+            if !factors.is_null() {
+                // Long division, one digit of 24 bits after the other.
+                let factor = factors.ld_nc(j);
+                let quotient = frequency / factor;
+                rest = (fma(-quotient, factor, frequency) + rest) / factor;
+                frequency = quotient;
+            }
+            let of = section(j, [s0, s1, s2, s3], interleaved != 0);
+            let position = positions.ld_nc(of * n_tokens + token) as f32;
+            let [cosine, sine] = cos_sin_of_product(position, frequency, rest);
             out.offset(token as usize * n_pairs as usize)
                 .st(j, F32x2([cosine * magnitude, sine * magnitude]));
         }
@@ -78,12 +128,70 @@ mod gpu {
         let (a, b) = (x.ld(first), x.ld(second));
         if j < rotated {
             let F32x2([cosine, sine]) = table.offset(token * rotated as usize).ld_nc(j);
-            y.st(first, fma(a, cosine, -(b * sine)));
-            y.st(second, fma(a, sine, b * cosine));
+            let [a, b] = turn(a, b, cosine, sine);
+            y.st(first, a);
+            y.st(second, b);
         } else {
             y.st(first, a);
             y.st(second, b);
         }
+    }
+
+    /// Turns one pair.
+    #[inline(always)]
+    fn turn(a: f32, b: f32, cosine: f32, sine: f32) -> [f32; 2] {
+        [fma(a, cosine, -mul(b, sine)), fma(a, sine, mul(b, cosine))]
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn rope4(
+        x: Glb<f32>,
+        table: Glb<F32x2>,
+        y: Glb<f32>,
+        n_heads: u32,
+        head_dim: u32,
+        n_rot: u32,
+        neox: bool,
+    ) {
+        let (eights, rotated) = (head_dim / 8, n_rot / 8);
+        let (i, token) = (thread::index_1d(), thread::block_idx_y() as usize);
+        let (head, j) = (i / eights, i % eights);
+        if head >= n_heads {
+            return;
+        }
+        let start = (token * n_heads as usize + head as usize) * head_dim as usize;
+        let (x, y) = (x.offset(start).cast::<F32x4>(), y.offset(start).cast::<F32x4>());
+        let (first, second) = if j < rotated && neox { (j, j + rotated) } else { (2 * j, 2 * j + 1) };
+        let (F32x4(mut a), F32x4(mut b)) = (x.ld(first), x.ld(second));
+        if j < rotated {
+            let table = table.offset(token * (n_rot / 2) as usize).cast::<F32x4>();
+            let (F32x4([c0, s0, c1, s1]), F32x4([c2, s2, c3, s3])) =
+                (table.ld_nc(2 * j), table.ld_nc(2 * j + 1));
+            if neox {
+                let (c, s) = ([c0, c1, c2, c3], [s0, s1, s2, s3]);
+                unroll!(J in 0..4 {
+                    [a[J], b[J]] = turn(a[J], b[J], c[J], s[J]);
+                });
+            } else {
+                [a[0], a[1]] = turn(a[0], a[1], c0, s0);
+                [a[2], a[3]] = turn(a[2], a[3], c1, s1);
+                [b[0], b[1]] = turn(b[0], b[1], c2, s2);
+                [b[2], b[3]] = turn(b[2], b[3], c3, s3);
+            }
+        }
+        y.st(first, F32x4(a));
+        y.st(second, F32x4(b));
+    }
+
+    #[inline(always)]
+    fn norm4(x: Glb<f32>, table: Glb<F32x2>, y: Glb<f32>, n_heads: u32, head_dim: u32, n_rot: u32) {
+        rope4(x, table, y, n_heads, head_dim, n_rot, false);
+    }
+
+    #[inline(always)]
+    fn neox4(x: Glb<f32>, table: Glb<F32x2>, y: Glb<f32>, n_heads: u32, head_dim: u32, n_rot: u32) {
+        rope4(x, table, y, n_heads, head_dim, n_rot, true);
     }
 
     #[inline(always)]
@@ -99,7 +207,8 @@ mod gpu {
     kernels! {
         in "rope";
         pub(super) TABLE: threads(256);
-        fn (positions: Glb<i32>, frequencies: Glb<f32>, out: Glb<F32x2>, n_pairs: u32, magnitude: f32);
+        fn (positions: Glb<i32>, frequencies: Glb<F32x2>, factors: Glb<f32>, out: Glb<F32x2>, n_pairs: u32,
+            magnitude: f32, s0: u32, s1: u32, s2: u32, s3: u32, interleaved: u32);
         "rope_table_f32" => table;
     }
 
@@ -109,6 +218,8 @@ mod gpu {
         fn (x: Glb<f32>, angles: Glb<F32x2>, y: Glb<f32>, n_heads: u32, head_dim: u32, n_rot: u32);
         "rope_norm_f32" => norm;
         "rope_neox_f32" => neox;
+        "rope_norm_4_f32" => norm4;
+        "rope_neox_4_f32" => neox4;
     }
 }
 
@@ -129,15 +240,96 @@ mod host {
         Neox,
     }
 
-    /// `base^(-2j / n_rot) · scale`: radians per position of the plain embedding.
-    pub fn frequencies(n_rot: usize, base: f32, scale: f32) -> Vec<f32> {
-        let frequency = |j: usize| libm::pow(base.into(), -2.0 * j as f64 / n_rot as f64) * f64::from(scale);
-        (0..n_rot / 2).map(|j| frequency(j) as f32).collect()
+    /// How many pairs turn by which of a token's four positions (time, height, width, other), again and again: M-RoPE.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Sections {
+        /// Pairs of each.
+        pub pairs: [usize; 4],
+        /// Time, height and width take turns, a pair each, instead of lying one after the other.
+        pub interleaved: bool,
+    }
+
+    impl Sections {
+        /// One position for all pairs.
+        pub const NONE: Sections = Sections { pairs: [0; 4], interleaved: false };
+
+        /// Positions per token.
+        pub fn n_positions(self) -> usize {
+            if self.pairs == [0; 4] { 1 } else { 4 }
+        }
+
+        /// The definition: which position pair j takes.
+        pub fn of(self, j: usize) -> usize {
+            let total: usize = self.pairs.iter().sum();
+            if total == 0 {
+                return 0;
+            }
+            let place = j % total;
+            if self.interleaved {
+                return if place < 3 * self.pairs[place % 3] { place % 3 } else { 3 };
+            }
+            let ends = [self.pairs[0], self.pairs[0] + self.pairs[1], total - self.pairs[3]];
+            ends.iter().filter(|&&end| place >= end).count()
+        }
+    }
+
+    /// The frequencies of a model: base, linear scaling, YaRN as in its paper and llama.cpp's `rope_yarn`.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    #[allow(missing_docs)] // the engine's RopeParams say what each means
+    pub struct Scaling {
+        pub n_rot: usize,
+        pub freq_base: f32,
+        pub freq_scale: f32,
+        pub ext_factor: f32,
+        pub beta_fast: f32,
+        pub beta_slow: f32,
+        pub n_ctx_orig: u32,
+    }
+
+    impl Scaling {
+        /// The plain embedding.
+        pub const fn plain(n_rot: usize, freq_base: f32) -> Scaling {
+            let (freq_scale, ext_factor, beta_fast, beta_slow, n_ctx_orig) = (1.0, 0.0, 32.0, 1.0, 4096);
+            Scaling { n_rot, freq_base, freq_scale, ext_factor, beta_fast, beta_slow, n_ctx_orig }
+        }
+
+        /// Radians per position of every pair. Pairs that turn more than `beta_fast` times over the original context keep
+        /// their frequency, those below `beta_slow` turns have it scaled, with a ramp between.
+        fn exact_frequencies(&self) -> impl Iterator<Item = f64> {
+            let (n, base) = (self.n_rot as f64, f64::from(self.freq_base));
+            let (scale, ext_factor) = (f64::from(self.freq_scale), f64::from(self.ext_factor));
+            let context = f64::from(self.n_ctx_orig);
+            let pair_that_turns = |turns: f32| {
+                n * libm::log(context / (f64::from(turns) * 2.0 * core::f64::consts::PI))
+                    / (2.0 * libm::log(base))
+            };
+            let low = libm::floor(pair_that_turns(self.beta_fast)).max(0.0);
+            let high = libm::ceil(pair_that_turns(self.beta_slow)).min(n - 1.0);
+            (0..self.n_rot / 2).map(move |i| {
+                let ramp = 1.0 - ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                let mix = ramp * ext_factor;
+                libm::pow(base, -2.0 * i as f64 / n) * (scale * (1.0 - mix) + mix)
+            })
+        }
+    }
+
+    /// Radians per position of every pair, each as a sum of two floats: what [`launch_table`] reads.
+    pub fn frequencies(scaling: &Scaling) -> Vec<[f32; 2]> {
+        let split = |f: f64| [f as f32, (f - f64::from(f as f32)) as f32];
+        scaling.exact_frequencies().map(split).collect()
     }
 
     /// The definition of the table: one token, cosines and sines in turn.
-    pub fn reference_table(position: i32, frequencies: &[f32], magnitude: f32) -> Vec<f64> {
-        let angles = frequencies.iter().map(|&f| f64::from(position) * f64::from(f));
+    pub fn reference_table(
+        positions: &[i32],
+        scaling: &Scaling,
+        factors: Option<&[f32]>,
+        sections: Sections,
+        magnitude: f32,
+    ) -> Vec<f64> {
+        let factor = |j: usize| factors.map_or(1.0, |f| f64::from(f[j]));
+        let angle = |(j, f): (usize, f64)| f64::from(positions[sections.of(j)]) * (f / factor(j));
+        let angles = scaling.exact_frequencies().enumerate().map(angle);
         angles.flat_map(|a| [libm::cos(a), libm::sin(a)].map(|v| v * f64::from(magnitude))).collect()
     }
 
@@ -163,10 +355,12 @@ mod host {
     pub struct TableArgs {
         pub positions: DevicePtr,
         pub frequencies: DevicePtr,
+        pub factors: DevicePtr,
         pub out: DevicePtr,
         pub n_tokens: usize,
         pub n_rot: usize,
         pub magnitude: f32,
+        pub sections: Sections,
     }
 
     /// The table of a step.
@@ -174,19 +368,33 @@ mod host {
         let check = Check(Rope::NAME);
         check.multiple("n_rot", args.n_rot, 2, "even")?;
         let n_pairs = check.size("n_rot", args.n_rot)? / 2;
-        for (what, at, align) in
-            [("positions", args.positions, 4), ("frequencies", args.frequencies, 4), ("out", args.out, 8)]
-        {
+        let arrays = [
+            ("positions", args.positions, 4),
+            ("frequencies", args.frequencies, 8),
+            ("factors", args.factors, 4),
+            ("out", args.out, 8),
+        ];
+        for (what, at, align) in arrays {
             check.aligned(what, at, align)?;
         }
-        let params = Params::new().with(args.positions).with(args.frequencies).with(args.out);
+        let params = arrays.iter().fold(Params::new(), |params, (_, at, _)| params.with(*at));
+        let params = params.with(n_pairs).with(args.magnitude);
+        let Sections { pairs, interleaved } = args.sections;
+        if pairs.iter().any(|&pairs| pairs > args.n_rot) {
+            return Err(check.shape(
+                "sections",
+                "at most n_rot pairs each",
+                pairs[0].max(pairs[1]).max(pairs[2]),
+            ));
+        }
+        let params = pairs.iter().fold(params, |params, &pairs| params.with(pairs as u32));
         Ok(Launch {
             entry: "rope_table_f32",
             grid: [n_pairs.div_ceil(THREADS), check.grid("n_tokens", args.n_tokens)?, 1],
             cta: THREADS,
             cluster: 1,
             smem_bytes: 0,
-            params: params.with(n_pairs).with(args.magnitude),
+            params: params.with(u32::from(interleaved)),
         })
     }
 
@@ -225,12 +433,18 @@ mod host {
             check.aligned(what, at, align)?;
         }
         let n_pairs = check.size("n_heads * head_dim / 2", args.n_heads * args.head_dim / 2)?;
+        let by_fours = args.head_dim.is_multiple_of(8)
+            && args.n_rot.is_multiple_of(8)
+            && [args.x, args.table, args.y].iter().all(|at| at.0.is_multiple_of(16));
+        let threads = if by_fours { n_pairs / 4 } else { n_pairs };
         Ok(Launch {
-            entry: match args.mode {
-                Mode::Norm => "rope_norm_f32",
-                Mode::Neox => "rope_neox_f32",
+            entry: match (args.mode, by_fours) {
+                (Mode::Norm, false) => "rope_norm_f32",
+                (Mode::Neox, false) => "rope_neox_f32",
+                (Mode::Norm, true) => "rope_norm_4_f32",
+                (Mode::Neox, true) => "rope_neox_4_f32",
             },
-            grid: [n_pairs.div_ceil(THREADS), check.grid("n_tokens", args.n_tokens)?, 1],
+            grid: [threads.div_ceil(THREADS), check.grid("n_tokens", args.n_tokens)?, 1],
             cta: THREADS,
             cluster: 1,
             smem_bytes: 0,
@@ -257,55 +471,108 @@ mod host {
         pub first: i32,
         pub n_heads: usize,
         pub head_dim: usize,
-        pub n_rot: usize,
+        pub scaling: Scaling,
+        pub factors: bool,
+        pub sections: Sections,
     }
+
+    const fn case(
+        mode: Mode,
+        [n_tokens, n_heads, head_dim]: [usize; 3],
+        first: i32,
+        scaling: Scaling,
+        factors: bool,
+        sections: Sections,
+    ) -> Case {
+        Case { mode, n_tokens, first, n_heads, head_dim, scaling, factors, sections }
+    }
+    const fn plain(n_rot: usize) -> Scaling {
+        Scaling::plain(n_rot, 10_000.0)
+    }
+    const YARN: Scaling = Scaling {
+        n_rot: 64,
+        freq_base: 150_000.0,
+        freq_scale: 1.0 / 32.0,
+        ext_factor: 1.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        n_ctx_orig: 4096,
+    };
+    const LINEAR: Scaling = Scaling { freq_scale: 0.25, ..Scaling::plain(128, 500_000.0) };
+    const M: Sections = Sections { pairs: [16, 24, 24, 0], interleaved: false };
+    const INTERLEAVED: Sections = Sections { pairs: [24, 20, 20, 0], interleaved: true };
 
     impl Kernel for Rope {
         const NAME: &'static str = "rope";
         type Case = Case;
         const CASES: &'static [Case] = &[
-            Case { mode: Mode::Norm, n_tokens: 1, first: 0, n_heads: 1, head_dim: 2, n_rot: 2 },
-            Case { mode: Mode::Norm, n_tokens: 3, first: 4095, n_heads: 9, head_dim: 64, n_rot: 64 },
-            Case { mode: Mode::Neox, n_tokens: 2, first: 131_000, n_heads: 5, head_dim: 128, n_rot: 128 },
-            Case { mode: Mode::Neox, n_tokens: 2, first: 77, n_heads: 3, head_dim: 80, n_rot: 32 },
-            Case { mode: Mode::Norm, n_tokens: 1, first: -3, n_heads: 2, head_dim: 96, n_rot: 48 },
+            case(Mode::Norm, [1, 1, 2], 0, plain(2), false, Sections::NONE),
+            case(Mode::Norm, [3, 9, 64], 4095, plain(64), false, Sections::NONE),
+            case(Mode::Neox, [2, 5, 128], 131_000, plain(128), false, Sections::NONE),
+            case(Mode::Neox, [2, 3, 80], 77, plain(32), false, Sections::NONE),
+            case(Mode::Norm, [1, 2, 96], -3, plain(48), true, Sections::NONE),
+            case(Mode::Norm, [3, 5, 20], 99, plain(12), false, Sections::NONE),
+            case(Mode::Neox, [2, 3, 44], 500, plain(44), false, Sections::NONE),
+            case(Mode::Neox, [2, 2, 64], 131_000, YARN, false, Sections::NONE),
+            case(Mode::Norm, [2, 2, 128], 100_001, LINEAR, true, Sections::NONE),
+            case(Mode::Neox, [3, 2, 128], 1000, plain(128), false, M),
+            case(Mode::Neox, [3, 2, 128], 1000, plain(128), false, INTERLEAVED),
         ];
         const NMSE_MAX: f64 = 1e-13;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::TABLE, super::gpu::ROPE];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { mode, n_tokens, first, n_heads, head_dim, n_rot } = *case;
+            let Case { mode, n_tokens, first, n_heads, head_dim, scaling, sections, .. } = *case;
+            let n_rot = scaling.n_rot;
             let magnitude = 1.25;
-            let positions: Vec<i32> = (0..n_tokens as i32).map(|t| first + t).collect();
-            let frequencies = frequencies(n_rot, 10_000.0, 1.0);
+            // Of several positions the later ones run faster.
+            let n_positions = sections.n_positions();
+            let position = |p: usize, t: usize| first + (t * (p + 1) + 10 * p) as i32;
+            let positions: Vec<i32> =
+                (0..n_positions).flat_map(|p| (0..n_tokens).map(move |t| position(p, t))).collect();
+            let factors: Vec<f32> = (0..n_rot / 2).map(|_| 1.0 + random.value().abs()).collect();
             let x = random.values(n_tokens * n_heads * head_dim);
-            let tables: Vec<Vec<f64>> =
-                positions.iter().map(|&p| reference_table(p, &frequencies, magnitude)).collect();
+            let table_of = |t: usize| {
+                let positions: Vec<i32> = (0..n_positions).map(|p| position(p, t)).collect();
+                reference_table(
+                    &positions,
+                    &scaling,
+                    case.factors.then_some(&factors[..]),
+                    sections,
+                    magnitude,
+                )
+            };
+            let tables: Vec<Vec<f64>> = (0..n_tokens).map(table_of).collect();
             let head = |(i, x): (usize, &[f32])| reference(x, &tables[i / n_heads], mode);
             let expected = x.chunks(head_dim).enumerate().flat_map(head).collect();
+            let has_factors = case.factors;
             Problem {
                 buffers: vec![
                     Buffer::Input(bytes_of(&positions)),
-                    Buffer::Input(bytes_of(&frequencies)),
+                    Buffer::Input(bytes_of(&frequencies(&scaling))),
                     Buffer::Output(Expected::F32(tables.concat())),
                     Buffer::Input(bytes_of(&x)),
                     Buffer::Output(Expected::F32(expected)),
+                    Buffer::Input(bytes_of(&factors)),
                 ],
                 launches: Box::new(move |at| {
-                    let (positions, frequencies, table) = (at[0], at[1], at[2]);
+                    let (positions, frequencies, out) = (at[0], at[1], at[2]);
+                    let factors = if has_factors { at[5] } else { DevicePtr::NULL };
                     Ok(vec![
                         launch_table(&TableArgs {
                             positions,
                             frequencies,
-                            out: table,
+                            factors,
+                            out,
                             n_tokens,
                             n_rot,
                             magnitude,
+                            sections,
                         })?,
                         launch(&Args {
                             x: at[3],
-                            table,
+                            table: out,
                             y: at[4],
                             n_tokens,
                             n_heads,
@@ -323,7 +590,7 @@ mod host {
         }
 
         fn flops(case: &Case) -> u64 {
-            3 * (case.n_tokens * case.n_heads * case.n_rot) as u64
+            3 * (case.n_tokens * case.n_heads * case.scaling.n_rot) as u64
         }
     }
 }

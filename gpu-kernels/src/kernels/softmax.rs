@@ -1,7 +1,8 @@
 //! Softmax of rows, with the scale, mask and slopes of attention: `y = softmax(x · scale + slope[head] · mask)`.
 //!
 //! * Shapes: `x`, `y` [n_heads, n_rows, n]; `mask` [n_rows, n] or absent, -inf where nothing is to be seen; `slopes`
-//!   `[n_heads]` or absent (1). f32, dense. `y` may be `x`. A row without anything to see becomes zero.
+//!   (ALiBi) `[n_heads]` or absent (1); `sinks` `[n_heads]` or absent: one more logit per head, which takes its share of the
+//!   sum and has no output. f32, dense. `y` may be `x`. A row without anything to see becomes zero.
 //! * Geometry: one CTA of 256 threads per row, thread t takes the elements t, t + 256, …; grid [n_rows, n_heads].
 //! * Bytes: n_heads · n_rows · n · 8, and the mask once. FLOPs: 5 per element, an exponential counted as one.
 //! * Tolerance: NMSE 1e-11: `ex2.approx` is good to 2^-22, its argument is rounded to f32.
@@ -28,7 +29,15 @@ mod gpu {
     use crate::kernels::reduce;
 
     #[inline(always)]
-    fn softmax(x: Glb<f32>, mask: Glb<f32>, slopes: Glb<f32>, y: Glb<f32>, n: u32, scale: f32) {
+    fn softmax(
+        x: Glb<f32>,
+        mask: Glb<f32>,
+        slopes: Glb<f32>,
+        sinks: Glb<f32>,
+        y: Glb<f32>,
+        n: u32,
+        scale: f32,
+    ) {
         let (row, head) = (thread::block_idx_x(), thread::block_idx_y());
         let start = (head as usize * thread::grid_dim_x() as usize + row as usize) * n as usize;
         let (x, y, mask_row) = (x.offset(start), y.offset(start), mask.offset(row as usize * n as usize));
@@ -48,6 +57,9 @@ mod gpu {
             i += THREADS;
         }
         let max = reduce::cta_max(max, Shared::maxima());
+        // In units of log 2, like the rest.
+        let sink = if sinks.is_null() { f32::NEG_INFINITY } else { sinks.ld_nc(head) * math::LOG2_E };
+        let max = math::fmax(max, sink);
         // Where all is masked, any finite number serves: every exponential is zero.
         let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
 
@@ -59,7 +71,7 @@ mod gpu {
             sum += e;
             i += THREADS;
         }
-        let sum = reduce::cta_sum(sum, Shared::sums());
+        let sum = reduce::cta_sum(sum, Shared::sums()) + math::ex2(sink - max);
         let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
 
         let mut i = thread::thread_idx_x();
@@ -72,7 +84,7 @@ mod gpu {
     kernels! {
         in "softmax";
         pub(super) ENTRIES: threads(256);
-        fn (x: Glb<f32>, mask: Glb<f32>, slopes: Glb<f32>, y: Glb<f32>, n: u32, scale: f32);
+        fn (x: Glb<f32>, mask: Glb<f32>, slopes: Glb<f32>, sinks: Glb<f32>, y: Glb<f32>, n: u32, scale: f32);
         "softmax_f32" => softmax;
     }
 }
@@ -86,17 +98,18 @@ mod host {
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// The definition: one row.
-    pub fn reference(x: &[f32], mask: Option<&[f32]>, slope: f32, scale: f32) -> Vec<f64> {
+    pub fn reference(x: &[f32], mask: Option<&[f32]>, slope: f32, sink: Option<f32>, scale: f32) -> Vec<f64> {
         let mask = |i: usize| mask.map_or(0.0, |m| f64::from(slope) * f64::from(m[i]));
-        let logits: Vec<f64> =
+        let mut logits: Vec<f64> =
             x.iter().enumerate().map(|(i, &x)| f64::from(x) * f64::from(scale) + mask(i)).collect();
+        logits.extend(sink.map(f64::from));
         let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         if max == f64::NEG_INFINITY {
             return vec![0.0; x.len()];
         }
         let exponentials: Vec<f64> = logits.iter().map(|l| libm::exp(l - max)).collect();
         let sum: f64 = exponentials.iter().sum();
-        exponentials.iter().map(|e| e / sum).collect()
+        exponentials[..x.len()].iter().map(|e| e / sum).collect()
     }
 
     /// Arguments; see the contract.
@@ -106,6 +119,7 @@ mod host {
         pub x: DevicePtr,
         pub mask: DevicePtr,
         pub slopes: DevicePtr,
+        pub sinks: DevicePtr,
         pub y: DevicePtr,
         pub n_heads: usize,
         pub n_rows: usize,
@@ -117,10 +131,17 @@ mod host {
     pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
         let check = Check(Softmax::NAME);
         let n = check.size("n", args.n)?;
-        for (what, at) in [("x", args.x), ("mask", args.mask), ("slopes", args.slopes), ("y", args.y)] {
+        let arrays = [
+            ("x", args.x),
+            ("mask", args.mask),
+            ("slopes", args.slopes),
+            ("sinks", args.sinks),
+            ("y", args.y),
+        ];
+        for (what, at) in arrays {
             check.aligned(what, at, 4)?;
         }
-        let params = Params::new().with(args.x).with(args.mask).with(args.slopes).with(args.y);
+        let params = arrays.iter().fold(Params::new(), |params, (_, at)| params.with(*at));
         Ok(Launch {
             entry: "softmax_f32",
             grid: [check.size("n_rows", args.n_rows)?, check.grid("n_heads", args.n_heads)?, 1],
@@ -144,17 +165,19 @@ mod host {
         pub n: usize,
         pub mask: bool,
         pub slopes: bool,
+        pub sinks: bool,
     }
 
     impl Kernel for Softmax {
         const NAME: &'static str = "softmax";
         type Case = Case;
         const CASES: &'static [Case] = &[
-            Case { n_heads: 1, n_rows: 1, n: 1, mask: false, slopes: false },
-            Case { n_heads: 2, n_rows: 2, n: 255, mask: true, slopes: true },
-            Case { n_heads: 1, n_rows: 2, n: 256, mask: true, slopes: false },
-            Case { n_heads: 3, n_rows: 1, n: 257, mask: false, slopes: false },
-            Case { n_heads: 1, n_rows: 1, n: 2049, mask: false, slopes: false },
+            Case { n_heads: 1, n_rows: 1, n: 1, mask: false, slopes: false, sinks: false },
+            Case { n_heads: 2, n_rows: 2, n: 255, mask: true, slopes: true, sinks: false },
+            Case { n_heads: 1, n_rows: 2, n: 256, mask: true, slopes: false, sinks: false },
+            Case { n_heads: 3, n_rows: 1, n: 257, mask: false, slopes: false, sinks: false },
+            Case { n_heads: 1, n_rows: 1, n: 2049, mask: false, slopes: false, sinks: false },
+            Case { n_heads: 2, n_rows: 3, n: 130, mask: true, slopes: false, sinks: true },
         ];
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
@@ -175,23 +198,28 @@ mod host {
                     })
                     .collect();
             let slopes: Vec<f32> = (1..=n_heads).map(|h| libm::exp2f(-(h as f32))).collect();
+            let sinks = random.values(n_heads);
             let row = |i: usize| {
                 let mask = case.mask.then(|| &mask[i % n_rows * n..][..n]);
-                reference(&x[i * n..][..n], mask, if case.slopes { slopes[i / n_rows] } else { 1.0 }, scale)
+                let head = i / n_rows;
+                let slope = if case.slopes { slopes[head] } else { 1.0 };
+                reference(&x[i * n..][..n], mask, slope, case.sinks.then(|| sinks[head]), scale)
             };
             let expected = (0..n_heads * n_rows).flat_map(row).collect();
-            let Case { mask: has_mask, slopes: has_slopes, .. } = *case;
+            let Case { mask: has_mask, slopes: has_slopes, sinks: has_sinks, .. } = *case;
             Problem {
                 buffers: vec![
                     Buffer::Input(bytes_of(&x)),
                     Buffer::Input(bytes_of(&mask)),
                     Buffer::Input(bytes_of(&slopes)),
+                    Buffer::Input(bytes_of(&sinks)),
                     Buffer::Output(Expected::F32(expected)),
                 ],
                 launches: Box::new(move |at| {
                     let given = |yes: bool, at: DevicePtr| if yes { at } else { DevicePtr::NULL };
                     let (mask, slopes) = (given(has_mask, at[1]), given(has_slopes, at[2]));
-                    Ok(vec![launch(&Args { x: at[0], mask, slopes, y: at[3], n_heads, n_rows, n, scale })?])
+                    let (sinks, y) = (given(has_sinks, at[3]), at[4]);
+                    Ok(vec![launch(&Args { x: at[0], mask, slopes, sinks, y, n_heads, n_rows, n, scale })?])
                 }),
             }
         }

@@ -1,0 +1,597 @@
+//! Copies between tensors of up to four dimensions with any strides, converting between f32, f16, bf16 and i32.
+//!
+//! * `dst[c] = src[c]` for every coordinate c of `shape`, each tensor with its own strides (in elements; 0 repeats). With
+//!   [`Edge::Repeat`] the source is smaller and starts again where it ends; with [`Edge::Pad`] it lies inside and all around
+//!   is zero. A concatenation is a copy per part, into the part's place.
+//! * Conversions: floats to nearest even; f32 to i32 towards zero, saturating, NaN to 0; a tensor's own type bit for bit.
+//!   i32 converts to and from f32 only.
+//! * Shapes: any; elements aligned to their size. Nothing overlaps.
+//! * Geometry: 256 threads per CTA. Both dense: four neighbours per thread (16-byte aligned). Source and destination
+//!   contiguous in different dimensions: tiles of 32 · 32 through shared memory, so that both sides coalesce. Else an element
+//!   per thread, four times.
+//! * Bytes: one element read and one written per coordinate. FLOPs: none.
+//! * Tolerance: exact.
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::*;
+
+const THREADS: u32 = 256;
+/// Elements of a thread, a CTA's width apart.
+const PER_THREAD: u32 = 4;
+/// Edge of a tile.
+const TILE: u32 = 32;
+/// Elements of a tile's row in shared memory: one more, so that a column meets no bank twice.
+const STRIDE: u32 = TILE + 1;
+
+/// A number per dimension: a parameter of 16 bytes.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(16))]
+pub struct Extents(pub [u32; 4]);
+
+/// Edges, as the kernel knows them.
+const REPEAT: u32 = 1;
+const PAD: u32 = 2;
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod gpu {
+    use half::{bf16, f16};
+
+    use super::{Extents, PAD, PER_THREAD, REPEAT, STRIDE, THREADS, TILE};
+    use crate::device::sync::sync_threads;
+    use crate::device::{Float, Glb, Smem, U32x2, U32x4, Word, thread};
+
+    /// An element, alone and by fours.
+    pub(super) trait Element: Word {
+        type Four: Word;
+        fn split(four: Self::Four) -> [Self; 4];
+        fn join(elements: [Self; 4]) -> Self::Four;
+    }
+
+    macro_rules! words {
+        ($($ty:ty),*) => {$(
+            impl Element for $ty {
+                type Four = U32x4;
+                #[inline(always)]
+                fn split(four: U32x4) -> [$ty; 4] {
+                    four.0.map(|bits| bytemuck::cast(bits))
+                }
+                #[inline(always)]
+                fn join(elements: [$ty; 4]) -> U32x4 {
+                    U32x4(elements.map(|element| bytemuck::cast(element)))
+                }
+            }
+        )*};
+    }
+    words!(u32, f32, i32);
+
+    macro_rules! halves {
+        ($($ty:ty),*) => {$(
+            impl Element for $ty {
+                type Four = U32x2;
+                #[inline(always)]
+                fn split(U32x2([a, b]): U32x2) -> [$ty; 4] {
+                    [a as u16, (a >> 16) as u16, b as u16, (b >> 16) as u16].map(|bits| bytemuck::cast(bits))
+                }
+                #[inline(always)]
+                fn join(elements: [$ty; 4]) -> U32x2 {
+                    let [a, b, c, d] = elements.map(|element| u32::from(bytemuck::cast::<$ty, u16>(element)));
+                    U32x2([a | b << 16, c | d << 16])
+                }
+            }
+        )*};
+    }
+    halves!(u16, f16, bf16);
+
+    /// One conversion.
+    pub(super) trait Convert {
+        type From: Element;
+        type To: Element;
+        fn convert(from: Self::From) -> Self::To;
+    }
+
+    macro_rules! conversions {
+        ($($name:ident: $from:ty => $to:ty, |$x:ident| $convert:expr;)*) => {$(
+            pub(super) struct $name;
+            impl Convert for $name {
+                type From = $from;
+                type To = $to;
+                #[inline(always)]
+                fn convert($x: $from) -> $to {
+                    $convert
+                }
+            }
+        )*};
+    }
+    conversions! {
+        Bits32: u32 => u32, |x| x;
+        Bits16: u16 => u16, |x| x;
+        F32ToF16: f32 => f16, |x| Float::from_f32(x);
+        F32ToBf16: f32 => bf16, |x| Float::from_f32(x);
+        F16ToF32: f16 => f32, |x| Float::to_f32(x);
+        Bf16ToF32: bf16 => f32, |x| Float::to_f32(x);
+        F16ToBf16: f16 => bf16, |x| Float::from_f32(Float::to_f32(x));
+        Bf16ToF16: bf16 => f16, |x| Float::from_f32(Float::to_f32(x));
+        F32ToI32: f32 => i32, |x| x as i32;
+        I32ToF32: i32 => f32, |x| x as f32;
+    }
+
+    #[inline(always)]
+    pub(super) fn flat<C: Convert>(src: Glb<C::From>, dst: Glb<C::To>, n: u32) {
+        let i = thread::index_1d();
+        if i < n / 4 {
+            let from = C::From::split(src.cast::<<C::From as Element>::Four>().ld_nc(i));
+            dst.cast::<<C::To as Element>::Four>().st(i, C::To::join(from.map(C::convert)));
+        } else if i == n / 4 {
+            // What is left of n: one thread's work.
+            let mut j = 4 * i;
+            while j < n {
+                dst.st(j, C::convert(src.ld_nc(j)));
+                j += 1;
+            }
+        }
+    }
+
+    /// The coordinates of the i-th element, the last running fastest.
+    #[inline(always)]
+    fn coordinates(i: u32, Extents([_, s1, s2, s3]): Extents) -> [u32; 4] {
+        let (i, c3) = (i / s3, i % s3);
+        let (i, c2) = (i / s2, i % s2);
+        [i / s1, i % s1, c2, c3]
+    }
+
+    #[inline(always)]
+    fn place([c0, c1, c2, c3]: [u32; 4], Extents([s0, s1, s2, s3]): Extents) -> usize {
+        let term = |c: u32, s: u32| c as usize * s as usize;
+        (term(c0, s0) + term(c1, s1)) + (term(c2, s2) + term(c3, s3))
+    }
+
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // the entry's
+    pub(super) fn strided<C: Convert>(
+        src: Glb<C::From>,
+        dst: Glb<C::To>,
+        shape: Extents,
+        src_strides: Extents,
+        dst_strides: Extents,
+        src_shape: Extents,
+        before: Extents,
+        n: u32,
+        edge: u32,
+    ) {
+        let first = thread::block_idx_x() * THREADS * PER_THREAD + thread::thread_idx_x();
+        let mut values = [<C::From as bytemuck::Zeroable>::zeroed(); PER_THREAD as usize];
+        unroll!(J in 0..4 {
+            let i = first + THREADS * J as u32;
+            if i < n {
+                let mut c = coordinates(i, shape);
+                let mut inside = true;
+                unroll!(D in 0..4 {
+                    let extent = src_shape.0[D];
+                    if edge == REPEAT {
+                        c[D] %= extent;
+                    } else if edge == PAD {
+                        // Before the source, the difference wraps to something large.
+                        c[D] = c[D].wrapping_sub(before.0[D]);
+                        inside &= c[D] < extent;
+                    }
+                });
+                if inside {
+                    values[J] = src.offset(place(c, src_strides)).ld_nc(0);
+                }
+            }
+        });
+        unroll!(J in 0..4 {
+            let i = first + THREADS * J as u32;
+            if i < n {
+                dst.offset(place(coordinates(i, shape), dst_strides)).st(0, C::convert(values[J]));
+            }
+        });
+    }
+
+    /// `src` is contiguous in dimension 2, `dst` in dimension 3.
+    #[inline(always)]
+    pub(super) fn transpose<C: Convert>(
+        src: Glb<C::From>,
+        dst: Glb<C::To>,
+        shape: Extents,
+        src_strides: Extents,
+        dst_strides: Extents,
+    ) {
+        let tile = Smem::<C::To>::dynamic(0, TILE * STRIDE);
+        let [_, s1, s2, s3] = shape.0;
+        let (row_tile, column_tile, outer) =
+            (thread::block_idx_x(), thread::block_idx_y(), thread::block_idx_z());
+        let outer = [outer / s1, outer % s1, 0, 0];
+        let (src, dst) = (src.offset(place(outer, src_strides)), dst.offset(place(outer, dst_strides)));
+        let (fast, slow) = (thread::lane_id(), thread::warp_id());
+
+        unroll!(J in 0..4 {
+            let (row, column) = (row_tile * TILE + fast, column_tile * TILE + slow + 8 * J as u32);
+            if row < s2 && column < s3 {
+                let value = src.offset(place([0, 0, row, column], src_strides)).ld_nc(0);
+                tile.st(fast * STRIDE + slow + 8 * J as u32, C::convert(value));
+            }
+        });
+        sync_threads();
+        unroll!(J in 0..4 {
+            let (row, column) = (row_tile * TILE + slow + 8 * J as u32, column_tile * TILE + fast);
+            if row < s2 && column < s3 {
+                let value = tile.ld((slow + 8 * J as u32) * STRIDE + fast);
+                dst.offset(place([0, 0, row, column], dst_strides)).st(0, value);
+            }
+        });
+    }
+}
+
+/// The conversions: types, and their name.
+macro_rules! for_each_conversion {
+    ($($name:ident, $module:ident, $tag:literal, [$($from:ident => $to:ident),+];)*) => {
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        mod entries {
+            use super::gpu::{self, *};
+            use crate::device::Glb;
+            use super::Extents;
+
+            $(
+                pub(super) mod $module {
+                    use super::*;
+
+                    type From = <$name as Convert>::From;
+                    type To = <$name as Convert>::To;
+
+                    kernels! {
+                        in "copy";
+                        pub(in super::super) FLAT: threads(256);
+                        fn (src: Glb<From>, dst: Glb<To>, n: u32);
+                        concat!("copy_flat_", $tag) => gpu::flat::<$name>;
+                    }
+                    kernels! {
+                        in "copy";
+                        pub(in super::super) STRIDED: threads(256);
+                        fn (src: Glb<From>, dst: Glb<To>, shape: Extents, src_strides: Extents, dst_strides: Extents,
+                            src_shape: Extents, before: Extents, n: u32, edge: u32);
+                        concat!("copy_strided_", $tag) => gpu::strided::<$name>;
+                    }
+                    kernels! {
+                        in "copy";
+                        pub(in super::super) TRANSPOSE: threads(256);
+                        fn (src: Glb<From>, dst: Glb<To>, shape: Extents, src_strides: Extents, dst_strides: Extents);
+                        concat!("copy_transpose_", $tag) => gpu::transpose::<$name>;
+                    }
+                }
+            )*
+        }
+
+        #[cfg(feature = "emu")]
+        const ENTRIES: &[&[crate::emu::Entry]] =
+            &[$(entries::$module::FLAT, entries::$module::STRIDED, entries::$module::TRANSPOSE),*];
+
+        /// Entries of a conversion: flat, strided, transposing.
+        #[cfg(not(target_arch = "nvptx64"))]
+        fn entries_of(from: quant::FormatId, to: quant::FormatId) -> Option<[&'static str; 3]> {
+            match (from, to) {
+                $($((quant::FormatId::$from, quant::FormatId::$to))|+ => Some([
+                    concat!("copy_flat_", $tag),
+                    concat!("copy_strided_", $tag),
+                    concat!("copy_transpose_", $tag),
+                ]),)*
+                _ => None,
+            }
+        }
+    };
+}
+
+for_each_conversion! {
+    Bits32, bits_32, "32", [F32 => F32, I32 => I32];
+    Bits16, bits_16, "16", [F16 => F16, BF16 => BF16];
+    F32ToF16, f32_to_f16, "f32_f16", [F32 => F16];
+    F32ToBf16, f32_to_bf16, "f32_bf16", [F32 => BF16];
+    F16ToF32, f16_to_f32, "f16_f32", [F16 => F32];
+    Bf16ToF32, bf16_to_f32, "bf16_f32", [BF16 => F32];
+    F16ToBf16, f16_to_bf16, "f16_bf16", [F16 => BF16];
+    Bf16ToF16, bf16_to_f16, "bf16_f16", [BF16 => F16];
+    F32ToI32, f32_to_i32, "f32_i32", [F32 => I32];
+    I32ToF32, i32_to_f32, "i32_f32", [I32 => F32];
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod host {
+    use alloc::{boxed::Box, vec, vec::Vec};
+
+    use half::{bf16, f16};
+    use quant::FormatId;
+
+    use super::{Extents, PAD, PER_THREAD, REPEAT, STRIDE, THREADS, TILE};
+    use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+
+    /// What lies beyond the source.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Edge {
+        /// Nothing: it has the destination's shape.
+        None,
+        /// The source again.
+        Repeat {
+            /// Shape of the source.
+            src_shape: [usize; 4],
+        },
+        /// Zeros.
+        Pad {
+            /// Shape of the source.
+            src_shape: [usize; 4],
+            /// Zeros before it.
+            before: [usize; 4],
+        },
+    }
+
+    /// Arguments; see the contract. Types are F32, F16, BF16 or I32.
+    #[derive(Clone, Copy, Debug)]
+    #[allow(missing_docs)] // the contract's names
+    pub struct Args {
+        pub from: FormatId,
+        pub to: FormatId,
+        pub src: DevicePtr,
+        pub dst: DevicePtr,
+        pub shape: [usize; 4],
+        pub src_strides: [usize; 4],
+        pub dst_strides: [usize; 4],
+        pub edge: Edge,
+    }
+
+    /// Strides of a dense tensor.
+    pub fn dense([_, b, c, d]: [usize; 4]) -> [usize; 4] {
+        [b * c * d, c * d, d, 1]
+    }
+
+    /// One launch for the whole region.
+    pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
+        let check = Check(StridedCopy::NAME);
+        let format = if matches!(args.from, FormatId::I32) { args.from } else { args.to };
+        let [flat, strided, transpose] = super::entries_of(args.from, args.to)
+            .ok_or(LaunchError::Format { kernel: StridedCopy::NAME, format })?;
+        let n =
+            check.size("elements", args.shape.iter().fold(1usize, |n, &extent| n.saturating_mul(extent)))?;
+        let [from_bytes, to_bytes] = [args.from, args.to].map(|format| quant::info(format).bytes as u64);
+        check.aligned("src", args.src, from_bytes)?;
+        check.aligned("dst", args.dst, to_bytes)?;
+        let stride = |what: &'static str, strides: [usize; 4]| -> Result<[u32; 4], LaunchError> {
+            let mut out = [0; 4];
+            for (out, stride) in out.iter_mut().zip(strides) {
+                *out = u32::try_from(stride).map_err(|_| check.shape(what, "below 2^32", stride))?;
+            }
+            Ok(out)
+        };
+        let shape = args.shape.map(|extent| extent as u32);
+        let (src_strides, dst_strides) =
+            (stride("src_strides", args.src_strides)?, stride("dst_strides", args.dst_strides)?);
+        let base = Launch {
+            entry: strided,
+            grid: [1; 3],
+            cta: THREADS,
+            cluster: 1,
+            smem_bytes: 0,
+            params: Params::new(),
+        };
+        let params = Params::new().with(args.src).with(args.dst);
+
+        let whole = args.edge == Edge::None;
+        let is_dense = |strides| strides == dense(args.shape);
+        let wide = |at: DevicePtr, bytes: u64| at.0.is_multiple_of(4 * bytes);
+        if whole
+            && is_dense(args.src_strides)
+            && is_dense(args.dst_strides)
+            && wide(args.src, from_bytes)
+            && wide(args.dst, to_bytes)
+        {
+            return Ok(Launch {
+                entry: flat,
+                grid: [(n / 4 + 1).div_ceil(THREADS), 1, 1],
+                params: params.with(n),
+                ..base
+            });
+        }
+
+        // The source is contiguous in another dimension than the destination: let that one be the second to last.
+        let along = (0..3).find(|&d| src_strides[d] == 1 && shape[d] > 1);
+        if let (true, 1, Some(d)) = (whole && src_strides[3] != 1, dst_strides[3], along) {
+            let swap = |mut v: [u32; 4]| {
+                v.swap(d, 2);
+                v
+            };
+            let (shape, src_strides, dst_strides) = (swap(shape), swap(src_strides), swap(dst_strides));
+            let (columns, outer) = (shape[3].div_ceil(TILE), shape[0] as usize * shape[1] as usize);
+            if columns <= 0xffff && outer <= 0xffff {
+                return Ok(Launch {
+                    entry: transpose,
+                    grid: [shape[2].div_ceil(TILE), columns, outer as u32],
+                    smem_bytes: TILE * STRIDE * to_bytes as u32,
+                    params: params.with(Extents(shape)).with(Extents(src_strides)).with(Extents(dst_strides)),
+                    ..base
+                });
+            }
+        }
+
+        let (edge, src_shape, before) = match args.edge {
+            Edge::None => (0, args.shape, [0; 4]),
+            Edge::Repeat { src_shape } => (REPEAT, src_shape, [0; 4]),
+            Edge::Pad { src_shape, before } => (PAD, src_shape, before),
+        };
+        for (extent, space) in src_shape.into_iter().zip(args.shape) {
+            if extent == 0 || extent > space {
+                return Err(check.shape("src_shape", "1 to the extent of shape", extent));
+            }
+        }
+        let params = params.with(Extents(shape)).with(Extents(src_strides)).with(Extents(dst_strides));
+        let params =
+            params.with(Extents(src_shape.map(|e| e as u32))).with(Extents(before.map(|e| e as u32)));
+        Ok(Launch {
+            grid: [n.div_ceil(THREADS * PER_THREAD), 1, 1],
+            params: params.with(n).with(edge),
+            ..base
+        })
+    }
+
+    /// Elements as bytes of a type, from f32 values that it holds or rounds.
+    fn encode(format: FormatId, values: &[f32]) -> Vec<u8> {
+        match format {
+            FormatId::F16 => bytes_of(&values.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>()),
+            FormatId::BF16 => bytes_of(&values.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>()),
+            FormatId::I32 => bytes_of(&values.iter().map(|&v| v as i32).collect::<Vec<_>>()),
+            _ => bytes_of(values),
+        }
+    }
+
+    /// The values that the bytes hold.
+    fn rounded(format: FormatId, values: &[f32]) -> Vec<f32> {
+        let round = |v: f32| match format {
+            FormatId::F16 => f16::from_f32(v).to_f32(),
+            FormatId::BF16 => bf16::from_f32(v).to_f32(),
+            FormatId::I32 => v as i32 as f32,
+            _ => v,
+        };
+        values.iter().map(|&v| round(v)).collect()
+    }
+
+    /// Every coordinate of a shape, in order.
+    fn coordinates([a, b, c, d]: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
+        (0..a * b * c * d).map(move |i| [i / (b * c * d), i / (c * d) % b, i / d % c, i % d])
+    }
+
+    fn place(c: [usize; 4], strides: [usize; 4]) -> usize {
+        c.iter().zip(strides).map(|(c, s)| c * s).sum()
+    }
+
+    /// The definition: the destination, dense.
+    pub fn reference(src: &[f32], shape: [usize; 4], src_strides: [usize; 4], edge: Edge) -> Vec<f32> {
+        let element = |c: [usize; 4]| match edge {
+            Edge::None => src[place(c, src_strides)],
+            Edge::Repeat { src_shape } => {
+                src[place(core::array::from_fn(|d| c[d] % src_shape[d]), src_strides)]
+            }
+            Edge::Pad { src_shape, before } => {
+                let inside = (0..4).all(|d| c[d] >= before[d] && c[d] - before[d] < src_shape[d]);
+                if inside { src[place(core::array::from_fn(|d| c[d] - before[d]), src_strides)] } else { 0.0 }
+            }
+        };
+        coordinates(shape).map(element).collect()
+    }
+
+    /// The row in the registry.
+    #[derive(Debug)]
+    pub struct StridedCopy;
+
+    /// One case: a source whose dimensions lie in memory in the order `order`, outermost first; `parts` sources are
+    /// concatenated along dimension 1.
+    #[derive(Clone, Copy, Debug)]
+    #[allow(missing_docs)] // the contract's names
+    pub struct Case {
+        pub from: FormatId,
+        pub to: FormatId,
+        pub shape: [usize; 4],
+        pub order: [usize; 4],
+        pub edge: Edge,
+        pub parts: usize,
+    }
+
+    const fn case(from: FormatId, to: FormatId, shape: [usize; 4], order: [usize; 4]) -> Case {
+        Case { from, to, shape, order, edge: Edge::None, parts: 1 }
+    }
+    const DENSE: [usize; 4] = [0, 1, 2, 3];
+
+    impl Kernel for StridedCopy {
+        const NAME: &'static str = "copy";
+        type Case = Case;
+        const CASES: &'static [Case] = &[
+            case(FormatId::F32, FormatId::F32, [1, 1, 1, 1], DENSE),
+            case(FormatId::F32, FormatId::F16, [1, 2, 3, 171], DENSE),
+            case(FormatId::F32, FormatId::BF16, [1, 1, 1, 1023], DENSE),
+            case(FormatId::F16, FormatId::F32, [1, 1, 5, 206], DENSE),
+            case(FormatId::BF16, FormatId::F32, [1, 1, 1, 4], DENSE),
+            case(FormatId::F16, FormatId::BF16, [1, 1, 1, 7], DENSE),
+            case(FormatId::BF16, FormatId::F16, [1, 1, 2, 512], DENSE),
+            case(FormatId::F16, FormatId::F16, [1, 1, 1, 1030], DENSE),
+            case(FormatId::F32, FormatId::I32, [1, 1, 1, 130], DENSE),
+            case(FormatId::I32, FormatId::F32, [1, 1, 1, 130], DENSE),
+            case(FormatId::I32, FormatId::I32, [1, 1, 1, 9], DENSE),
+            // Source contiguous in another dimension: each of three.
+            case(FormatId::F32, FormatId::F32, [1, 2, 33, 65], [0, 1, 3, 2]),
+            case(FormatId::F32, FormatId::F16, [2, 31, 3, 32], [0, 2, 3, 1]),
+            case(FormatId::BF16, FormatId::F32, [40, 2, 3, 34], [1, 2, 3, 0]),
+            case(FormatId::I32, FormatId::F32, [1, 1, 64, 32], [0, 1, 3, 2]),
+            // Contiguous in the same one, or in none.
+            case(FormatId::F32, FormatId::BF16, [3, 5, 7, 11], [1, 0, 2, 3]),
+            case(FormatId::F16, FormatId::F16, [3, 5, 7, 12], [2, 1, 0, 3]),
+            Case {
+                edge: Edge::Repeat { src_shape: [1, 2, 3, 20] },
+                ..case(FormatId::F32, FormatId::F32, [2, 4, 3, 60], DENSE)
+            },
+            Case {
+                edge: Edge::Repeat { src_shape: [1, 1, 7, 1] },
+                ..case(FormatId::BF16, FormatId::F32, [1, 1, 7, 150], DENSE)
+            },
+            Case {
+                edge: Edge::Pad { src_shape: [1, 2, 3, 20], before: [0, 0, 1, 5] },
+                ..case(FormatId::F32, FormatId::F16, [1, 3, 4, 33], DENSE)
+            },
+            Case { parts: 3, ..case(FormatId::F32, FormatId::F32, [2, 4, 1, 50], DENSE) },
+            Case { parts: 2, ..case(FormatId::F16, FormatId::F32, [1, 3, 40, 36], [0, 1, 3, 2]) },
+        ];
+        const NMSE_MAX: f64 = 0.0;
+        #[cfg(feature = "emu")]
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = super::ENTRIES;
+
+        fn problem(case: &Case, random: &mut Random) -> Problem {
+            let Case { from, to, shape, order, edge, parts } = *case;
+            let src_shape = match edge {
+                Edge::None => shape,
+                Edge::Repeat { src_shape } | Edge::Pad { src_shape, .. } => src_shape,
+            };
+            let mut src_strides = [0; 4];
+            let mut stride = 1;
+            for &d in order.iter().rev() {
+                src_strides[d] = stride;
+                stride *= src_shape[d];
+            }
+            let scale = if from == FormatId::I32 || to == FormatId::I32 { 1000.0 } else { 1.0 };
+            let sources: Vec<Vec<f32>> =
+                (0..parts).map(|_| random.values(stride).iter().map(|v| v * scale).collect()).collect();
+
+            let mut dst_shape = shape;
+            dst_shape[1] *= parts;
+            let dst_strides = dense(dst_shape);
+            let mut expected = vec![0.0; dst_shape.iter().product()];
+            for (part, source) in sources.iter().enumerate() {
+                let copied = reference(&rounded(from, source), shape, src_strides, edge);
+                for (c, value) in coordinates(shape).zip(copied) {
+                    expected[place([c[0], c[1] + part * shape[1], c[2], c[3]], dst_strides)] = value;
+                }
+            }
+            let mut buffers = vec![Buffer::Output(Expected::Exact(encode(to, &expected)))];
+            buffers.extend(sources.iter().map(|source| Buffer::Input(encode(from, source))));
+            Problem {
+                buffers,
+                launches: Box::new(move |at| {
+                    let part_bytes = (shape[1] * dst_strides[1] * quant::info(to).bytes) as u64;
+                    let part = |(part, &src): (usize, &DevicePtr)| {
+                        let dst = at[0].offset(part as u64 * part_bytes);
+                        launch(&Args { from, to, src, dst, shape, src_strides, dst_strides, edge })
+                    };
+                    at[1..].iter().enumerate().map(part).collect()
+                }),
+            }
+        }
+
+        fn bytes(case: &Case) -> u64 {
+            let n = case.shape.iter().product::<usize>() * case.parts;
+            let src = match case.edge {
+                Edge::None => n,
+                Edge::Repeat { src_shape } | Edge::Pad { src_shape, .. } => src_shape.iter().product(),
+            };
+            (src * quant::info(case.from).bytes + n * quant::info(case.to).bytes) as u64
+        }
+
+        fn flops(_: &Case) -> u64 {
+            0
+        }
+    }
+}
