@@ -404,6 +404,7 @@ impl Context {
             cells: &s.cells,
             sequences: &s.sequences,
             pages: &s.pages,
+            given: &[],
         };
         self.backend.run(id, &step)?;
         self.last_step = Some(shape);

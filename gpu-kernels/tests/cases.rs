@@ -68,6 +68,10 @@ kernels! {
     sample
     copy
     set_rows
+    mmq
+    moe_sort
+    flash
+    flash_split
 }
 
 #[test]

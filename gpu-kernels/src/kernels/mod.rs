@@ -7,15 +7,19 @@ pub mod copy;
 pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
+pub mod epilogue;
+pub mod flash;
 pub mod get_rows;
 pub mod glu;
 pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
+pub mod mmq;
 pub mod mmvf;
 pub mod mmvq;
 pub mod moe_combine;
 pub mod moe_route;
+pub mod moe_sort;
 pub mod output;
 pub mod product;
 pub mod quantise_act;
@@ -30,6 +34,7 @@ pub mod top_k;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub(crate) mod float_case;
+mod int8_tile;
 pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod order;
