@@ -23,6 +23,7 @@ pub mod moe_combine;
 pub mod moe_route;
 pub mod moe_sort;
 pub mod output;
+pub mod peak;
 pub mod product;
 pub mod quantise_act;
 pub mod repack;
