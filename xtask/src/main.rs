@@ -12,6 +12,7 @@ mod deny;
 mod error;
 mod fetch;
 mod fuzz;
+mod gpu_test;
 mod kernel;
 mod libtest;
 mod miri;
@@ -58,6 +59,7 @@ const TASKS: &[Task] = &[
         help: "compile the GPU kernels for every tier, assemble them with ptxas",
         run: ptx_check::run,
     },
+    Task { name: "gpu-test", args: gpu_test::ARGS, help: gpu_test::HELP, run: gpu_test::run },
     Task { name: "kernel", args: kernel::ARGS, help: kernel::HELP, run: kernel::run },
     Task {
         name: "deny",

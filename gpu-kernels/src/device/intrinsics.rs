@@ -73,15 +73,8 @@ unsafe extern "unadjusted" {
     ) -> Quad<i32>;
     #[cfg(sm_ge_80)]
     #[link_name = "llvm.nvvm.mma.m16n8k16.row.col.s8"]
-    pub(crate) fn mma_m16n8k16_s8(
-        a0: u32,
-        a1: u32,
-        b0: u32,
-        c0: i32,
-        c1: i32,
-        c2: i32,
-        c3: i32,
-    ) -> Quad<i32>;
+    pub(crate) fn mma_m16n8k16_s8(a0: u32, a1: u32, b0: u32, c0: i32, c1: i32, c2: i32, c3: i32)
+    -> Quad<i32>;
     #[cfg(all(sm_ge_75, not(sm_ge_80)))]
     #[link_name = "llvm.nvvm.mma.m8n8k16.row.col.s8"]
     pub(crate) fn mma_m8n8k16_s8(a0: u32, b0: u32, c0: i32, c1: i32) -> Pair<i32>;

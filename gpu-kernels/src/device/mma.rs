@@ -225,8 +225,9 @@ pub fn mma_s8_k16(c: &mut FragmentI32, a: [u32; 2], b: u32) {
     {
         let [c0, c1, c2, c3] = c.0;
         // SAFETY: registers only.
-        let (top, bottom) =
-            unsafe { (intrinsics::mma_m8n8k16_s8(a[0], b, c0, c1), intrinsics::mma_m8n8k16_s8(a[1], b, c2, c3)) };
+        let (top, bottom) = unsafe {
+            (intrinsics::mma_m8n8k16_s8(a[0], b, c0, c1), intrinsics::mma_m8n8k16_s8(a[1], b, c2, c3))
+        };
         c.0 = [top.0, top.1, bottom.0, bottom.1];
     }
     // The other half of the depth is zero.

@@ -67,6 +67,8 @@ mod device {
         type A: Copy;
         /// A lane's part of 8 columns.
         type B: Copy + Default;
+        /// Whether one group at a time fills the machine: then code for several side by side only takes registers.
+        const ONE_AT_A_TIME: bool;
         /// Group `j` of 16 rows from `row` on.
         fn a<const GROUPS: usize>(codes: Codes<GROUPS>, row: u32, j: u32) -> Self::A;
         /// Group `j` of 16 columns from `column` on, as two of 8.
@@ -92,6 +94,7 @@ mod device {
     impl Product for TensorCores {
         type A = [u32; 4];
         type B = [u32; 2];
+        const ONE_AT_A_TIME: bool = false;
 
         #[inline(always)]
         #[track_caller]
@@ -137,6 +140,7 @@ mod device {
         type A = [[u32; 8]; 2];
         /// Where the first column's group starts, by column and group: columns are read when they are needed.
         type B = [u32; 2];
+        const ONE_AT_A_TIME: bool = true;
 
         #[inline(always)]
         #[track_caller]

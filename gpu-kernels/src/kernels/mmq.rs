@@ -27,10 +27,10 @@
 //! one contiguous piece. It would spare the loads of fragments, which are 5 % of the instructions; the float operations
 //! per group, which are 80 %, stay (`int8_tile.rs`).
 
-#[cfg(not(target_arch = "nvptx64"))]
-pub use host::*;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub(crate) use gpu::{NONE, Work, group, groups_of, units_of};
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::*;
 
 pub(crate) const THREADS: u32 = 256;
 pub(crate) const WARPS: u32 = THREADS / 32;
@@ -41,6 +41,7 @@ mod gpu {
 
     use crate::device::{Glb, U32x2, U32x4, thread};
     use crate::kernels::int8_tile::Native;
+    use crate::kernels::lookup::InMemory;
     use crate::kernels::mmq_narrow::narrow;
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     use crate::kernels::mmq_wide::wide;
@@ -153,7 +154,7 @@ mod gpu {
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[cfg_attr(not(target_arch = "nvptx64"), inline(never))]
     pub(crate) fn group<F: BlockFormat + Tiled>(words: &F::Words, g: usize) -> quant::Group {
-        block::<F>(words, g / F::GROUPS).unpack_group(g % F::GROUPS)
+        block::<F>(words, g / F::GROUPS).unpack_group_by(g % F::GROUPS, InMemory)
     }
 
     /// Wider tiles, for GPUs without int8 tensor cores: the narrow cut on each piece of the tile, one after the other.
@@ -215,7 +216,7 @@ mod gpu {
     cut!(n128, 128, |work| wide::<F>(work));
 
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_75)))]
-    pub(super) use {n128_in_pieces as n128, n32_in_pieces as n32};
+    pub(super) use {n32_in_pieces as n32, n128_in_pieces as n128};
     #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
     cut!(n32_in_pieces, 32, |work| in_pieces::<F>(work, 1));
     #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
@@ -235,7 +236,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmq";
-            ENTRIES: threads(256);
+            ENTRIES: threads(256, 1);
             fn (
                 p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
                 gate: Gate, shape: gpu::Shape,
@@ -270,17 +271,14 @@ macro_rules! entries {
     };
 }
 
+use quant::formats;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
     crate::device::{Glb, U32x2, U32x4},
     crate::kernels::product::{Gate, Part},
 };
 #[cfg(not(target_arch = "nvptx64"))]
-use {
-    crate::kernels::mmq_narrow::narrow_bytes,
-    crate::kernels::mmq_wide::wide_bytes,
-};
-use quant::formats;
+use {crate::kernels::mmq_narrow::narrow_bytes, crate::kernels::mmq_wide::wide_bytes};
 quant::for_each_block_format!(entries![]);
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -332,7 +330,8 @@ mod host {
         /// much shared memory.
         pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, smem_per_cta_bytes: u32) -> Cut {
             let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= smem_per_cta_bytes);
-            let waves = |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
+            let waves =
+                |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
             let [wide, narrow] = [waves(WIDE, WIDE) * SPAN_CYCLES[0], waves(ROWS, 32) * SPAN_CYCLES[1]];
             if n_cols > 16 && wide <= narrow && fits(Cut::Wide) {
                 Cut::Wide
@@ -446,7 +445,13 @@ mod host {
     }
 
     /// A case without extras.
-    pub(super) const fn plain(format: FormatId, cut: Cut, n_rows: &'static [usize], k: usize, n_cols: usize) -> Case {
+    pub(super) const fn plain(
+        format: FormatId,
+        cut: Cut,
+        n_rows: &'static [usize],
+        k: usize,
+        n_cols: usize,
+    ) -> Case {
         Case { format, cut, n_rows, k, n_cols, added: false, glu: None, mixture: None }
     }
 
@@ -469,7 +474,11 @@ mod host {
             plain(FormatId::IQ3_XXS, Cut::Wide, &[97], 512, 65),
             Case { added: true, ..plain(FormatId::Q4_0, Cut::Narrow16, &[37, 8], 288, 12) },
             Case { added: true, ..plain(FormatId::Q4_0, Cut::Wide, &[37, 130], 288, 12) },
-            Case { added: true, glu: Some(Glu::Silu), ..plain(FormatId::Q8_0, Cut::Narrow32, &[40; 2], 1312, 20) },
+            Case {
+                added: true,
+                glu: Some(Glu::Silu),
+                ..plain(FormatId::Q8_0, Cut::Narrow32, &[40; 2], 1312, 20)
+            },
             Case { added: true, glu: Some(Glu::Silu), ..plain(FormatId::Q8_0, Cut::Wide, &[70; 2], 544, 20) },
             Case { glu: Some(Glu::Gelu), ..plain(FormatId::Q4_K, Cut::Narrow16, &[9; 2], 256, 3) },
             Case {
@@ -484,14 +493,17 @@ mod host {
                 mixture: Some((3, 2, false)),
                 ..plain(FormatId::Q4_K, Cut::Narrow32, &[33; 2], 512, 25)
             },
-            Case { added: true, mixture: Some((3, 2, true)), ..plain(FormatId::Q5_0, Cut::Wide, &[50], 64, 90) },
+            Case {
+                added: true,
+                mixture: Some((3, 2, true)),
+                ..plain(FormatId::Q5_0, Cut::Wide, &[50], 64, 90)
+            },
         ];
         const N: usize = FORMATS.len();
         let mut cases = [EXTRA[0]; N + EXTRA.len()];
         let mut i = 0;
         while i < cases.len() {
-            cases[i] =
-                if i < N { plain(FORMATS[i], Cut::Narrow32, &[37], 768, 18) } else { EXTRA[i - N] };
+            cases[i] = if i < N { plain(FORMATS[i], Cut::Narrow32, &[37], 768, 18) } else { EXTRA[i - N] };
             i += 1;
         }
         cases
@@ -639,11 +651,13 @@ mod host {
         /// Buffers of a problem with these outputs: q, scales, order, tiles; of each part w, bias, residual; the outputs.
         fn buffers(&self, data: &Data, kind: ActKind, outputs: Vec<Vec<f64>>) -> Vec<Buffer> {
             let (q, scales) = quantise_act::reference(kind, &data.x);
-            let (order, tiles) = crate::kernels::moe_sort::reference(&data.ids, self.n_expert(), self.cut.cols());
+            let (order, tiles) =
+                crate::kernels::moe_sort::reference(&data.ids, self.n_expert(), self.cut.cols());
             let mut buffers = vec![bytes_of(&q), bytes_of(&scales), bytes_of(&order), bytes_of(&tiles)];
             for (i, &n_rows) in self.n_rows.iter().enumerate() {
                 let experts = data.weights[i].chunks(data.weights[i].len() / self.n_expert());
-                buffers.push(experts.flat_map(|rows| tile::pack(self.format, rows, n_rows, self.k)).collect());
+                buffers
+                    .push(experts.flat_map(|rows| tile::pack(self.format, rows, n_rows, self.k)).collect());
                 buffers.extend([bytes_of(&data.biases[i]), bytes_of(&data.residuals[i])]);
             }
             let buffers = buffers.into_iter().map(Buffer::Input);
@@ -665,7 +679,13 @@ mod host {
             let added = |at| if self.added { at } else { DevicePtr::NULL };
             let part = |(i, &n_rows): (usize, &usize)| {
                 let y = if i < self.n_written() { at[outputs + i] } else { DevicePtr::NULL };
-                Matrix { w: at[4 + 3 * i], bias: added(at[5 + 3 * i]), residual: added(at[6 + 3 * i]), y, n_rows }
+                Matrix {
+                    w: at[4 + 3 * i],
+                    bias: added(at[5 + 3 * i]),
+                    residual: added(at[6 + 3 * i]),
+                    y,
+                    n_rows,
+                }
             };
             let parts: Vec<Matrix> = self.n_rows.iter().enumerate().map(part).collect();
             let (n_pairs, pairs_per_x) = (self.n_outputs(), self.pairs_per_x());
@@ -768,12 +788,13 @@ mod tests {
         let mut at: Vec<DevicePtr> = vec![];
         for buffer in &buffers {
             at.push(match buffer {
-                Buffer::Input(bytes) => write(bytes),
+                Buffer::Input(bytes) | Buffer::Changed(bytes, _) => write(bytes),
                 Buffer::Output(_) => emulator.alloc(MemKind::Device, 4 * expected.len() as u64).unwrap(),
             });
         }
         let launch = case.launch(&at).unwrap();
-        let entry = tables.iter().flat_map(|table| table.iter()).find(|entry| entry.name == launch.entry).unwrap();
+        let entry =
+            tables.iter().flat_map(|table| table.iter()).find(|entry| entry.name == launch.entry).unwrap();
         emulator.run(entry, &launch).unwrap();
         let mut got = vec![0u8; 4 * expected.len()];
         emulator.read(&mut got, *at.last().unwrap(), StreamId::DEFAULT).unwrap();
@@ -816,7 +837,8 @@ mod tests {
         assert_eq!(choose(4096, 64, h100), Cut::Narrow32);
         assert_eq!(choose(4096, 9, h100), Cut::Narrow16);
         for format in FORMATS {
-            for (cut, most) in [(Cut::Narrow16, 48 << 10), (Cut::Narrow32, 64 << 10), (Cut::Wide, 227 << 10)] {
+            for (cut, most) in [(Cut::Narrow16, 48 << 10), (Cut::Narrow32, 64 << 10), (Cut::Wide, 227 << 10)]
+            {
                 assert!(entry(*format, cut).unwrap().1 <= most, "{format} {cut:?}");
             }
         }

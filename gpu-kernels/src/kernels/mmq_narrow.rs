@@ -14,29 +14,20 @@ use crate::tile::{ROWS, SPAN_GROUPS};
 
 /// Groups that a warp unpacks at a time.
 const CHUNK: usize = 2;
-/// Chunks of a span.
-const SPAN_CHUNKS: u32 = (SPAN_GROUPS / CHUNK) as u32;
-
-/// A warp's shared memory: unpacked codes and floats, over which its sums are written, then two stages of activations.
-struct Layout {
-    row_floats: u32,
-    column_floats: u32,
-    b: u32,
-    bytes: u32,
-}
-
-const fn layout<F: BlockFormat>(cols: usize) -> Layout {
+/// A warp's shared memory: unpacked codes, over which its sums are written, then where floats of rows and of columns and
+/// two stages of activations start, and where it ends.
+const fn layout<F: BlockFormat>(cols: usize) -> [u32; 4] {
     let row_floats = (ROWS * CHUNK * 32) as u32;
     let column_floats = row_floats + (row_planes::<F>() * CHUNK * ROWS * 4) as u32;
     let unpacked = column_floats + (column_planes::<F>() * CHUNK * cols * 4) as u32;
     let sums = (ROWS * cols * 4) as u32;
     let b = if unpacked < sums { sums } else { unpacked };
-    Layout { row_floats, column_floats, b, bytes: b + 2 * (cols * CHUNK * 32) as u32 }
+    [row_floats, column_floats, b, b + 2 * (cols * CHUNK * 32) as u32]
 }
 
 /// Shared memory of a CTA.
 pub const fn narrow_bytes<F: BlockFormat>(cols: usize) -> u32 {
-    WARPS * layout::<F>(cols).bytes
+    WARPS * layout::<F>(cols)[3]
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
@@ -53,6 +44,9 @@ mod device {
     use crate::kernels::mmq::{Work, group, groups_of, units_of};
     use crate::kernels::quantise_act::ActScale;
     use crate::tile::{Tiled, load_span};
+
+    /// Chunks of a span.
+    const SPAN_CHUNKS: u32 = (SPAN_GROUPS / CHUNK) as u32;
 
     /// Where a warp's sum of an output lies: column pairs of a lane quad in different banks.
     #[inline(always)]
@@ -145,7 +139,12 @@ mod device {
     /// Adds a round's spans in order, `n` of each matrix.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn add_sums<const COLS: usize>(totals: &mut Totals, of_warp: impl Fn(u32) -> Smem<f32>, n: u32, gated: bool) {
+    fn add_sums<const COLS: usize>(
+        totals: &mut Totals,
+        of_warp: impl Fn(u32) -> Smem<f32>,
+        n: u32,
+        gated: bool,
+    ) {
         let mut i = 0;
         while 8 * i < COLS {
             let at = sum_index(thread::lane_id(), thread::warp_id() + 8 * i as u32);
@@ -195,14 +194,11 @@ mod device {
         let w = w.offset(work.tile_at::<F>(row_tile));
         let n_spans = work.n_groups.div_ceil(SPAN_GROUPS as u32);
         let load = |span: u32| {
-            load_span::<F>(
-                w.offset(F::LAYOUT.span_offset(span as usize)),
-                units_of::<F>(span, work.n_groups),
-            )
+            load_span::<F>(w.offset(F::LAYOUT.span_offset(span as usize)), units_of::<F>(span, work.n_groups))
         };
 
-        let at = const { layout::<F>(COLS) };
-        let base = warp_id * at.bytes;
+        let [row_floats_at, column_floats_at, b_at, bytes] = const { layout::<F>(COLS) };
+        let base = warp_id * bytes;
         let column_of = |i: usize| if 8 * i < COLS { work.columns.input(lane / 4 + 8 * i as u32) } else { 0 };
         let columns = Columns {
             q: work.q,
@@ -210,13 +206,14 @@ mod device {
             n_groups: work.n_groups,
             copied: [column_of(0), column_of(1), column_of(2), column_of(3)],
             scaled: work.columns.input(lane % COLS as u32),
-            b: Codes(Smem::dynamic(base + at.b, (2 * COLS * 2 * CHUNK) as u32)),
+            b: Codes(Smem::dynamic(base + b_at, (2 * COLS * 2 * CHUNK) as u32)),
         };
         let a = Codes::<CHUNK>(Smem::dynamic(base, (ROWS * 2 * CHUNK) as u32));
-        let row_floats: Smem<f32> = Smem::dynamic(base + at.row_floats, (row_planes::<F>() * CHUNK * ROWS) as u32);
+        let row_floats: Smem<f32> =
+            Smem::dynamic(base + row_floats_at, (row_planes::<F>() * CHUNK * ROWS) as u32);
         let column_floats: Smem<f32> =
-            Smem::dynamic(base + at.column_floats, (column_planes::<F>() * CHUNK * COLS) as u32);
-        let sums_of = |warp_id: u32| Smem::<f32>::dynamic(warp_id * at.bytes, (ROWS * COLS) as u32);
+            Smem::dynamic(base + column_floats_at, (column_planes::<F>() * CHUNK * COLS) as u32);
+        let sums_of = |warp_id: u32| Smem::<f32>::dynamic(warp_id * bytes, (ROWS * COLS) as u32);
 
         let mut words = F::Words::zeroed();
         let mut acts = [U32x2([0; 2]); 2];
@@ -250,7 +247,10 @@ mod device {
                     }
                     unroll!(C in 0..4 {
                         if chunk == C as u32 {
-                            let words = whole_words::<F>(&words);
+                            // Without tensor cores registers are short: what the chunk needs is loaded here, and the
+                            // loads of whole spans vanish.
+                            let words =
+                                if P::ONE_AT_A_TIME { load(span) } else { whole_words::<F>(&words) };
                             unroll!(J in 0..2 {
                                 let group = group::<F>(&words, CHUNK * C + J);
                                 int8_tile::put_group::<F, CHUNK, ROWS>(a, row_floats, lane, J as u32, &group);
@@ -272,9 +272,18 @@ mod device {
                     let b = Codes(columns.b.0.skip(stage * (4 * COLS as u32)));
                     let tile =
                         Tile::<CHUNK, ROWS, COLS> { a, b, row_floats, column_floats, row: 0, column: 0 };
-                    tile.add_group::<F, P, 2, NT>(&mut acc, 0);
-                    if chunk * (CHUNK as u32) + 1 < there {
-                        tile.add_group::<F, P, 2, NT>(&mut acc, 1);
+                    if P::ONE_AT_A_TIME {
+                        let here = opaque(there - chunk * CHUNK as u32);
+                        let mut j = 0;
+                        while j < CHUNK as u32 && j < here {
+                            tile.add_group::<F, P, 2, NT>(&mut acc, j);
+                            j += 1;
+                        }
+                    } else {
+                        tile.add_group::<F, P, 2, NT>(&mut acc, 0);
+                        if chunk * (CHUNK as u32) + 1 < there {
+                            tile.add_group::<F, P, 2, NT>(&mut acc, 1);
+                        }
                     }
                     warp::sync_warp();
                     stage ^= 1;

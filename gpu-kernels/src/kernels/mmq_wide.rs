@@ -22,30 +22,20 @@ const CODES_BYTES: u32 = (WIDE * SPAN_GROUPS * 32) as u32;
 /// Floats of one plane.
 const PLANE: u32 = (WIDE * SPAN_GROUPS) as u32;
 
-/// Shared memory: where its arrays start, two stages each.
-struct Layout {
-    a: u32,
-    b: u32,
-    row_floats: u32,
-    column_floats: u32,
-    raw: u32,
-    columns: u32,
-    bytes: u32,
-}
-
-const fn layout<F: BlockFormat + Tiled>() -> Layout {
-    let a = 0;
-    let b = a + 2 * CODES_BYTES;
+/// Shared memory, two stages of each array: where codes of the weights and of the activations, floats of rows and of
+/// columns, raw row tiles and the list of columns start, and where it ends.
+const fn layout<F: BlockFormat + Tiled>() -> [u32; 7] {
+    let b = 2 * CODES_BYTES;
     let row_floats = b + 2 * CODES_BYTES;
     let column_floats = row_floats + 2 * 4 * PLANE * row_planes::<F>() as u32;
     let raw = column_floats + 2 * 4 * PLANE * column_planes::<F>() as u32;
     let columns = raw + 2 * WIDE_TILES * (ROWS * F::LAYOUT.span_bytes) as u32;
-    Layout { a, b, row_floats, column_floats, raw, columns, bytes: columns + 8 * WIDE as u32 }
+    [0, b, row_floats, column_floats, raw, columns, columns + 8 * WIDE as u32]
 }
 
 /// Shared memory of a CTA.
 pub const fn wide_bytes<F: BlockFormat + Tiled>() -> u32 {
-    layout::<F>().bytes
+    layout::<F>()[6]
 }
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
@@ -290,18 +280,18 @@ mod device {
         let n_tiles = work.part.n_rows.div_ceil(ROWS as u32);
         let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
 
-        let at = const { layout::<F>() };
+        let [a, b, row_floats, column_floats, raw, columns, _] = const { layout::<F>() };
         let codes = |at: u32| Codes(Smem::dynamic(at, 2 * CODES_BYTES / 16));
         let pipeline = Pipeline::<F> {
             scales: work.scales,
             w: w.offset(work.tile_at::<F>(tile)),
             n_groups: work.n_groups,
-            a: codes(at.a),
-            b: codes(at.b),
-            row_floats: Smem::dynamic(at.row_floats, 2 * Pipeline::<F>::ROW_FLOATS),
-            column_floats: Smem::dynamic(at.column_floats, 2 * Pipeline::<F>::COLUMN_FLOATS),
-            raw: Smem::dynamic(at.raw, 2 * WIDE_TILES * Pipeline::<F>::RAW_BYTES / 4),
-            columns: Smem::dynamic(at.columns, 2 * WIDE as u32),
+            a: codes(a),
+            b: codes(b),
+            row_floats: Smem::dynamic(row_floats, 2 * Pipeline::<F>::ROW_FLOATS),
+            column_floats: Smem::dynamic(column_floats, 2 * Pipeline::<F>::COLUMN_FLOATS),
+            raw: Smem::dynamic(raw, 2 * WIDE_TILES * Pipeline::<F>::RAW_BYTES / 4),
+            columns: Smem::dynamic(columns, 2 * WIDE as u32),
             format: PhantomData,
         };
         if thread < WIDE as u32 {

@@ -74,7 +74,8 @@ mod gpu {
             e += 32;
         }
         let sum = |v: u32| warp::sum_i32(v as i32) as u32;
-        let (pairs_before, tiles_before, tiles_in_all) = (sum(pairs_before), sum(tiles_before), sum(tiles_in_all));
+        let (pairs_before, tiles_before, tiles_in_all) =
+            (sum(pairs_before), sum(tiles_before), sum(tiles_in_all));
 
         let n_own = counts.ld(expert);
         let mut tile = thread;
@@ -237,8 +238,7 @@ mod host {
                     Buffer::Output(Expected::Exact(bytes_of(&tiles))),
                 ],
                 launches: Box::new(move |at| {
-                    let args =
-                        Args { ids: at[0], order: at[1], tiles: at[2], n_pairs, n_expert, tile_cols };
+                    let args = Args { ids: at[0], order: at[1], tiles: at[2], n_pairs, n_expert, tile_cols };
                     Ok(vec![launch(&args)?])
                 }),
             }

@@ -125,13 +125,17 @@ fn product_residual(program: &mut Program) {
 fn product_gate(program: &mut Program) {
     let mut at = 0;
     while at < program.actions.len() {
-        let Action::Gate(Gate { kind, gate: Place::Value(gate), up: Place::Value(up), out: Some(out), .. }) =
-            program.actions[at]
+        let Action::Gate(Gate {
+            kind, gate: Place::Value(gate), up: Place::Value(up), out: Some(out), ..
+        }) = program.actions[at]
         else {
             at += 1;
             continue;
         };
-        let alone = gate != up && product_glu(kind).is_some() && n_reads(program, gate) == 1 && n_reads(program, up) == 1;
+        let alone = gate != up
+            && product_glu(kind).is_some()
+            && n_reads(program, gate) == 1
+            && n_reads(program, up) == 1;
         let (g, u) = (writer(program, gate), writer(program, up));
         let merged = match (alone, g, u) {
             (true, Some(g), Some(u)) => merge_gate(program, g, u, gate, up),
@@ -191,7 +195,9 @@ fn add_norm(program: &mut Program) {
     for at in (1..program.actions.len()).rev() {
         let Action::Norm(norm) = program.actions[at] else { continue };
         let Place::Value(h) = norm.x else { continue };
-        let Action::Binary { kind: Binary::Add, a, b, n, period, out } = program.actions[at - 1] else { continue };
+        let Action::Binary { kind: Binary::Add, a, b, n, period, out } = program.actions[at - 1] else {
+            continue;
+        };
         if out == h && n == period && norm.add.is_none() && n == norm.rows * norm.cols && a != b {
             program.actions[at] = Action::Norm(Norm { x: a, add: Some((b, h)), ..norm });
             program.actions.remove(at - 1);
@@ -201,10 +207,7 @@ fn add_norm(program: &mut Program) {
 
 /// Moves the quantisation of a value into the action that writes it. `take` says whether that action can; it then
 /// writes the floats only if somebody else reads them.
-fn quantise_at_writer(
-    program: &mut Program,
-    take: impl Fn(&mut Action, Value, Acts, bool) -> bool,
-) {
+fn quantise_at_writer(program: &mut Program, take: impl Fn(&mut Action, Value, Acts, bool) -> bool) {
     let mut at = 0;
     while at < program.actions.len() {
         if let Action::Quantise { x: Place::Value(x), acts, .. } = program.actions[at]
@@ -257,7 +260,9 @@ fn rope_store(program: &mut Program) {
         let Some(&Action::Store(store)) = program.actions.get(at) else { continue };
         let Place::Value(k) = store.k else { continue };
         let Some(k_at) = rope_of(program, k).filter(|_| n_reads(program, k) == 1) else { continue };
-        let Action::Rope { rotation: k_rotation, table, n_rot, mode, .. } = program.actions[k_at] else { continue };
+        let Action::Rope { rotation: k_rotation, table, n_rot, mode, .. } = program.actions[k_at] else {
+            continue;
+        };
         // The queries' rotation is the nearest one before the store that uses the same table and is not the keys'.
         let q_at = (0..at).rev().find(|&i| {
             i != k_at
@@ -275,11 +280,8 @@ fn rope_store(program: &mut Program) {
         if read_between {
             continue;
         }
-        program.actions[at] = Action::Store(Store {
-            k: k_rotation.x,
-            rope: Some((q, table, n_rot, mode)),
-            ..store
-        });
+        program.actions[at] =
+            Action::Store(Store { k: k_rotation.x, rope: Some((q, table, n_rot, mode)), ..store });
         let mut gone: Vec<usize> = alloc::vec![k_at, q_at];
         gone.sort_unstable();
         for i in gone.into_iter().rev() {

@@ -32,11 +32,11 @@ use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
 pub use needs::Needs;
 use inputs::{InputAddresses, InputLayout};
-use memory::{Growing, Memory};
 pub use memory::Device;
+use memory::{Growing, Memory};
 use translate::{Addresses, Anywhere, WeightKey};
-pub use weights::Progress;
 use weights::DeviceWeights;
+pub use weights::Progress;
 
 use crate::backend::{Backend, BackendInfo, PlanId, Step};
 use crate::error::EngineError;
@@ -226,11 +226,7 @@ impl Cuda {
     }
 
     /// Copies the weights of a graph to the device ahead of its first run.
-    pub fn load(
-        &mut self,
-        graph: &Graph,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(), EngineError> {
+    pub fn load(&mut self, graph: &Graph, progress: &mut dyn FnMut(Progress)) -> Result<(), EngineError> {
         self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
     }
 
@@ -248,8 +244,8 @@ impl Cuda {
         let inputs = InputAddresses { block: self.inputs.at(), layout };
         let constants = RefCell::new(&mut self.constants);
         let placed = Placed { weights: &self.weights, inputs, constants };
-        let (mut program, values) =
-            translate::translate(&plan.graph, &placed).map_err(|(i, why)| unsupported(&plan.graph, i, why))?;
+        let (mut program, values) = translate::translate(&plan.graph, &placed)
+            .map_err(|(i, why)| unsupported(&plan.graph, i, why))?;
         self.rules.apply(&mut program);
         emit::add_scratch(&mut program, class, &self.info);
         let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();

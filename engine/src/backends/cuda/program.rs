@@ -227,31 +227,124 @@ pub enum Table {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // fields are named as in `Op`
 pub enum Action {
-    GetRows { table: Table, ids: Place, n: usize, cols: usize, out: Value },
+    GetRows {
+        table: Table,
+        ids: Place,
+        n: usize,
+        cols: usize,
+        out: Value,
+    },
     Norm(Norm),
-    Quantise { x: Place, n: usize, k: usize, acts: Acts },
+    Quantise {
+        x: Place,
+        n: usize,
+        k: usize,
+        acts: Acts,
+    },
     /// To 16 bits, in tiles.
-    Round { x: Place, format: FormatId, n: usize, k: usize, out: Value },
+    Round {
+        x: Place,
+        format: FormatId,
+        n: usize,
+        k: usize,
+        out: Value,
+    },
     Product(Product),
     ExpertProduct(ExpertProduct),
     /// Orders the step's (token, slot) pairs by expert, into tiles of so many columns.
-    SortExperts { ids: Place, n_pairs: usize, n_expert: usize, tile_cols: usize, order: Value, tiles: Value },
+    SortExperts {
+        ids: Place,
+        n_pairs: usize,
+        n_expert: usize,
+        tile_cols: usize,
+        order: Value,
+        tiles: Value,
+    },
     /// `frequencies`: radians per position of each pair, [n_rot / 2] sums of two floats.
-    RopeTable { positions: Place, frequencies: DevicePtr, factors: Option<Place>, magnitude: f32, n: usize, n_rot: usize, out: Value },
-    Rope { rotation: Rotation, table: Place, n_rot: usize, mode: RopeMode, n: usize },
+    RopeTable {
+        positions: Place,
+        frequencies: DevicePtr,
+        factors: Option<Place>,
+        magnitude: f32,
+        n: usize,
+        n_rot: usize,
+        out: Value,
+    },
+    Rope {
+        rotation: Rotation,
+        table: Place,
+        n_rot: usize,
+        mode: RopeMode,
+        n: usize,
+    },
     Store(Store),
     /// `partials` is the kernel's scratch.
-    Attention { q: Place, sinks: Option<Place>, params: AttentionParams, n: usize, out: Value, partials: Option<Value> },
-    Binary { kind: Binary, a: Place, b: Place, n: usize, period: usize, out: Value },
-    Unary { kind: Unary, x: Place, n: usize, out: Value },
-    Scale { x: Place, scale: f32, n: usize, out: Value },
-    Softcap { x: Place, cap: f32, n: usize, out: Value },
+    Attention {
+        q: Place,
+        sinks: Option<Place>,
+        params: AttentionParams,
+        n: usize,
+        out: Value,
+        partials: Option<Value>,
+    },
+    Binary {
+        kind: Binary,
+        a: Place,
+        b: Place,
+        n: usize,
+        period: usize,
+        out: Value,
+    },
+    Unary {
+        kind: Unary,
+        x: Place,
+        n: usize,
+        out: Value,
+    },
+    Scale {
+        x: Place,
+        scale: f32,
+        n: usize,
+        out: Value,
+    },
+    Softcap {
+        x: Place,
+        cap: f32,
+        n: usize,
+        out: Value,
+    },
     Gate(Gate),
-    MoeRoute { logits: Place, params: MoeRouteParams, n: usize, n_expert: usize, ids: Value, weights: Value },
-    MoeCombine { x: Place, weights: Place, n: usize, n_used: usize, cols: usize, out: Value },
-    RowGate { x: Place, gate: Place, n: usize, cols: usize, out: Value },
+    MoeRoute {
+        logits: Place,
+        params: MoeRouteParams,
+        n: usize,
+        n_expert: usize,
+        ids: Value,
+        weights: Value,
+    },
+    MoeCombine {
+        x: Place,
+        weights: Place,
+        n: usize,
+        n_used: usize,
+        cols: usize,
+        out: Value,
+    },
+    RowGate {
+        x: Place,
+        gate: Place,
+        n: usize,
+        cols: usize,
+        out: Value,
+    },
     /// Index of each row's largest element, the first of equal ones.
-    Argmax { x: Place, n: usize, cols: usize, out: Value, scratch: Value },
+    Argmax {
+        x: Place,
+        n: usize,
+        cols: usize,
+        out: Value,
+        scratch: Value,
+    },
 }
 
 /// Operations in order and the values they work on.
@@ -275,7 +368,11 @@ impl Program {
     /// New room for quantised activations [n, k].
     pub fn acts(&mut self, kind: ActKind, n: usize, k: usize) -> Acts {
         let q = self.value(n * k);
-        Acts { q, scales: self.value(n * k / 32 * size_of::<gpu_kernels::kernels::quantise_act::ActScale>()), kind }
+        Acts {
+            q,
+            scales: self.value(n * k / 32 * size_of::<gpu_kernels::kernels::quantise_act::ActScale>()),
+            kind,
+        }
     }
 
     /// What the planner needs to know, action by action.

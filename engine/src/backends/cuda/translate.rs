@@ -362,7 +362,8 @@ impl<'a> Translator<'a> {
             Op::RopeTable { positions, freq_factors, params } => {
                 let n = shape(*positions).elems();
                 let factors = self.opt_vector(*freq_factors)?;
-                let frequencies = self.addresses.constant(rope::frequencies(&scaling(params)).as_flattened())?;
+                let frequencies =
+                    self.addresses.constant(rope::frequencies(&scaling(params)).as_flattened())?;
                 let (positions, out) = (self.place(*positions), self.value(out()));
                 let (magnitude, n_rot) = (params.attn_factor, params.n_dims);
                 self.push(Action::RopeTable { positions, frequencies, factors, magnitude, n, n_rot, out });

@@ -4,7 +4,9 @@ use alloc::{boxed::Box, vec, vec::Vec};
 
 use quant::FormatId;
 
-use super::{CAUSAL, MERGE_THREADS, NO_SEQUENCE, PAGE, PER_TOKEN, ROWS, SPAN, TRANSFORM, Tile};
+use super::{
+    CAUSAL, MAX_DIM_V, MERGE_THREADS, NO_SEQUENCE, PAGE, PER_TOKEN, PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile,
+};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
@@ -230,6 +232,40 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         (true, true) => args.scale / args.softcap,
     };
     let dims = [cache.head_dim_k, cache.head_dim_v];
+    if dims[0] > 576 || dims[1] > MAX_DIM_V as usize {
+        return Err(shape("head_dim", "at most (576, 512)", dims[0].max(dims[1])));
+    }
+    let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+    let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM);
+    let addresses =
+        [step.positions, step.token_sequences, step.sequences, step.pages, args.sinks, args.slopes];
+    let sizes = [
+        n_tokens,
+        n_head,
+        n_head_kv,
+        dims[0] as u32,
+        dims[1] as u32,
+        row_bytes[0],
+        row_bytes[1],
+        cache.type_k as u32,
+        cache.type_v as u32,
+    ];
+    if args.geometry == Geometry::Plain {
+        // Its scores are natural logarithms throughout.
+        let scale = if args.softcap != 0.0 { args.scale / args.softcap } else { args.scale };
+        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out);
+        let params = addresses.iter().fold(params, |params, &at| params.with(at));
+        let params = sizes.iter().fold(params, |params, &size| params.with(size));
+        let attention = Launch {
+            entry: "flash_plain",
+            grid: [(n_tokens * n_head).div_ceil(PLAIN_WARPS), 1, 1],
+            cta: 32 * PLAIN_WARPS,
+            cluster: 1,
+            smem_bytes: 4 * PLAIN_WARPS * MAX_DIM_V,
+            params: params.with(flags).with(window).with(scale).with(args.softcap),
+        };
+        return Ok(Launches { attention, merge: None });
+    }
     let class = Class::of([cache.type_k, cache.type_v]);
     let decode = args.geometry != Geometry::Prefill;
     // In the order of the tables: prefill finds its own tile of a head before that of decode.
@@ -242,7 +278,11 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
             v.class == class && holds && v.tile.smem_bytes() <= args.smem_per_cta_bytes
         })
         .ok_or_else(|| {
-            shape("head_dim", "at most (576, 512), and as shared memory allows", dims[0].max(dims[1]))
+            shape(
+                "shared memory per CTA",
+                "enough for the head's smallest tile",
+                args.smem_per_cta_bytes as usize,
+            )
         })?;
     let tile = variant.tile;
     let n_spans = match args.geometry {
@@ -254,40 +294,17 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     } else {
         (step.n_tokens * group).div_ceil(tile.rows())
     };
-    let flag = |on: bool, bit: u32| if on { bit } else { 0 };
-    let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM) | flag(decode, PER_TOKEN);
+    let flags = flags | flag(decode, PER_TOKEN);
+    let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(args.scratch);
+    let params = addresses.iter().fold(params, |params, &at| params.with(at));
+    let params = sizes.iter().fold(params, |params, &size| params.with(size));
     let attention = Launch {
         entry: variant.entry,
         grid: [check.size("tiles", tiles)?, n_head_kv, n_spans.max(1)],
         cta: 32 * (tile.sharers * tile.row_groups) as u32,
         cluster: 1,
         smem_bytes: tile.smem_bytes(),
-        params: Params::new()
-            .with(args.q)
-            .with(cache.k)
-            .with(cache.v)
-            .with(args.out)
-            .with(args.scratch)
-            .with(step.positions)
-            .with(step.token_sequences)
-            .with(step.sequences)
-            .with(step.pages)
-            .with(args.sinks)
-            .with(args.slopes)
-            .with(n_tokens)
-            .with(n_head)
-            .with(n_head_kv)
-            .with(cache.head_dim_k as u32)
-            .with(cache.head_dim_v as u32)
-            .with(row_bytes[0])
-            .with(row_bytes[1])
-            .with(cache.type_k as u32)
-            .with(cache.type_v as u32)
-            .with(flags)
-            .with(window)
-            .with(scale)
-            .with(args.softcap)
-            .with(n_spans),
+        params: params.with(flags).with(window).with(scale).with(args.softcap).with(n_spans),
     };
     let merge = (n_spans > 0).then(|| Launch {
         entry: "flash_merge",
@@ -356,6 +373,10 @@ pub struct Flash;
 #[derive(Debug)]
 pub struct FlashSplit;
 
+/// The row of what GPUs before sm_80 get.
+#[derive(Debug)]
+pub struct FlashPlain;
+
 /// One case. The tokens of a step are the last ones of each sequence, in order.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)] // the contract's names
@@ -388,6 +409,31 @@ pub const BASE: Case = Case {
     slopes: false,
     geometry: Geometry::Decode,
 };
+
+const PLAIN: Case = Case { geometry: Geometry::Plain, ..BASE };
+
+/// A large model's heads.
+const BENCH_BASE: Case = Case { dims: [128, 128], n_head: 32, n_head_kv: 8, ..BASE };
+/// numbers.md's: head 256, 4 KV heads of 6.
+const BENCH_256: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
+
+const fn split(len: usize) -> Geometry {
+    Geometry::Split { n_spans: len.div_ceil(SPAN) }
+}
+
+/// Shapes to time: one query over a long cache, then many.
+pub const BENCH: &[Case] = &[
+    Case { sequences: &[(4096, 1)], geometry: split(4096), ..BENCH_BASE },
+    Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
+    Case { sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
+    Case { types: [FormatId::Q8_0; 2], sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
+    Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_256 },
+    Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
+    Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
+];
 
 /// Inputs of a case on the host.
 pub struct Data {
@@ -756,6 +802,40 @@ impl Kernel for FlashSplit {
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
         &[super::attend::SPLIT_DECODE, super::attend::SPLIT_PREFILL];
+
+    fn problem(case: &Case, random: &mut Random) -> Problem {
+        problem(case, random)
+    }
+    fn bytes(case: &Case) -> u64 {
+        bytes(case)
+    }
+    fn flops(case: &Case) -> u64 {
+        flops(case)
+    }
+}
+
+impl Kernel for FlashPlain {
+    const NAME: &'static str = "flash_plain";
+    type Case = Case;
+    const CASES: &'static [Case] = &[
+        Case { sequences: &[(300, 2), (0, 0), (1, 1)], ..PLAIN },
+        Case {
+            types: [FormatId::F32; 2],
+            dims: [72, 80],
+            sequences: &[(33, 33)],
+            n_head: 3,
+            n_head_kv: 1,
+            ..PLAIN
+        },
+        Case { types: [FormatId::BF16, FormatId::Q8_0], sequences: &[(70, 3)], causal: false, ..PLAIN },
+        Case { types: [FormatId::Q4_0, FormatId::Q4_1], window: 40, sinks: true, ..PLAIN },
+        Case { types: [FormatId::Q5_0, FormatId::Q5_1], softcap: 5.0, slopes: true, ..PLAIN },
+        Case { types: [FormatId::Q8_0, FormatId::BF16], dims: [576, 512], n_head: 1, n_head_kv: 1, ..PLAIN },
+    ];
+    /// All in f32.
+    const NMSE_MAX: f64 = 1e-10;
+    #[cfg(feature = "emu")]
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::plain::ENTRIES];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)

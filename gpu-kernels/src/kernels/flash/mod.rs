@@ -81,6 +81,8 @@ mod host;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod merge;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod plain;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod store;
@@ -99,6 +101,10 @@ const ROWS: usize = 16;
 
 /// Columns of the table of a tile's rows.
 const TABLE_COLUMNS: usize = 6;
+/// Warps of a CTA without tensor cores.
+const PLAIN_WARPS: u32 = 4;
+/// Most elements of a value row.
+const MAX_DIM_V: u32 = 512;
 /// Threads of a merging CTA.
 const MERGE_THREADS: u32 = 128;
 
