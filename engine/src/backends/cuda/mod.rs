@@ -339,13 +339,7 @@ impl Backend for Cuda {
 
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
         let class = SizeClass::of(step);
-        let mut heads: Vec<usize> = Vec::new();
-        for layer in self.kv.iter().flat_map(|kv| &kv.layout.layers) {
-            if !heads.contains(&layer.n_head_kv) {
-                heads.push(layer.n_head_kv);
-            }
-        }
-        let layout = InputLayout::new(step.tokens.len(), step.output_rows.len(), &heads);
+        let layout = InputLayout::new(step.tokens.len(), step.output_rows.len());
         // As many pages as there are: the block need not grow with the sequences.
         let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages).max(step.pages.len());
         self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
