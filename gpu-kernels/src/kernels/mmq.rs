@@ -1115,7 +1115,7 @@ mod host {
     };
 
     /// The shapes that prefill and batches of an 8B model have, and a mixture's.
-    pub const BENCH: &[Case] = &[
+    const BENCH: &[Case] = &[
         plain(FormatId::Q4_0, Cut::Wide, &[4096], 14336, 512),
         plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 512),
         plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 2048),
@@ -1248,6 +1248,23 @@ mod host {
             }
         }
 
+        /// What the activations are.
+        fn act(&self) -> ActKind {
+            struct Act;
+            impl Visitor for Act {
+                type Output = ActKind;
+
+                fn block<F: BlockFormat>(self) -> ActKind {
+                    F::ACT
+                }
+
+                fn float<F: FloatFormat>(self) -> ActKind {
+                    unreachable!("{:?} has no blocks", F::ID)
+                }
+            }
+            with_format(self.format, Act).expect("cases name formats of weights")
+        }
+
         /// Each part's product, without what follows.
         fn products<T: Sum>(&self, data: &Data) -> (ActKind, Vec<Vec<T>>) {
             let pairs = data.ids.iter().enumerate();
@@ -1338,6 +1355,7 @@ mod host {
         const NAME: &'static str = "mmq";
         type Case = Case;
         const CASES: &'static [Case] = CASES;
+        const BENCH: &'static [Case] = BENCH;
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
@@ -1345,7 +1363,13 @@ mod host {
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let case = *case;
             let data = case.data(random);
-            let (kind, mut products) = case.products::<f64>(&data);
+            let (kind, mut products) = if random.is_timing() {
+                let n_outputs = case.n_outputs();
+                let zeros = case.n_rows.iter().map(|n_rows| vec![0.0; n_outputs * n_rows]).collect();
+                (case.act(), zeros)
+            } else {
+                case.products::<f64>(&data)
+            };
             if case.added {
                 for ((values, bias), &n_rows) in products.iter_mut().zip(&data.biases).zip(case.n_rows) {
                     for (i, value) in values.iter_mut().enumerate() {
@@ -1367,6 +1391,11 @@ mod host {
                 buffers: case.buffers(&data, kind, products),
                 launches: Box::new(move |at| Ok(vec![case.launch(at)?])),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            let fused = case.glu.is_some() || case.added;
+            crate::kernels::mmvq::peer(case.format, case.n_rows, case.k, case.n_cols, fused, case.mixture)
         }
 
         fn bytes(case: &Case) -> u64 {

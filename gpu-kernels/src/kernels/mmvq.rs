@@ -634,6 +634,9 @@ mod host {
     /// Random weights of a format, as bytes and decoded.
     pub struct Weights<'a>(pub &'a mut Random, pub usize);
 
+    /// Weights that a problem for timing has of its own.
+    const TIMED_WEIGHTS: usize = 1 << 16;
+
     impl Visitor for Weights<'_> {
         type Output = (Vec<u8>, Vec<f32>);
 
@@ -641,6 +644,12 @@ mod host {
         /// decode to numbers of ordinary size: a random scale may be infinite.
         fn block<F: BlockFormat>(self) -> Self::Output {
             let Weights(random, n) = self;
+            if random.is_timing() && n > TIMED_WEIGHTS {
+                // The same ones again and again: some encoders take microseconds for a weight.
+                let (some, _) = Weights(random, TIMED_WEIGHTS).block::<F>();
+                let bytes = n / F::ELEMS * size_of::<F>();
+                return (some.into_iter().cycle().take(bytes).collect(), vec![0.0; n]);
+            }
             let mut blocks = vec![F::zeroed(); n / F::ELEMS];
             match F::ENCODE {
                 quant::format::Encode::Yes => F::encode_row(&random.values(n), None, &mut blocks),
@@ -699,10 +708,78 @@ mod host {
         }
     }
 
+    const fn timed(format: FormatId, rows: &'static [usize], k: usize, n_cols: usize) -> Case {
+        Case { format, rows, k, n_cols, glu: None, extras: false, mixture: None }
+    }
+
+    /// Decode of an 8B model, in every format that models come in; batches; one expert layer of a mixture.
+    const BENCH: &[Case] = &[
+        timed(FormatId::Q4_0, &[4096], 14336, 1),
+        timed(FormatId::Q4_1, &[4096], 14336, 1),
+        timed(FormatId::Q5_0, &[4096], 14336, 1),
+        timed(FormatId::Q5_1, &[4096], 14336, 1),
+        timed(FormatId::Q8_0, &[4096], 14336, 1),
+        timed(FormatId::Q2_K, &[4096], 14336, 1),
+        timed(FormatId::Q3_K, &[4096], 14336, 1),
+        timed(FormatId::Q4_K, &[4096], 14336, 1),
+        timed(FormatId::Q5_K, &[4096], 14336, 1),
+        timed(FormatId::Q6_K, &[4096], 14336, 1),
+        timed(FormatId::IQ1_S, &[4096], 14336, 1),
+        timed(FormatId::IQ1_M, &[4096], 14336, 1),
+        timed(FormatId::IQ2_XXS, &[4096], 14336, 1),
+        timed(FormatId::IQ2_XS, &[4096], 14336, 1),
+        timed(FormatId::IQ2_S, &[4096], 14336, 1),
+        timed(FormatId::IQ3_XXS, &[4096], 14336, 1),
+        timed(FormatId::IQ3_S, &[4096], 14336, 1),
+        timed(FormatId::IQ4_NL, &[4096], 14336, 1),
+        timed(FormatId::IQ4_XS, &[4096], 14336, 1),
+        timed(FormatId::MXFP4, &[4096], 14336, 1),
+        timed(FormatId::Q4_0, &[14336], 4096, 1),
+        timed(FormatId::Q4_0, &[4096], 4096, 1),
+        timed(FormatId::Q4_0, &[128_256], 4096, 1),
+        timed(FormatId::Q8_0, &[14336], 4096, 1),
+        timed(FormatId::Q8_0, &[4096], 4096, 1),
+        timed(FormatId::Q4_0, &[4096], 14336, 4),
+        timed(FormatId::Q4_0, &[4096], 14336, 8),
+        timed(FormatId::Q8_0, &[4096], 14336, 4),
+        timed(FormatId::Q8_0, &[4096], 14336, 8),
+        timed(FormatId::Q4_K, &[4096], 14336, 4),
+        timed(FormatId::Q4_K, &[4096], 14336, 8),
+        timed(FormatId::IQ2_XXS, &[4096], 14336, 8),
+        timed(FormatId::IQ3_XXS, &[4096], 14336, 8),
+        Case { mixture: Some((128, 8, false)), ..timed(FormatId::Q4_0, &[768], 2048, 1) },
+        Case { mixture: Some((128, 8, false)), ..timed(FormatId::Q8_0, &[768], 2048, 1) },
+        Case { mixture: Some((128, 8, false)), ..timed(FormatId::Q4_K, &[768], 2048, 1) },
+    ];
+
+    /// ggml's name of a product: of one matrix, with nothing fused.
+    pub(crate) fn peer(
+        format: FormatId,
+        rows: &[usize],
+        k: usize,
+        n_cols: usize,
+        fused: bool,
+        mixture: Option<(usize, usize, bool)>,
+    ) -> Option<alloc::string::String> {
+        let &[m] = rows else { return None };
+        let ty = alloc::format!("{format:?}").to_ascii_lowercase();
+        // ggml writes its super-block formats with a capital K.
+        let ty = ty.strip_suffix("_k").map_or(ty.clone(), |stem| alloc::format!("{stem}_K"));
+        match mixture {
+            _ if fused => None,
+            None => Some(alloc::format!("MUL_MAT(type_a={ty},type_b=f32,m={m},n={n_cols},k={k},")),
+            Some((n_mats, n_used, false)) => Some(alloc::format!(
+                "MUL_MAT_ID(type_a={ty},type_b=f32,n_mats={n_mats},n_used={n_used},b=0,m={m},n={n_cols},k={k}"
+            )),
+            Some((.., true)) => None,
+        }
+    }
+
     impl Kernel for Mmvq {
         const NAME: &'static str = "mmvq";
         type Case = Case;
         const CASES: &'static [Case] = super::CASES;
+        const BENCH: &'static [Case] = BENCH;
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE];
@@ -726,8 +803,11 @@ mod host {
                     let weights = with_format(format, Weights(random, n_rows * k));
                     let (blocks, _) = weights.expect("cases name formats of weights");
                     tiles.extend(tile::pack(format, &blocks, n_rows, k));
-                    let product = with_format(format, Product { blocks: &blocks, x: &x, k });
-                    let (of, product) = product.expect("cases name formats of weights");
+                    // For timing, of one row.
+                    let timed = if random.is_timing() { blocks.len() / n_rows } else { blocks.len() };
+                    let product = with_format(format, Product { blocks: &blocks[..timed], x: &x, k });
+                    let (of, mut product) = product.expect("cases name formats of weights");
+                    product.resize(n_x * n_rows, 0.0);
                     kind = of;
                     products.push(product);
                 }
@@ -787,6 +867,10 @@ mod host {
                     Ok(vec![launch(&Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture })?])
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            peer(case.format, case.rows, case.k, case.n_cols, case.glu.is_some() || case.extras, case.mixture)
         }
 
         fn bytes(case: &Case) -> u64 {
