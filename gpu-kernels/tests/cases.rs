@@ -45,6 +45,7 @@ macro_rules! kernels {
 
 kernels! {
     dequantise
+    peak
     repack
     get_rows
     quantise_act
@@ -72,6 +73,8 @@ kernels! {
     moe_sort
     flash
     flash_split
+    flash_plain
+    kv_store
 }
 
 #[test]
