@@ -41,7 +41,7 @@ pub struct Limits {
     pub head_bytes: usize,
     /// Bytes of a body.
     pub body_bytes: usize,
-    /// Bytes that wait for a client that does not read; beyond, it is cut off.
+    /// Bytes that wait for a client that does not read; beyond, a stream is cut off and requests sent ahead wait.
     pub output_bytes: usize,
     /// Connections at a time.
     pub connections: usize,
@@ -215,6 +215,7 @@ impl<'m> Server<'m> {
         if let Some(connection) = self.connections.get_mut(&id).filter(|_| n > 0) {
             connection.out.drain(..n.min(connection.out.len()));
             connection.wrote_ms = now_ms;
+            self.advance(id, now_ms);
         }
     }
 
@@ -273,7 +274,7 @@ impl<'m> Server<'m> {
         for (&id, c) in &mut self.connections {
             let since = |then: u64| now_ms.saturating_sub(then);
             if !c.out.is_empty() {
-                if since(c.wrote_ms) > limits.write_ms || c.out.len() > limits.output_bytes {
+                if since(c.wrote_ms) > limits.write_ms {
                     cut.push(id);
                 }
             } else if let Some(exchange) = &c.exchange {
@@ -325,7 +326,10 @@ impl<'m> Server<'m> {
 
     /// Answers requests in the reader until one takes steps.
     fn advance(&mut self, id: ConnectionId, now_ms: u64) {
-        while let Some(c) = self.connections.get_mut(&id).filter(|c| !c.closing && c.exchange.is_none()) {
+        let max = self.config.limits.output_bytes;
+        // A client that asks ahead and does not read waits, too.
+        let is_ready = |c: &&mut Connection| !c.closing && c.exchange.is_none() && c.out.len() <= max;
+        while let Some(c) = self.connections.get_mut(&id).filter(is_ready) {
             match c.reader.poll() {
                 Ok(None) => return,
                 Ok(Some(Incoming::Continue)) => {
@@ -752,7 +756,9 @@ impl<'m> Server<'m> {
             // What the client sent ahead.
             self.advance(id, now_ms);
         }
-        if self.connections.get(&id).is_some_and(|c| c.out.len() > self.config.limits.output_bytes) {
+        // A whole answer may be longer; a stream that nobody reads has no end.
+        let max = self.config.limits.output_bytes;
+        if self.connections.get(&id).is_some_and(|c| c.exchange.is_some() && c.out.len() > max) {
             self.cut_off(id);
         }
     }
