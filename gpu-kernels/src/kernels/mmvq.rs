@@ -310,25 +310,34 @@ mod gpu {
 
                 let mut acc = [[0.0f32; COLS]; TILES];
                 const { assert!(SPAN_GROUPS == 8) };
+                // For older GPUs ptxas would schedule all groups, or all columns, at once and spill. A branch that always
+                // goes one way keeps it to one of them.
+                let groups_left = if cfg!(sm_ge_70) { groups } else { math::opaque(groups) };
+                let columns_left = if cfg!(sm_ge_61) { COLS as u32 } else { math::opaque(COLS as u32) };
                 unroll!(G in 0..8 {
-                    let weights: [Group; TILES] = core::array::from_fn(|t| {
-                        block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
-                    });
-                    let mut c = 0;
-                    while c < COLS {
-                        let at = (c * SPAN_GROUPS + G) as u32;
-                        let [U32x4(low), U32x4(high)] = [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
-                        let act = Staged::load::<F>(stage.scales, at);
-                        let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-                        let mut t = 0;
-                        while t < TILES {
-                            let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
-                            // Groups beyond a short span hold nothing; without a branch.
-                            let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
-                            acc[t][c] = if there { sum } else { acc[t][c] };
-                            t += 1;
+                    if (G as u32) < groups_left {
+                        let weights: [Group; TILES] = core::array::from_fn(|t| {
+                            block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
+                        });
+                        let mut c = 0;
+                        while c < COLS {
+                            if (c as u32) < columns_left {
+                                let at = (c * SPAN_GROUPS + G) as u32;
+                                let [U32x4(low), U32x4(high)] =
+                                    [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
+                                let act = Staged::load::<F>(stage.scales, at);
+                                let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
+                                let mut t = 0;
+                                while t < TILES {
+                                    let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
+                                    // Groups beyond a short span hold nothing; without a branch.
+                                    let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
+                                    acc[t][c] = if there { sum } else { acc[t][c] };
+                                    t += 1;
+                                }
+                            }
+                            c += 1;
                         }
-                        c += 1;
                     }
                 });
                 let mut t = 0;
@@ -397,7 +406,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            FEW: threads(512);
+            FEW: threads(512, 1);
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
                 concat!("mmvq_", stringify!($id), "_n1") => entries!(@entry $module, 1);
@@ -408,7 +417,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            MORE: threads(256);
+            MORE: threads(256, 1);
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
                 concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
