@@ -45,6 +45,7 @@ macro_rules! kernels {
 
 kernels! {
     dequantise
+    peak
     repack
     get_rows
     quantise_act

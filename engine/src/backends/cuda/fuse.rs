@@ -263,6 +263,10 @@ fn rope_store(program: &mut Program) {
         let Action::Rope { rotation: k_rotation, table, n_rot, mode, .. } = program.actions[k_at] else {
             continue;
         };
+        // What the kernel of both takes.
+        if n_rot % 8 != 0 || k_rotation.head_dim % 8 != 0 {
+            continue;
+        }
         // The queries' rotation is the nearest one before the store that uses the same table and is not the keys'.
         let q_at = (0..at).rev().find(|&i| {
             i != k_at

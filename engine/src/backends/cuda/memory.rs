@@ -70,9 +70,4 @@ impl Growing {
     pub fn at(&self) -> DevicePtr {
         self.memory.as_ref().map_or(DevicePtr::NULL, Memory::at)
     }
-
-    /// How long it is.
-    pub fn bytes(&self) -> usize {
-        self.memory.as_ref().map_or(0, Memory::bytes)
-    }
 }

@@ -13,6 +13,7 @@ mod fuse;
 pub mod hosted;
 mod inputs;
 mod memory;
+pub mod needs;
 mod program;
 mod translate;
 mod weights;
@@ -29,6 +30,7 @@ use gpu_kernels::modules::{FindModule, Modules};
 
 use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
+pub use needs::Needs;
 use inputs::{InputAddresses, InputLayout};
 pub use memory::Device;
 use memory::{Growing, Memory};
@@ -228,14 +230,17 @@ impl Cuda {
         self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
     }
 
+    /// Bytes of device memory that the weights take.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
     fn generation(&self) -> [u64; 3] {
         [self.arena.generation, self.inputs.generation, self.kv_generation]
     }
 
     /// Makes a plan's launches.
     fn ready(&mut self, plan: &Plan, layout: InputLayout, class: SizeClass) -> Result<Ready, EngineError> {
-        let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages);
-        self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
         let inputs = InputAddresses { block: self.inputs.at(), layout };
         let constants = RefCell::new(&mut self.constants);
         let placed = Placed { weights: &self.weights, inputs, constants };
@@ -334,14 +339,13 @@ impl Backend for Cuda {
 
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
         let class = SizeClass::of(step);
+        let layout = InputLayout::new(step.tokens.len(), step.output_rows.len());
+        // As many pages as there are: the block need not grow with the sequences.
+        let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages).max(step.pages.len());
+        self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
         let prepared = &self.plans[&plan.0];
         let stale = prepared.ready.get(&class).is_none_or(|r| r.generation != self.generation());
         if stale {
-            let mut heads: Vec<usize> =
-                self.kv.iter().flat_map(|kv| &kv.layout.layers).map(|layer| layer.n_head_kv).collect();
-            heads.sort_unstable();
-            heads.dedup();
-            let layout = InputLayout::new(step.tokens.len(), step.output_rows.len(), &heads);
             let plan_of = prepared.plan.clone();
             let ready = self.ready(&plan_of, layout, class)?;
             self.plans.get_mut(&plan.0).expect("a prepared plan").ready.insert(class, ready);
