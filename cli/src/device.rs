@@ -123,16 +123,30 @@ impl Compute {
             );
         }
         if n == 0 {
-            ui::say(format!("{name}: not even one layer fits into {} free; all are on the CPU", ui::bytes(free)));
+            ui::say(format!(
+                "{name}: not even one layer fits into {} free; all are on the CPU",
+                ui::bytes(free)
+            ));
             return cpu(model, pool);
         }
         let on = if n > n_layer { "all layers".to_owned() } else { format!("{n} of {n_layer} layers") };
-        let plan = format!("{name} ({}): {on}, {}, {} free", info.name, parts(&needs.share(n)), ui::bytes(free));
-        if n > n_layer { ui::detail(plan) } else { ui::say(plan) }
+        let plan =
+            format!("{name} ({}): {on}, {}, {} free", info.name, parts(&needs.share(n)), ui::bytes(free));
+        if n > n_layer {
+            ui::detail(plan)
+        } else {
+            ui::say(plan)
+        }
 
         let mut gpu = Cuda::new(device.clone(), pool.clone(), model.weights().clone());
         let placement = Placement::last_layers(n_layer, n);
-        let shape = StepShape { n_tokens: 1, n_outputs: 1, embeddings: params.embeddings, taps: false };
+        let shape = StepShape {
+            n_tokens: 1,
+            n_outputs: 1,
+            embeddings: params.embeddings,
+            greedy: false,
+            taps: false,
+        };
         let graph = placement.part(&model.graph(params.n_ctx, shape), model.weights(), 1);
         let bar = ui::bytes_bar(0, "to the GPU");
         gpu.load(&graph, &mut |progress| {

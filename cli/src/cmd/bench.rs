@@ -15,8 +15,8 @@ use engine::{Batch, Context, ContextParams, Model};
 use serde_json::{Value, json};
 
 use crate::args::{BenchArgs, BenchOutput};
-use crate::exit::usage;
 use crate::device::Compute;
+use crate::exit::usage;
 use crate::load::{Files, context};
 use crate::quantize::file_type::FileType;
 use crate::{machine, ui};
@@ -103,10 +103,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         Some(peak) => (peak, "copied on the GPU, read and written".to_owned()),
         None => (machine::read_bandwidth(most), format!("read with {most} thread(s)")),
     };
-    ui::say(format!(
-        "memory bandwidth: {:.1} GB/s {how}, measured; % of peak is of this",
-        peak / 1e9
-    ));
+    ui::say(format!("memory bandwidth: {:.1} GB/s {how}, measured; % of peak is of this", peak / 1e9));
 
     let report = Report { args, model: &model, gpu: compute.gpu_name(), peak, first_row: Cell::new(true) };
     report.begin()?;
