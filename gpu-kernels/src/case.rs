@@ -24,12 +24,20 @@ pub trait Kernel: 'static {
     const CASES: &'static [Self::Case];
     /// Largest mean squared error allowed, relative to the mean square of the reference. The contract says why.
     const NMSE_MAX: f64;
+    /// Shapes to time: those of models.
+    const BENCH: &'static [Self::Case] = &[];
     /// The entries, for the emulator.
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]];
 
-    /// Inputs, launch and expected outputs of a case.
+    /// Inputs, launch and expected outputs of a case. For timing ([`Random::is_timing`]) expected outputs count only by
+    /// their size, so a reference that would take long may be left out.
     fn problem(case: &Self::Case, random: &mut Random) -> Problem;
+    /// What ggml's `test-backend-ops perf` calls the same work: the start of its line.
+    fn peer(case: &Self::Case) -> Option<String> {
+        let _ = case;
+        None
+    }
     /// Bytes that a case must move to and from memory.
     fn bytes(case: &Self::Case) -> u64;
     /// Arithmetic operations of a case.
@@ -44,10 +52,16 @@ pub trait AnyKernel: Sync {
     fn nmse_max(&self) -> f64;
     /// Number of cases.
     fn n_cases(&self) -> usize;
+    /// Number of shapes to time. They are the cases from [`AnyKernel::n_cases`] on.
+    fn n_bench(&self) -> usize;
     /// Case `i` in words.
     fn label(&self, i: usize) -> String;
     /// The problem of case `i`, from a seed.
     fn problem(&self, i: usize, seed: u64) -> Problem;
+    /// The problem of case `i` for timing.
+    fn bench(&self, i: usize, seed: u64) -> Problem;
+    /// [`Kernel::peer`] of case `i`.
+    fn peer(&self, i: usize) -> Option<String>;
     /// [`Kernel::bytes`] of case `i`.
     fn bytes(&self, i: usize) -> u64;
     /// [`Kernel::flops`] of case `i`.
@@ -55,6 +69,11 @@ pub trait AnyKernel: Sync {
     /// [`Kernel::ENTRIES`].
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]];
+}
+
+fn case<K: Kernel>(i: usize) -> &'static K::Case {
+    let n_cases = K::CASES.len();
+    if i < n_cases { &K::CASES[i] } else { &K::BENCH[i - n_cases] }
 }
 
 impl<K: Kernel + Sync> AnyKernel for K {
@@ -67,17 +86,26 @@ impl<K: Kernel + Sync> AnyKernel for K {
     fn n_cases(&self) -> usize {
         K::CASES.len()
     }
+    fn n_bench(&self) -> usize {
+        K::BENCH.len()
+    }
     fn label(&self, i: usize) -> String {
-        format!("{:?}", K::CASES[i])
+        format!("{:?}", case::<K>(i))
     }
     fn problem(&self, i: usize, seed: u64) -> Problem {
-        K::problem(&K::CASES[i], &mut Random::new(seed))
+        K::problem(case::<K>(i), &mut Random::new(seed))
+    }
+    fn bench(&self, i: usize, seed: u64) -> Problem {
+        K::problem(case::<K>(i), &mut Random::for_timing(seed))
+    }
+    fn peer(&self, i: usize) -> Option<String> {
+        K::peer(case::<K>(i))
     }
     fn bytes(&self, i: usize) -> u64 {
-        K::bytes(&K::CASES[i])
+        K::bytes(case::<K>(i))
     }
     fn flops(&self, i: usize) -> u64 {
-        K::flops(&K::CASES[i])
+        K::flops(case::<K>(i))
     }
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]] {
@@ -123,11 +151,15 @@ pub enum Expected {
     F16(Vec<f64>),
     /// As bf16.
     Bf16(Vec<f64>),
+    /// Anything, in this many bytes: for timing, or for what only a later launch of the problem reads.
+    Unchecked(usize),
 }
 
 impl Expected {
-    fn bytes(&self) -> usize {
+    /// Bytes of the output.
+    pub fn bytes(&self) -> usize {
         match self {
+            Expected::Unchecked(bytes) => *bytes,
             Expected::Exact(bytes) => bytes.len(),
             Expected::Same { bytes, .. } => *bytes,
             Expected::F32(values) => 4 * values.len(),
@@ -249,6 +281,7 @@ fn compare(buffer: usize, expected: &Expected, got: &[u8], nmse_max: f64) -> Res
                 }
             };
         }
+        Expected::Unchecked(_) => return Ok(0.0),
         Expected::F32(values) => {
             let got = got.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes).into());
             (values.clone(), got.collect())
@@ -281,18 +314,31 @@ fn compare(buffer: usize, expected: &Expected, got: &[u8], nmse_max: f64) -> Res
 
 /// Numbers for inputs: SplitMix64, so that a seed means the same everywhere.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub struct Random {
+    state: u64,
+    timing: bool,
+}
 
 impl Random {
     /// The sequence of a seed.
     pub fn new(seed: u64) -> Random {
-        Random(seed)
+        Random { state: seed, timing: false }
+    }
+
+    /// The same, for a problem that is only timed.
+    pub fn for_timing(seed: u64) -> Random {
+        Random { state: seed, timing: true }
+    }
+
+    /// Whether the problem is only timed, so that its expected outputs need not be right.
+    pub fn is_timing(&self) -> bool {
+        self.timing
     }
 
     /// 64 bits.
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)

@@ -125,6 +125,11 @@ impl Backend for Cpu {
 
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
         let plan = &self.plans[&plan.0];
+        for (tensor, given) in step.given {
+            let slot = plan.slot(*tensor).expect("what is given is an activation");
+            let ([], [to]) = self.memory.arena.views([], [slot]);
+            to.copy_from_slice(given);
+        }
         self.memory.token_types.clear();
         self.memory.token_types.resize(step.tokens.len(), 0);
         let rows = step.positions.iter().zip(step.token_sequences);
@@ -331,6 +336,14 @@ impl<'a> Run<'a> {
                 let (x, w, out) = (self.slot(*x), self.slot(*weights), self.slot(out()));
                 let ([x, w], [out]) = self.memory.arena.views([x, w], [out]);
                 moe::combine(x, w, n_used, out);
+                Ok(())
+            }
+            Op::Argmax { x } => {
+                let (cols, x, out) = (self.plan.shape(*x).cols(), self.slot(*x), self.slot(out()));
+                let ([x], [ids]) = self.memory.arena.views([x], [out]);
+                for (id, row) in ids.iter_mut().zip(x.chunks_exact(cols)) {
+                    *id = f32::from_bits(crate::sampler::argmax(row));
+                }
                 Ok(())
             }
             Op::RowGate { x, gate } => {
