@@ -510,7 +510,7 @@ mod host {
     };
 
     /// The shapes that prefill and batches of an 8B model have, and a mixture's.
-    pub const BENCH: &[Case] = &[
+    const BENCH: &[Case] = &[
         plain(FormatId::Q4_0, Cut::Wide, &[4096], 14336, 512),
         plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 512),
         plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 2048),
@@ -525,7 +525,7 @@ mod host {
         plain(FormatId::Q8_0, Cut::Narrow16, &[4096], 14336, 16),
         plain(FormatId::Q4_K, Cut::Narrow16, &[4096], 14336, 16),
         Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::Wide, &[14336; 2], 4096, 512) },
-        Case { mixture: Some((128, 8, false)), ..plain(FormatId::Q4_0, Cut::Narrow32, &[768], 2048, 512) },
+        Case { mixture: Some((128, 8, true)), ..plain(FormatId::Q4_0, Cut::Narrow32, &[768], 2048, 512) },
     ];
 
     /// The rows of a matrix (or of an expert of one) times columns, each with a matrix of its own choice.
@@ -577,8 +577,30 @@ mod host {
         }
     }
 
+    /// Which rows of the weights are made.
+    #[derive(Clone, Copy)]
+    enum Rows {
+        All,
+        /// One row tile, for all of them: to time a large shape, whose values do not matter.
+        OneTile,
+    }
+
+    /// How a format rounds activations.
+    struct KindOf;
+
+    impl Visitor for KindOf {
+        type Output = ActKind;
+        fn block<F: BlockFormat>(self) -> ActKind {
+            F::ACT
+        }
+        fn float<F: FloatFormat>(self) -> ActKind {
+            unreachable!("{:?} has no blocks", F::ID)
+        }
+    }
+
     /// A case's data.
     struct Data {
+        rows: Rows,
         ids: Vec<u32>,
         x: Vec<f32>,
         /// Blocks of each part.
@@ -609,15 +631,20 @@ mod host {
             if self.glu.is_some() { 1 } else { self.n_rows.len() }
         }
 
-        fn data(&self, random: &mut Random) -> Data {
+        fn data(&self, random: &mut Random, rows: Rows) -> Data {
             let n_outputs = self.n_outputs();
             let weights = self.n_rows.iter().map(|n_rows| {
-                let weights = with_format(self.format, Weights(random, self.n_expert() * n_rows * self.k));
+                let n_rows = match rows {
+                    Rows::All => self.n_expert() * n_rows,
+                    Rows::OneTile => ROWS,
+                };
+                let weights = with_format(self.format, Weights(random, n_rows * self.k));
                 weights.expect("cases name formats of weights").0
             });
             let weights = weights.collect();
             let added = |n: usize, random: &mut Random| if self.added { random.values(n) } else { vec![] };
             Data {
+                rows,
                 weights,
                 ids: (0..n_outputs).map(|_| random.below(self.n_expert() as u64) as u32).collect(),
                 x: random.values(n_outputs / self.pairs_per_x() * self.k),
@@ -649,27 +676,33 @@ mod host {
         }
 
         /// Buffers of a problem with these outputs: q, scales, order, tiles; of each part w, bias, residual; the outputs.
-        fn buffers(&self, data: &Data, kind: ActKind, outputs: Vec<Vec<f64>>) -> Vec<Buffer> {
+        fn buffers(&self, data: &Data, kind: ActKind, outputs: Vec<Expected>) -> Vec<Buffer> {
             let (q, scales) = quantise_act::reference(kind, &data.x);
             let (order, tiles) =
                 crate::kernels::moe_sort::reference(&data.ids, self.n_expert(), self.cut.cols());
             let mut buffers = vec![bytes_of(&q), bytes_of(&scales), bytes_of(&order), bytes_of(&tiles)];
             for (i, &n_rows) in self.n_rows.iter().enumerate() {
-                let experts = data.weights[i].chunks(data.weights[i].len() / self.n_expert());
-                buffers
-                    .push(experts.flat_map(|rows| tile::pack(self.format, rows, n_rows, self.k)).collect());
+                let (n_expert, weights) = (self.n_expert(), &data.weights[i]);
+                buffers.push(match data.rows {
+                    Rows::All => {
+                        let experts = weights.chunks(weights.len() / n_expert);
+                        experts.flat_map(|rows| tile::pack(self.format, rows, n_rows, self.k)).collect()
+                    }
+                    Rows::OneTile => tile::pack(self.format, weights, ROWS, self.k)
+                        .repeat(n_expert * n_rows.div_ceil(ROWS)),
+                });
                 buffers.extend([bytes_of(&data.biases[i]), bytes_of(&data.residuals[i])]);
             }
             let buffers = buffers.into_iter().map(Buffer::Input);
-            buffers.chain(outputs.into_iter().map(|values| Buffer::Output(Expected::F32(values)))).collect()
+            buffers.chain(outputs.into_iter().map(Buffer::Output)).collect()
         }
 
         /// The first part's product in the contract's order, and the buffers of the problem.
         #[cfg(all(test, feature = "emu"))]
         pub(super) fn chained(&self, random: &mut Random) -> (Vec<f32>, Vec<Buffer>) {
-            let data = self.data(random);
+            let data = self.data(random, Rows::All);
             let (kind, products) = self.products::<f32>(&data);
-            let outputs = products.iter().map(|values| vec![0.0; values.len()]).collect();
+            let outputs = products.iter().map(|values| Expected::Unchecked(4 * values.len())).collect();
             (products.into_iter().next().expect("a part"), self.buffers(&data, kind, outputs))
         }
 
@@ -709,12 +742,40 @@ mod host {
         type Case = Case;
         const CASES: &'static [Case] = CASES;
         const NMSE_MAX: f64 = 1e-11;
+        const BENCH: &'static [Case] = BENCH;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
 
+        fn bench(case: &Case, random: &mut Random) -> Problem {
+            let case = *case;
+            let data = case.data(random, Rows::OneTile);
+            let kind = with_format(case.format, KindOf).expect("cases name formats of weights");
+            let written = &case.n_rows[..case.n_written()];
+            let outputs = written.iter().map(|n_rows| Expected::Unchecked(4 * case.n_outputs() * n_rows));
+            Problem {
+                buffers: case.buffers(&data, kind, outputs.collect()),
+                launches: Box::new(move |at| Ok(vec![case.launch(at)?])),
+            }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            let &[m] = case.n_rows else { return None };
+            let Case { format, k, n_cols: n, mixture, .. } = *case;
+            let format = info(format).name.to_lowercase();
+            Some(match mixture {
+                None => alloc::format!("MUL_MAT(type_a={format},type_b=f32,m={m},n={n},k={k},"),
+                Some((n_mats, n_used, b)) => {
+                    let b = u8::from(!b);
+                    alloc::format!(
+                        "MUL_MAT_ID(type_a={format},type_b=f32,n_mats={n_mats},n_used={n_used},b={b},m={m},n={n},k={k}"
+                    )
+                }
+            })
+        }
+
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let case = *case;
-            let data = case.data(random);
+            let data = case.data(random, Rows::All);
             let (kind, products) = case.products::<f64>(&data);
             let up = case.glu.map(|glu| (glu, products[1].as_slice()));
             let outputs = products[..case.n_written()].iter().enumerate().map(|(p, sums)| {
@@ -727,7 +788,7 @@ mod host {
                 };
                 epilogue_reference(sums, up, bias(p), bias(1), |i| at(&data.residuals[p], i))
             });
-            let outputs = outputs.collect();
+            let outputs = outputs.map(Expected::F32).collect();
             Problem {
                 buffers: case.buffers(&data, kind, outputs),
                 launches: Box::new(move |at| Ok(vec![case.launch(at)?])),
