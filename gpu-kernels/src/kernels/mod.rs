@@ -10,6 +10,7 @@ pub mod elementwise;
 pub mod flash;
 pub mod get_rows;
 pub mod glu;
+pub mod kv_store;
 pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
