@@ -220,6 +220,12 @@ mod host {
             case(SWIGLU_OAI, 4, 512, false, Output::Act(ActKind::Q8K)),
         ];
         const NMSE_MAX: f64 = 1e-12;
+        const BENCH: &'static [Case] = &[
+            case(SILU, 1, 14_336, false, Output::Act(ActKind::Q8K)),
+            case(SILU, 512, 14_336, false, Output::F32),
+            case(SILU, 512, 14_336, false, Output::Act(ActKind::Q8K)),
+            case(Kind::Plain(Function::GeluErf), 512, 14_336, false, Output::F32),
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 
@@ -248,6 +254,10 @@ mod host {
                     n,
                 })
             })
+        }
+
+        fn bench(case: &Case, random: &mut Random) -> Problem {
+            output::last_launch(Self::problem(case, random))
         }
 
         fn bytes(case: &Case) -> u64 {
