@@ -240,24 +240,22 @@ mod host {
                 .map(|i| reference(kind, values[i], values[up_start + i]))
                 .collect();
             let buffers = vec![Buffer::Input(bytes_of(&values))];
-            output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
-                launch(&Args {
-                    kind,
-                    gate: at[0],
-                    gate_stride: stride,
-                    up: at[0].offset(4 * up_start as u64),
-                    up_stride: stride,
-                    output,
-                    y,
-                    scales,
-                    n_rows,
-                    n,
-                })
-            })
-        }
-
-        fn bench(case: &Case, random: &mut Random) -> Problem {
-            output::last_launch(Self::problem(case, random))
+            let problem =
+                output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
+                    launch(&Args {
+                        kind,
+                        gate: at[0],
+                        gate_stride: stride,
+                        up: at[0].offset(4 * up_start as u64),
+                        up_stride: stride,
+                        output,
+                        y,
+                        scales,
+                        n_rows,
+                        n,
+                    })
+                });
+            if random.is_timing() { output::last_launch(problem) } else { problem }
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -236,14 +236,12 @@ mod host {
                 })
             };
             let given = [optional(weight.as_deref()), optional(bias.as_deref())];
-            output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
-                let [weight, bias] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
-                launch(&Args { x: at[0], weight, bias, output, y, scales, n_rows, n, eps })
-            })
-        }
-
-        fn bench(case: &Case, random: &mut Random) -> Problem {
-            output::last_launch(Self::problem(case, random))
+            let problem =
+                output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
+                    let [weight, bias] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
+                    launch(&Args { x: at[0], weight, bias, output, y, scales, n_rows, n, eps })
+                });
+            if random.is_timing() { output::last_launch(problem) } else { problem }
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -382,15 +382,13 @@ mod host {
                 buffers.push(Buffer::Output(Expected::Exact(bytes_of(&h))));
                 buffers.len() - 1
             });
-            output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
-                let [residual, weight, add] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
-                let h = h_at.map_or(DevicePtr::NULL, |i| at[i]);
-                launch(&Args { x: at[0], residual, h, weight, add, output, y, scales, n_rows, n, eps })
-            })
-        }
-
-        fn bench(case: &Case, random: &mut Random) -> Problem {
-            output::last_launch(Self::problem(case, random))
+            let problem =
+                output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
+                    let [residual, weight, add] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
+                    let h = h_at.map_or(DevicePtr::NULL, |i| at[i]);
+                    launch(&Args { x: at[0], residual, h, weight, add, output, y, scales, n_rows, n, eps })
+                });
+            if random.is_timing() { output::last_launch(problem) } else { problem }
         }
 
         fn bytes(case: &Case) -> u64 {
