@@ -2,9 +2,9 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, layer_norm, mmf, mmf32,
-    mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak, quantise_act, repack, rms_norm, rope, round_act,
-    sample, set_rows, softmax, top_k,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, kv_store, layer_norm, mmf,
+    mmf32, mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak, quantise_act, repack, rms_norm, rope,
+    round_act, sample, set_rows, softmax, top_k,
 };
 
 /// The rows.
@@ -32,6 +32,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &top_k::TopK,
     &flash::Flash,
     &flash::FlashSplit,
+    &flash::FlashPlain,
+    &kv_store::KvStore,
     &argsort::Argsort,
     &cumsum::Cumsum,
     &sample::Sample,

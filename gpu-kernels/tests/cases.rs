@@ -73,6 +73,8 @@ kernels! {
     moe_sort
     flash
     flash_split
+    flash_plain
+    kv_store
 }
 
 #[test]

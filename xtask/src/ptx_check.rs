@@ -11,8 +11,9 @@ use std::process::Command;
 use gpu_kernels::case::AnyKernel;
 use gpu_kernels::registry::{self, KERNELS};
 use ptx_build::ptxas::{self, Ptxas, Resources};
-use ptx_build::{CHECKS, Compiler, DEBIAN_PACKAGES, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
+use ptx_build::{CHECKS, Compiler, DEBIAN_PACKAGES, Kernels, Module, PtxError, TIERS, Tier};
 
+use crate::apt;
 use crate::args;
 use crate::error::TaskError;
 use crate::process;
@@ -97,7 +98,7 @@ pub fn compiler(workspace: &Workspace) -> Result<Compiler, TaskError> {
     let build_dir = build_dir(workspace)?;
     match Compiler::find(&build_dir) {
         Err(PtxError::NoCompiler { reasons }) => {
-            install_compiler().map_err(|reason| {
+            apt::install(&DEBIAN_PACKAGES).map_err(|reason| {
                 let reasons = reasons.into_iter().chain([reason]).collect();
                 TaskError::Ptx(PtxError::NoCompiler { reasons })
             })?;
@@ -160,25 +161,4 @@ fn make_executable(path: &Path) -> Result<(), TaskError> {
 #[cfg(not(unix))]
 fn make_executable(_path: &Path) -> Result<(), TaskError> {
     Ok(())
-}
-
-fn install_compiler() -> Result<(), String> {
-    let apt = || {
-        let mut command = Command::new("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    };
-    let root = process::capture(Command::new("id").arg("-u")).is_ok_and(|uid| uid.trim() == "0");
-    if !root || !process::works(apt().arg("--version")) {
-        return Err(format!("not root on a Debian, so run `{INSTALL_COMMAND}` yourself"));
-    }
-    eprintln!("{INSTALL_COMMAND}");
-    let install =
-        || process::works(apt().args(["install", "-y", "--no-install-recommends"]).args(DEBIAN_PACKAGES));
-    // A fresh machine has no package lists, an old one stale ones.
-    if install() || (process::works(apt().arg("update")) && install()) {
-        Ok(())
-    } else {
-        Err(format!("`{INSTALL_COMMAND}` failed"))
-    }
 }

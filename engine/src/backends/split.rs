@@ -73,10 +73,74 @@ impl Placement {
         // Tied embeddings are input and output at once: it depends on what is done with them.
         if name.starts_with("output") || matches!(op, Op::MatMul { .. }) { self.output } else { self.input }
     }
+
+    /// Device of each node; `None` for nodes that every reader runs itself.
+    fn assign(&self, graph: &Graph, weights: &Weights) -> Vec<Option<usize>> {
+        let mut devices: Vec<Option<usize>> = Vec::with_capacity(graph.nodes.len());
+        let mut last = self.input;
+        for node in &graph.nodes {
+            if matches!(node.op, Op::RopeTable { .. }) {
+                devices.push(None);
+                continue;
+            }
+            let device = match &node.op {
+                Op::KvStore { il, .. } => Some(self.layers[*il]),
+                Op::Attention { params, .. } => Some(self.layers[params.il]),
+                op => {
+                    let mut found = None;
+                    op.for_each_input(|t| {
+                        if let Storage::Weight { weight, .. } = graph.tensor(graph.base(t)).storage {
+                            found.get_or_insert(self.of_weight(&weights.get(weight).name, op));
+                        }
+                    });
+                    found
+                }
+            };
+            last = device.unwrap_or(last);
+            devices.push(Some(last));
+        }
+        devices
+    }
+
+    /// The nodes of each part, in order: (device, node indices).
+    fn cut(&self, graph: &Graph, weights: &Weights) -> Vec<(usize, Vec<usize>)> {
+        let devices = self.assign(graph, weights);
+        let mut parts: Vec<(usize, Vec<usize>)> = Vec::new();
+        for (i, device) in devices.iter().enumerate() {
+            let Some(device) = *device else { continue };
+            if parts.last().is_none_or(|(d, _)| *d != device) {
+                parts.push((device, Vec::new()));
+            }
+            if let Some((_, nodes)) = parts.last_mut() {
+                nodes.push(i);
+            }
+        }
+        // Every part that reads a table makes it itself, first.
+        for (i, device) in devices.iter().enumerate() {
+            if device.is_some() {
+                continue;
+            }
+            for (_, nodes) in &mut parts {
+                let reads = nodes.iter().any(|&n| reads(graph, &graph.nodes[n], &graph.nodes[i].outputs));
+                if reads {
+                    nodes.insert(0, i);
+                }
+            }
+        }
+        parts
+    }
+
+    /// The nodes that run on a device, as a graph: what a backend there is asked to load.
+    pub fn part(&self, graph: &Graph, weights: &Weights, device: usize) -> Graph {
+        let cut = self.cut(graph, weights);
+        let mine = cut.iter().filter(|(d, _)| *d == device).flat_map(|(_, nodes)| nodes);
+        let nodes = mine.map(|&n| graph.nodes[n].clone()).collect();
+        Graph { tensors: graph.tensors.clone(), nodes, outputs: Vec::new() }
+    }
 }
 
 /// The layer that a weight's name says.
-fn layer_of(name: &str) -> Option<usize> {
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 
@@ -116,62 +180,6 @@ impl Split {
         assert!(all.into_iter().all(|d| *d < backends.len()), "{placement:?} of {} devices", backends.len());
         Split { backends, placement, weights, plans: BTreeMap::new(), next_plan: 0 }
     }
-
-    /// Device of each node; `None` for nodes that every reader runs itself.
-    fn assign(&self, graph: &Graph) -> Vec<Option<usize>> {
-        let mut devices: Vec<Option<usize>> = Vec::with_capacity(graph.nodes.len());
-        let mut last = self.placement.input;
-        for node in &graph.nodes {
-            if matches!(node.op, Op::RopeTable { .. }) {
-                devices.push(None);
-                continue;
-            }
-            let device = match &node.op {
-                Op::KvStore { il, .. } => Some(self.placement.layers[*il]),
-                Op::Attention { params, .. } => Some(self.placement.layers[params.il]),
-                op => {
-                    let mut found = None;
-                    op.for_each_input(|t| {
-                        if let Storage::Weight { weight, .. } = graph.tensor(graph.base(t)).storage {
-                            found.get_or_insert(self.placement.of_weight(&self.weights.get(weight).name, op));
-                        }
-                    });
-                    found
-                }
-            };
-            last = device.unwrap_or(last);
-            devices.push(Some(last));
-        }
-        devices
-    }
-
-    /// The nodes of each part, in order: (device, node indices).
-    fn cut(&self, graph: &Graph) -> Vec<(usize, Vec<usize>)> {
-        let devices = self.assign(graph);
-        let mut parts: Vec<(usize, Vec<usize>)> = Vec::new();
-        for (i, device) in devices.iter().enumerate() {
-            let Some(device) = *device else { continue };
-            if parts.last().is_none_or(|(d, _)| *d != device) {
-                parts.push((device, Vec::new()));
-            }
-            if let Some((_, nodes)) = parts.last_mut() {
-                nodes.push(i);
-            }
-        }
-        // Every part that reads a table makes it itself, first.
-        for (i, device) in devices.iter().enumerate() {
-            if device.is_some() {
-                continue;
-            }
-            for (_, nodes) in &mut parts {
-                let reads = nodes.iter().any(|&n| reads(graph, &graph.nodes[n], &graph.nodes[i].outputs));
-                if reads {
-                    nodes.insert(0, i);
-                }
-            }
-        }
-        parts
-    }
 }
 
 /// Whether a node reads one of these tensors.
@@ -196,7 +204,7 @@ impl Backend for Split {
     }
 
     fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String> {
-        let parts = self.cut(graph);
+        let parts = self.placement.cut(graph, &self.weights);
         let mine = |i: &usize| core::ptr::eq(&raw const graph.nodes[*i], core::ptr::from_ref(node));
         for (device, nodes) in &parts {
             if nodes.iter().any(mine) {
@@ -222,7 +230,7 @@ impl Backend for Split {
 
     fn prepare(&mut self, plan: Arc<Plan>) -> Result<PlanId, EngineError> {
         let graph = &plan.graph;
-        let cut = self.cut(graph);
+        let cut = self.placement.cut(graph, &self.weights);
         let mut wrote: BTreeMap<TensorId, usize> = BTreeMap::new();
         for (p, (_, nodes)) in cut.iter().enumerate() {
             for &n in nodes {

@@ -34,7 +34,7 @@ mod device {
     use quant::act::ActKind;
     use quant::{BlockFormat, Group};
 
-    use super::{column_planes, halved, row_planes};
+    use super::halved;
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     use crate::device::mma;
     use crate::device::{F32x2, F32x4, Smem, U32x4, math, thread};
@@ -67,6 +67,8 @@ mod device {
         type A: Copy;
         /// A lane's part of 8 columns.
         type B: Copy + Default;
+        /// Whether one group at a time fills the machine: then code for several side by side only takes registers.
+        const ONE_AT_A_TIME: bool;
         /// Group `j` of 16 rows from `row` on.
         fn a<const GROUPS: usize>(codes: Codes<GROUPS>, row: u32, j: u32) -> Self::A;
         /// Group `j` of 16 columns from `column` on, as two of 8.
@@ -92,6 +94,7 @@ mod device {
     impl Product for TensorCores {
         type A = [u32; 4];
         type B = [u32; 2];
+        const ONE_AT_A_TIME: bool = false;
 
         #[inline(always)]
         #[track_caller]
@@ -127,16 +130,17 @@ mod device {
         }
     }
 
-    /// `dp4a` on words from shared memory, for GPUs without int8 tensor cores.
-    #[cfg(any(not(target_arch = "nvptx64"), not(sm_ge_75)))]
+    /// `dp4a` on words from shared memory, for GPUs without int8 tensor cores; on the host, for tests.
+    #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
     pub struct Dp4a;
 
-    #[cfg(any(not(target_arch = "nvptx64"), not(sm_ge_75)))]
+    #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
     impl Product for Dp4a {
         /// Two rows' words.
         type A = [[u32; 8]; 2];
         /// Where the first column's group starts, by column and group: columns are read when they are needed.
         type B = [u32; 2];
+        const ONE_AT_A_TIME: bool = true;
 
         #[inline(always)]
         #[track_caller]
@@ -179,7 +183,7 @@ mod device {
     }
 
     /// A row's group.
-    #[cfg(any(not(target_arch = "nvptx64"), not(sm_ge_75)))]
+    #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
     #[inline(always)]
     #[track_caller]
     fn words<const GROUPS: usize>(codes: Codes<GROUPS>, row: u32, j: u32) -> [u32; 8] {
@@ -204,9 +208,8 @@ mod device {
         let signed = |word: u32| {
             if F::BIAS == 0 { word } else { (word + (128 - F::BIAS) as u32 * 0x0101_0101) ^ 0x8080_8080 }
         };
-        let [a, b, c, d, e, f, g, h] = group.codes.map(signed);
-        codes.0.st(Codes::<GROUPS>::index(row, 2 * j), U32x4([a, b, c, d]));
-        codes.0.st(Codes::<GROUPS>::index(row, 2 * j + 1), U32x4([e, f, g, h]));
+        let codes_of_group = group.codes.map(signed);
+        put_codes(codes, row, j, codes_of_group);
         let place = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
         let put = |plane: usize, value: f32| {
             floats.st((plane * GROUPS * ROWS) as u32 + j * ROWS as u32 + place, value);
@@ -222,6 +225,15 @@ mod device {
                 put(n_scales + 1, group.offset[1]);
             }
         }
+    }
+
+    /// A group's codes, without the bias.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    fn put_codes<const GROUPS: usize>(codes: Codes<GROUPS>, row: u32, j: u32, group: [u32; 8]) {
+        let [a, b, c, d, e, f, g, h] = group;
+        codes.0.st(Codes::<GROUPS>::index(row, 2 * j), U32x4([a, b, c, d]));
+        codes.0.st(Codes::<GROUPS>::index(row, 2 * j + 1), U32x4([e, f, g, h]));
     }
 
     /// Stores the floats of group `j` of column `column` into planes `[plane][group][column]`.
@@ -283,8 +295,27 @@ mod device {
             acc: &mut Accumulators<MT, NT>,
             j: u32,
         ) {
+            match const { (halved::<F>(), F::HAS_OFFSET) } {
+                (false, false) => self.add::<P, false, false, MT, NT>(acc, j),
+                (false, true) => self.add::<P, false, true, MT, NT>(acc, j),
+                (true, false) => self.add::<P, true, false, MT, NT>(acc, j),
+                (true, true) => self.add::<P, true, true, MT, NT>(acc, j),
+            }
+        }
+
+        /// [`Tile::add_group`], by what it needs to know of the format: for the host, which compiles it once for all.
+        #[cfg_attr(target_arch = "nvptx64", inline(always))]
+        #[track_caller]
+        fn add<P: Product, const HALVED: bool, const OFFSET: bool, const MT: usize, const NT: usize>(
+            &self,
+            acc: &mut Accumulators<MT, NT>,
+            j: u32,
+        ) {
             const { assert!(MT.is_multiple_of(2) && NT.is_multiple_of(2) && ROWS.is_multiple_of(32)) };
             let (g, t) = (thread::lane_id() / 4, thread::lane_id() % 4);
+            let n_scales = 1 + HALVED as usize;
+            let row_planes = n_scales * (1 + OFFSET as usize);
+            let column_planes = 1 + n_scales * OFFSET as usize;
 
             let mut b = [P::B::default(); NT];
             // Scale and offsets' values of each column pair.
@@ -295,7 +326,7 @@ mod device {
                     [b[n], b[n + 1]] = P::b(self.b, self.column + 8 * n as u32, j);
                 }
                 let mut plane = 0;
-                while plane < column_planes::<F>() {
+                while plane < column_planes {
                     let at = (plane * GROUPS * COLS) as u32 + j * COLS as u32 + self.column + 8 * n as u32;
                     columns[plane][n] = self.column_floats.cast::<F32x2>().ld(at / 2 + t).0;
                     plane += 1;
@@ -309,7 +340,7 @@ mod device {
             while m < MT {
                 if m % 2 == 0 {
                     let mut plane = 0;
-                    while plane < row_planes::<F>() {
+                    while plane < row_planes {
                         let at = (plane * GROUPS * ROWS) as u32 + j * ROWS as u32 + self.row + 16 * m as u32;
                         rows[plane] = self.row_floats.cast::<F32x4>().ld(at / 4 + g).0;
                         plane += 1;
@@ -325,22 +356,21 @@ mod device {
                         math::fma(math::mul(row(plane, r), column(0, c)), float(sum), acc)
                     };
                     let out = &mut acc[m][n];
-                    if halved::<F>() {
+                    if HALVED {
                         let [first, second] = P::halves(self.b, a, b[n]);
                         unroll!(E in 0..4 {
                             out[E] = scaled(out[E], 0, E / 2, E % 2, first[E]);
                             out[E] = scaled(out[E], 1, E / 2, E % 2, second[E]);
-                            if F::HAS_OFFSET {
-                                out[E] = math::fma(row(2, E / 2), column(1, E % 2), out[E]);
-                                out[E] = math::fma(row(3, E / 2), column(2, E % 2), out[E]);
-                            }
                         });
                     } else {
                         let sums = P::whole(self.b, a, b[n]);
+                        unroll!(E in 0..4 { out[E] = scaled(out[E], 0, E / 2, E % 2, sums[E]); });
+                    }
+                    if OFFSET {
                         unroll!(E in 0..4 {
-                            out[E] = scaled(out[E], 0, E / 2, E % 2, sums[E]);
-                            if F::HAS_OFFSET {
-                                out[E] = math::fma(row(1, E / 2), column(1, E % 2), out[E]);
+                            out[E] = math::fma(row(n_scales, E / 2), column(1, E % 2), out[E]);
+                            if HALVED {
+                                out[E] = math::fma(row(n_scales + 1, E / 2), column(2, E % 2), out[E]);
                             }
                         });
                     }

@@ -14,8 +14,8 @@ use gpu_kernels::kernels::mmq::{self, Cut};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
 use gpu_kernels::kernels::{
-    argmax, epilogue, get_rows, glu, layer_norm, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
-    quantise_act, rms_norm, rope, round_act, set_rows,
+    argmax, get_rows, glu, kv_store, layer_norm, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
+    quantise_act, rms_norm, rope, round_act,
 };
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
 use quant::FormatId;
@@ -26,8 +26,8 @@ use super::program::{
     Table, Value,
 };
 use crate::backend::Step;
-use crate::kv_cache::KvLayout;
-use crate::op::{self, AttentionParams, Binary, KvPart, RopeMode, Unary};
+use crate::kv_cache::{KvLayer, KvLayout};
+use crate::op::{self, AttentionParams, Binary, RopeMode, Unary};
 use crate::plan::Slot;
 
 /// Most tokens whose products with block formats go to the matrix × vector kernel.
@@ -36,7 +36,7 @@ pub const MMVQ_MAX_COLS: usize = mmvq::MAX_COLS;
 pub const MMVF_MAX_PLAIN_COLS: usize = 8;
 
 /// Positions in a span of the cache: what attention sums before it adds anything else.
-const KV_SPAN: usize = 256;
+pub const KV_SPAN: usize = 256;
 /// Tokens of one sequence from which on attention works on tiles of them.
 const PREFILL_TOKENS: usize = 16;
 
@@ -145,12 +145,6 @@ pub struct KvAddresses<'a> {
     pub layout: &'a KvLayout,
     /// Per layer: keys, values.
     pub parts: &'a [[DevicePtr; 2]],
-}
-
-impl KvAddresses<'_> {
-    fn at(&self, il: usize, part: KvPart) -> DevicePtr {
-        self.parts[il][part as usize]
-    }
 }
 
 /// The product's own gate for a function, if it has it.
@@ -471,25 +465,13 @@ impl Emit<'_> {
         match x {
             Factor::Acts(acts) => {
                 let (q, scales) = (self.value(acts.q), self.value(acts.scales));
+                let (parts, mixture) = (&matrices[..], None);
+                let product = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
                 if n <= MMVQ_MAX_COLS {
-                    let (parts, mixture) = (&matrices[..], None);
-                    let args = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
-                    return Ok(mmvq::launch(&args)?);
+                    return Ok(mmvq::launch(&product)?);
                 }
                 let cut = Cut::choose(format, rows, n, self.device.smem_per_cta_bytes);
-                let (parts, glu) = int8_terms(&matrices, glu);
-                let (n_cols, mixture) = (n, None);
-                Ok(mmq::launch(&mmq::Args {
-                    format,
-                    cut,
-                    parts: &parts,
-                    glu,
-                    q,
-                    scales,
-                    k,
-                    n_cols,
-                    mixture,
-                })?)
+                Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
             }
             Factor::Floats(x) if format == FormatId::F32 => {
                 let (parts, x, n_cols, mixture) = (&matrices[..], self.place(x), n, None);
@@ -535,38 +517,23 @@ impl Emit<'_> {
         let pairs_per_x = if p.per_used { 1 } else { p.n_used };
         match p.x {
             Factor::Acts(acts) => {
-                let (q, scales, k) = (self.value(acts.q), self.value(acts.scales), p.k);
-                if let Some(sorted) = p.sorted {
-                    let n_expert = p.parts[0].w.n_expert;
-                    let mixture = mmq::Mixture {
-                        order: self.value(sorted.order),
-                        tiles: self.value(sorted.tiles),
-                        n_tiles: moe_sort::max_tiles(n_pairs, n_expert, sorted.cut.cols()),
-                        pairs_per_x,
-                    };
-                    let (parts, glu) = int8_terms(&matrices, glu);
-                    return one(mmq::launch(&mmq::Args {
-                        format,
-                        cut: sorted.cut,
-                        parts: &parts,
-                        glu,
-                        q,
-                        scales,
-                        k,
-                        n_cols: n_pairs,
-                        mixture: Some(mixture),
-                    }));
-                }
-                one(mmvq::launch(&product::Args {
+                let product = product::Args {
                     format,
                     parts: &matrices,
                     glu,
-                    q,
-                    scales,
-                    k,
+                    q: self.value(acts.q),
+                    scales: self.value(acts.scales),
+                    k: p.k,
                     n_cols: n_pairs / pairs_per_x,
                     mixture: Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x }),
-                }))
+                };
+                let Some(Sorted { order, tiles, cut }) = p.sorted else { return one(mmvq::launch(&product)) };
+                let sorted = mmq::Sorted {
+                    order: self.value(order),
+                    tiles: self.value(tiles),
+                    n_expert: p.parts[0].w.n_expert,
+                };
+                one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }))
             }
             Factor::Floats(x) => {
                 let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
@@ -581,8 +548,13 @@ impl Emit<'_> {
         }
     }
 
-    fn kv(&self) -> Result<KvAddresses<'_>, Refusal> {
-        self.kv.ok_or_else(|| Refusal::Words(String::from("there is no cache yet")))
+    /// A layer's part of the cache.
+    fn cache(&self, il: usize) -> Result<flash::Cache, Refusal> {
+        let kv = self.kv.ok_or_else(|| Refusal::Words(String::from("there is no cache yet")))?;
+        let KvLayer { n_head_kv, head_dim_k, head_dim_v } = kv.layout.layers[il];
+        let [k, v] = kv.parts[il];
+        let KvLayout { type_k, type_v, .. } = *kv.layout;
+        Ok(flash::Cache { k, v, type_k, type_v, n_head_kv, head_dim_k, head_dim_v })
     }
 
     fn attention(
@@ -594,17 +566,8 @@ impl Emit<'_> {
         out: Value,
         partials: Option<Value>,
     ) -> Result<Vec<Launch>, Refusal> {
-        let kv = self.kv()?;
         let launches = flash::launch(&flash::Args {
-            cache: flash::Cache {
-                k: kv.at(p.il, KvPart::K),
-                v: kv.at(p.il, KvPart::V),
-                type_k: kv.layout.type_k,
-                type_v: kv.layout.type_v,
-                n_head_kv: p.n_head_kv,
-                head_dim_k: p.head_dim_k,
-                head_dim_v: p.head_dim_v,
-            },
+            cache: self.cache(p.il)?,
             step: flash::Step {
                 positions: self.inputs.positions(),
                 token_sequences: self.inputs.token_sequences(),
@@ -622,6 +585,7 @@ impl Emit<'_> {
             window: p.window as usize,
             scale: p.scale,
             softcap: p.softcap,
+            smem_per_cta_bytes: self.device.smem_per_cta_bytes,
             geometry: match partials {
                 None if self.class.prefill || self.device.sm < 80 => {
                     self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv)
@@ -634,39 +598,23 @@ impl Emit<'_> {
     }
 
     fn store(&self, store: &Store) -> Result<Vec<Launch>, Refusal> {
-        let kv = self.kv()?;
-        let n_head_kv = kv.layout.layers[store.il].n_head_kv;
-        let part = |src: Place, part: KvPart| {
-            set_rows::launch(&set_rows::Args {
-                to: kv.layout.format(part),
-                src: self.place(src),
-                ids: set_rows::Ids::I32(self.inputs.kv_rows(n_head_kv)),
-                dst: kv.at(store.il, part),
-                n_rows: store.n * n_head_kv,
-                n: kv.layout.head_dim(store.il, part),
-            })
-        };
-        Ok(vec![part(store.k, KvPart::K)?, part(store.v, KvPart::V)?])
+        let rope = store.rope.map(|(q, table, n_rot, mode)| kv_store::Rope {
+            table: self.place(table),
+            q: self.place(q.x),
+            q_out: self.value(q.out),
+            n_head: q.heads,
+            n_rot,
+            mode: rope_mode(mode),
+        });
+        one(kv_store::launch(&kv_store::Args {
+            k: self.place(store.k),
+            v: self.place(store.v),
+            cells: self.inputs.cells(),
+            cache: self.cache(store.il)?,
+            n_tokens: store.n,
+            rope,
+        }))
     }
-}
-
-fn int8_terms(
-    parts: &[product::Matrix],
-    glu: Option<product::Glu>,
-) -> (Vec<mmq::Matrix>, Option<epilogue::Glu>) {
-    let matrix = |m: &product::Matrix| mmq::Matrix {
-        w: m.w,
-        bias: m.bias,
-        residual: m.residual,
-        y: m.y,
-        n_rows: m.n_rows,
-    };
-    let glu = glu.map(|glu| match glu {
-        product::Glu::Silu => epilogue::Glu::Silu,
-        product::Glu::Gelu => epilogue::Glu::Gelu,
-        product::Glu::SwigluOai { alpha, limit } => epilogue::Glu::SwigluOai { alpha, limit },
-    });
-    (parts.iter().map(matrix).collect(), glu)
 }
 
 /// Why there are no launches.

@@ -9,11 +9,7 @@ use alloc::vec::Vec;
 use gpu_kernels::launch::DevicePtr;
 
 use crate::backend::Step;
-use crate::kv_cache::PAGE;
 use crate::tensor::Input;
-
-/// Numbers of key/value heads that a model's layers may have; none known has more than two.
-pub const MAX_KV_SHAPES: usize = 4;
 
 /// Alignment of each array in the block.
 const ALIGN: usize = 16;
@@ -28,14 +24,13 @@ pub struct InputLayout {
     token_types: usize,
     token_sequences: usize,
     sequences: usize,
-    /// (heads, offset): cache rows of layers with so many key/value heads.
-    kv_rows: [(usize, usize); MAX_KV_SHAPES],
+    cells: usize,
     pages: usize,
 }
 
 impl InputLayout {
     /// For steps of so many tokens and outputs. There are at most as many sequences as tokens.
-    pub fn new(n_tokens: usize, n_outputs: usize, kv_heads: &[usize]) -> InputLayout {
+    pub fn new(n_tokens: usize, n_outputs: usize) -> InputLayout {
         let mut at = 0;
         let mut next = |bytes: usize| {
             let here = at;
@@ -48,10 +43,7 @@ impl InputLayout {
         let token_types = next(4 * n_tokens);
         let token_sequences = next(4 * n_tokens);
         let sequences = next(8 * n_tokens);
-        let mut kv_rows = [(0, 0); MAX_KV_SHAPES];
-        for (rows, &heads) in kv_rows.iter_mut().zip(kv_heads) {
-            *rows = (heads, next(4 * n_tokens * heads));
-        }
+        let cells = next(4 * n_tokens);
         let pages = next(0);
         InputLayout {
             n_tokens,
@@ -61,7 +53,7 @@ impl InputLayout {
             token_types,
             token_sequences,
             sequences,
-            kv_rows,
+            cells,
             pages,
         }
     }
@@ -88,15 +80,7 @@ impl InputLayout {
             put(self.sequences + 8 * i, bytemuck::cast_slice(&[s.first_page, s.len]));
         }
         put(self.pages, bytemuck::cast_slice(step.pages));
-        for (heads, offset) in self.kv_rows {
-            let page = PAGE as u32;
-            for (i, cell) in step.cells.iter().enumerate() {
-                for head in 0..heads {
-                    let row = (cell / page * heads as u32 + head as u32) * page + cell % page;
-                    put(offset + 4 * (i * heads + head), &row.to_le_bytes());
-                }
-            }
-        }
+        put(self.cells, bytemuck::cast_slice(step.cells));
     }
 }
 
@@ -134,10 +118,9 @@ impl InputAddresses {
         self.at(self.layout.token_sequences)
     }
 
-    /// i32: row of a layer's cache of each token and head, where there are so many key/value heads.
-    pub fn kv_rows(&self, heads: usize) -> DevicePtr {
-        let found = self.layout.kv_rows.iter().find(|(h, _)| *h == heads);
-        self.at(found.map_or(0, |(_, offset)| *offset))
+    /// u32: cache cell of each token.
+    pub fn cells(&self) -> DevicePtr {
+        self.at(self.layout.cells)
     }
 
     /// (first page, length) of each sequence, u32 each.

@@ -13,6 +13,7 @@ mod fuse;
 pub mod hosted;
 mod inputs;
 mod memory;
+pub mod needs;
 mod program;
 mod translate;
 mod weights;
@@ -31,7 +32,8 @@ use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
 use inputs::{InputAddresses, InputLayout};
 pub use memory::Device;
-use memory::{Growing, Memory};
+use memory::{Growing, Mark, Memory};
+pub use needs::Needs;
 use translate::{Addresses, Anywhere, WeightKey};
 use weights::DeviceWeights;
 pub use weights::Progress;
@@ -62,6 +64,8 @@ pub struct Cuda {
     constants: Constants,
     arena: Growing,
     inputs: Growing,
+    /// Pinned, for what is read back.
+    outputs: Growing,
     kv: Option<Kv>,
     kv_generation: u64,
     plans: BTreeMap<usize, Prepared>,
@@ -141,10 +145,12 @@ impl Ready {
             Captured::Next => match device.begin_capture(stream) {
                 Ok(()) => {
                     let launched = launch(self);
-                    let id = device.end_capture(stream)?;
-                    self.graph = Captured::Graph { device: device.clone(), id };
+                    // The capture ends in any case; what is incomplete is dropped.
+                    let captured = device.end_capture(stream);
+                    let graph = Captured::Graph { device: device.clone(), id: captured? };
                     launched?;
-                    device.launch_graph(id, stream)
+                    self.graph = graph;
+                    self.submit(device, stream)
                 }
                 Err(DriverError::Unsupported { .. }) => {
                     self.graph = Captured::Never;
@@ -209,6 +215,7 @@ impl Cuda {
             device,
             arena: Growing::new(MemKind::Device),
             inputs: Growing::new(MemKind::Device),
+            outputs: Growing::new(MemKind::Host),
             kv: None,
             kv_generation: 0,
             plans: BTreeMap::new(),
@@ -228,14 +235,17 @@ impl Cuda {
         self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
     }
 
+    /// Bytes of device memory that the weights take.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
     fn generation(&self) -> [u64; 3] {
         [self.arena.generation, self.inputs.generation, self.kv_generation]
     }
 
     /// Makes a plan's launches.
     fn ready(&mut self, plan: &Plan, layout: InputLayout, class: SizeClass) -> Result<Ready, EngineError> {
-        let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages);
-        self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
         let inputs = InputAddresses { block: self.inputs.at(), layout };
         let constants = RefCell::new(&mut self.constants);
         let placed = Placed { weights: &self.weights, inputs, constants };
@@ -269,6 +279,39 @@ impl Cuda {
         let graph = Captured::NotYet;
         Ok(Ready { layout, launches, slots, generation: self.generation(), graph })
     }
+}
+
+/// Whether this build has kernels for real devices.
+pub fn has_kernels() -> bool {
+    !gpu_kernels::ptx::MODULES.is_empty()
+}
+
+/// The emulated device.
+#[cfg(feature = "emu")]
+pub fn emulator() -> Device {
+    use gpu_kernels::emu::{Emulator, Options};
+    Arc::new(Emulator::new(Options::default()))
+}
+
+/// Bytes a second that a device moves in its own memory, read and written counted: the best of a few copies, long enough
+/// that the caches do not matter.
+pub fn copy_bytes_per_s(device: &Device) -> Result<f64, DriverError> {
+    // A fraction of the smallest device's memory, a multiple of the largest L2.
+    let bytes = (device.free_bytes().unwrap_or(0) / 8).clamp(1 << 20, 1 << 29);
+    let (from, to) = (
+        Memory::new(device, MemKind::Device, bytes as usize)?,
+        Memory::new(device, MemKind::Device, bytes as usize)?,
+    );
+    device.fill(from.at(), 1, bytes, StreamId::DEFAULT)?;
+    let mut best = u64::MAX;
+    for _ in 0..5 {
+        let start = Mark::new(device)?;
+        device.copy(to.at(), from.at(), bytes, StreamId::DEFAULT)?;
+        let end = Mark::new(device)?;
+        device.synchronise(StreamId::DEFAULT)?;
+        best = best.min(device.elapsed_ns(start.id, end.id)?.max(1));
+    }
+    Ok(2.0 * bytes as f64 / (best as f64 / 1e9))
 }
 
 fn unsupported(graph: &Graph, node: usize, why: String) -> EngineError {
@@ -334,14 +377,13 @@ impl Backend for Cuda {
 
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
         let class = SizeClass::of(step);
+        let layout = InputLayout::new(step.tokens.len(), step.output_rows.len());
+        // As many pages as there are: the block need not grow with the sequences.
+        let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages).max(step.pages.len());
+        self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
         let prepared = &self.plans[&plan.0];
         let stale = prepared.ready.get(&class).is_none_or(|r| r.generation != self.generation());
         if stale {
-            let mut heads: Vec<usize> =
-                self.kv.iter().flat_map(|kv| &kv.layout.layers).map(|layer| layer.n_head_kv).collect();
-            heads.sort_unstable();
-            heads.dedup();
-            let layout = InputLayout::new(step.tokens.len(), step.output_rows.len(), &heads);
             let plan_of = prepared.plan.clone();
             let ready = self.ready(&plan_of, layout, class)?;
             self.plans.get_mut(&plan.0).expect("a prepared plan").ready.insert(class, ready);
@@ -363,7 +405,12 @@ impl Backend for Cuda {
         let prepared = &self.plans[&plan.0];
         let slot = prepared.ready[&prepared.last].slots[&prepared.plan.graph.base(tensor)];
         let at = self.arena.at().offset(slot.offset as u64);
-        self.device.read(bytemuck::cast_slice_mut(out), at, StreamId::DEFAULT)?;
+        let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+        // Through pinned memory: the driver takes longer to copy to pages that may move.
+        self.outputs.reserve(&self.device, out.len())?;
+        self.device.copy(self.outputs.at(), at, out.len() as u64, StreamId::DEFAULT)?;
+        self.device.synchronise(StreamId::DEFAULT)?;
+        self.device.read_host(out, self.outputs.at())?;
         Ok(())
     }
 }

@@ -57,11 +57,14 @@ struct Span {
     n: u32,
 }
 
-/// Columns of a table of the tile's rows in shared memory: sequence, first and last + 1 visible position, position.
+/// Columns of a table of the tile's rows in shared memory: sequence; position; first visible position and the one after
+/// the last; the same for rows of the sequence that is being walked, zero for others.
 const SEQUENCE: u32 = 0;
-const LOW: u32 = 1;
-const HIGH: u32 = 2;
-const POS: u32 = 3;
+const POS: u32 = 1;
+const ROW_LOW: u32 = 2;
+const ROW_HIGH: u32 = 3;
+const LOW: u32 = 4;
+const HIGH: u32 = 5;
 /// Sequence of a row that does not exist.
 const ABSENT: u32 = NO_SEQUENCE - 1;
 
@@ -135,6 +138,13 @@ impl<
         Smem::dynamic(16 * Self::LAYOUT.rows as u32 + 4 * column * Self::TILE_ROWS, Self::TILE_ROWS)
     }
 
+    /// Per warp: what its rows see (some of them from and up to, all of them from and up to); then of the sequence that
+    /// it walks the first page, the positions and the last block + 1.
+    #[inline(always)]
+    fn views() -> Smem<U32x4> {
+        Smem::dynamic(16 * Self::LAYOUT.views as u32, 2 * (SHARERS * GROUPS) as u32)
+    }
+
     /// The tile of K (0) or V (1) of a stage.
     #[inline(always)]
     fn store(part: usize, stage: u32) -> Store {
@@ -144,7 +154,7 @@ impl<
         Store { rows: Self::smem(), start: start + stage * plane * C::PLANES as u32, plane, units }
     }
 
-    /// The queries, where they are in shared memory.
+    /// The queries in shared memory, for good or until they are in registers.
     #[inline(always)]
     fn queries() -> Store {
         let units = 2 * KS as u32;
@@ -170,15 +180,13 @@ impl<
         token as usize * x.n_head as usize + (thread::block_idx_y() * group + head) as usize
     }
 
-    /// Two neighbours of a query as a word per plane; zeros beyond the head and for rows that are not there.
-    #[inline(always)]
+    /// Step `step` of a plane of the queries as A, out of shared memory.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn query_pair(x: &Inputs, query: Glb<F32x2>, there: bool, column: u32) -> [u32; 2] {
-        if !there || column >= x.head_dim[0] {
-            return [0; 2];
-        }
-        let F32x2([low, high]) = query.ld_nc(column / 2);
-        C::pack(low, high)
+    fn query(plane: u32, step: usize, lane: u32, row_group: u32) -> FragmentA {
+        let queries = Self::queries();
+        let at = queries.at(16 * row_group + lane % 16, 2 * step as u32 + lane / 16);
+        FragmentA(mma::load_x4(queries.rows, plane * queries.plane + at))
     }
 
     /// Starts (or, if not asynchronous, does) the copy of a block of K and V.
@@ -186,25 +194,22 @@ impl<
     #[track_caller]
     fn load(x: &Inputs, page: u32, block: u32, len: u32, stage: u32) {
         let first = block * Self::BLOCK;
-        let n_valid = if first < len { len - first } else { 0 };
+        let n_valid = len.saturating_sub(first);
         let row = (page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize) * PAGE
             + (first % PAGE as u32) as usize;
-        let from = |part: usize| if part == 0 { x.k } else { x.v }.offset(row * x.row_bytes[part] as usize);
-        if ASYNC {
-            unroll!(PART in 0..2 {
-                let to = Self::store(PART, stage);
-                store::copy(from(PART), to, Self::BLOCK, n_valid, x.head_dim[PART], Self::THREADS);
-            });
-            return;
-        }
-        // One after the other in a loop: the widening of every format is long.
+        // One after the other in a loop: the code of either is long, and so is the list of its addresses.
         let parts = math::opaque(2);
         let mut part = 0;
         while part < parts {
             let of = |pair: [u32; 2]| if part == 0 { pair[0] } else { pair[1] };
             let [k, v] = [Self::store(0, stage), Self::store(1, stage)];
-            let (from, to) = if part == 0 { (from(0), k) } else { (from(1), v) };
-            store::fill::<C>(of(x.format), from, to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            let (from, to) = if part == 0 { (x.k, k) } else { (x.v, v) };
+            let from = from.offset(row * of(x.row_bytes) as usize);
+            if ASYNC {
+                store::copy(from, to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            } else {
+                store::fill::<C>(of(x.format), from, to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            }
             part += 1;
         }
     }
@@ -237,11 +242,9 @@ impl<
                 if Self::TILE.q_in_registers() {
                     a[I][0] = q[step + I];
                 } else {
-                    let queries = Self::queries();
-                    let at = queries.at(16 * row_group + lane % 16, (2 * (step + I)) as u32 + lane / 16);
-                    a[I][0] = FragmentA(mma::load_x4(queries.rows, at));
+                    a[I][0] = Self::query(0, step + I, lane, row_group);
                     if C::PLANES == 2 {
-                        a[I][1] = FragmentA(mma::load_x4(queries.rows, queries.plane + at));
+                        a[I][1] = Self::query(1, step + I, lane, row_group);
                     }
                 }
             });
@@ -306,7 +309,7 @@ impl<
     #[inline(always)]
     fn probability_at(r: u32, c: u32) -> u32 {
         let units = Self::BLOCK / 8;
-        let turn = if units >= 8 { r & 7 } else { r / (8 / units) & (units - 1) };
+        let turn = if units >= 8 { r & 7 } else { (r / (8 / units)) & (units - 1) };
         Self::LAYOUT.p as u32 + r * units + (c ^ turn)
     }
 
@@ -352,18 +355,50 @@ impl<
         a
     }
 
+    /// Scores with soft cap and slopes; `row` is the lane's first, `first` the position of the warp's first column.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    fn transform(x: &Inputs, s: &mut [FragmentF32; NS], lane: u32, row: u32, first: u32) {
+        let mut n = 0;
+        while n < NS {
+            unroll!(I in 0..4 {
+                s[n].0[I] *= x.scale;
+            });
+            n += 1;
+        }
+        if x.softcap != 0.0 {
+            let mut n = 0;
+            while n < NS {
+                unroll!(I in 0..4 {
+                    s[n].0[I] = x.softcap * math::tanh(s[n].0[I]);
+                });
+                n += 1;
+            }
+        }
+        if x.slopes.is_null() {
+            return;
+        }
+        let group = x.n_head / x.n_head_kv;
+        unroll!(R in 0..2 {
+            let row = row + 8 * R as u32;
+            let head = thread::block_idx_y() * group + (Self::tile(x).first + row) % group;
+            let (slope, pos) = (x.slopes.ld_nc(head), Self::table(POS).ld(row) as f32);
+            let mut n = 0;
+            while n < NS {
+                unroll!(I in 0..2 {
+                    let column = first + 8 * n as u32 + 2 * (lane % 4) + I as u32;
+                    let distance = math::fabs(pos - column as f32);
+                    s[n].0[2 * R + I] = math::fma(-slope, distance, s[n].0[2 * R + I]);
+                });
+                n += 1;
+            }
+        });
+    }
+
     /// One block of positions from `first` on: the state of the lane's rows in the span goes on.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn block(
-        x: &Inputs,
-        q: &[FragmentA; KS],
-        range: [u32; 2],
-        masked: bool,
-        part: &mut Part<NO>,
-        first: u32,
-        stage: u32,
-    ) {
+    fn block(x: &Inputs, q: &[FragmentA; KS], masked: bool, part: &mut Part<NO>, first: u32, stage: u32) {
         // Computed anew for each block: addresses that stayed in registers would be more than there are.
         let thread = math::fresh(thread::thread_idx_x());
         let (lane, row_group, sharer) =
@@ -373,37 +408,10 @@ impl<
         let mut to_log2 = x.scale;
         if x.flags & TRANSFORM != 0 {
             to_log2 = math::LOG2_E;
-            let (mut pos, mut slope) = ([0; 2], [0.0; 2]);
-            unroll!(R in 0..2 {
-                if !x.slopes.is_null() {
-                    let group = x.n_head / x.n_head_kv;
-                    pos[R] = Self::table(POS).ld(row(R));
-                    slope[R] = x.slopes.ld_nc(thread::block_idx_y() * group + (Self::tile(x).first + row(R)) % group);
-                }
-            });
-            let mut n = 0;
-            while n < NS {
-                unroll!(I in 0..4 {
-                    let column = first + 8 * (sharer * NS as u32 + n as u32) + 2 * (lane % 4) + I as u32 % 2;
-                    let mut v = s[n].0[I] * x.scale;
-                    if x.softcap != 0.0 {
-                        v = x.softcap * math::tanh(v);
-                    }
-                    let distance = math::fabs(pos[I / 2] as f32 - column as f32);
-                    s[n].0[I] = math::fma(-slope[I / 2], distance, v);
-                });
-                n += 1;
-            }
+            Self::transform(x, &mut s, lane, row(0), first + 8 * sharer * NS as u32);
         }
         if masked {
-            // Rows of other sequences see nothing of this one.
-            let (mut low, mut high) = ([0; 2], [0; 2]);
-            unroll!(R in 0..2 {
-                if row(R) >= range[0] && row(R) < range[1] {
-                    low[R] = Self::table(LOW).ld(row(R));
-                    high[R] = Self::table(HIGH).ld(row(R));
-                }
-            });
+            let [low, high] = [LOW, HIGH].map(|column| [0, 1].map(|r| Self::table(column).ld(row(r))));
             let mut n = 0;
             while n < NS {
                 unroll!(I in 0..4 {
@@ -477,101 +485,96 @@ impl<
         part.sum = [sum.0[0], sum.0[2]];
     }
 
-    /// Rows `cur..end` of the tile: one sequence.
+    /// Rows of one sequence; what the others see is zero in the table.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn sequence(x: &Inputs, q: &[FragmentA; KS], sequence: u32, range: [u32; 2], total: &mut Part<NO>) {
+    fn sequence(x: &Inputs, q: &[FragmentA; KS], sequence: u32, total: &mut Part<NO>) {
         let lane = thread::lane_id();
-        let row_group = thread::warp_id() / SHARERS as u32;
         let U32x2([first_page, len]) = x.sequences.ld_nc(sequence);
 
-        // What rows of the CTA and of the warp see, together; rows of other sequences see nothing.
-        let [mut cta_low, mut cta_high] = [u32::MAX, 0];
+        // What the rows of the CTA see, together.
+        let (mut cta_low, mut cta_high) = (u32::MAX, 0);
         let mut i = 0;
         while i < Self::TILE_ROWS.div_ceil(32) {
-            let r = 32 * i + lane;
-            let inside = r >= range[0] && r < range[1];
-            let r = if inside { r } else { range[0] };
+            let r = if 32 * i + lane < Self::TILE_ROWS { 32 * i + lane } else { 0 };
             let (low, high) = (Self::table(LOW).ld(r), Self::table(HIGH).ld(r));
-            cta_low = if low < cta_low { low } else { cta_low };
+            cta_low = if high > 0 && low < cta_low { low } else { cta_low };
             cta_high = if high > cta_high { high } else { cta_high };
             i += 1;
         }
         let (cta_low, cta_high) = (warp_min(cta_low), !warp_min(!cta_high));
-
-        let r = 16 * row_group + lane % 16;
-        let there = Self::table(SEQUENCE).ld(r) != ABSENT;
-        let inside = r >= range[0] && r < range[1];
+        // What some row of the warp sees, and what all do; rows that are not there may see what they like.
+        let r = 16 * (thread::warp_id() / SHARERS as u32) + lane % 16;
         let (low, high) = (Self::table(LOW).ld(r), Self::table(HIGH).ld(r));
-        let warp_low = warp_min(if inside { low } else { u32::MAX });
-        let warp_high = !warp_min(if inside { !high } else { u32::MAX });
-        // Rows that are not there may see what they like.
-        let all_low = !warp_min(if inside { !low } else { u32::MAX });
-        let all_high = warp_min(if inside {
-            high
-        } else if there {
-            0
-        } else {
-            u32::MAX
-        });
-
+        let absent = Self::table(SEQUENCE).ld(r) == ABSENT;
+        let some = [warp_min(if high > 0 { low } else { u32::MAX }), !warp_min(!high)];
+        let all = [!warp_min(!low), warp_min(if absent { u32::MAX } else { high })];
         let (mut block, mut end) = (cta_low / Self::BLOCK, cta_high.div_ceil(Self::BLOCK));
         if x.n_spans > 0 {
             let first = thread::block_idx_z() * Self::N_BLOCKS;
             block = if block < first { first } else { block };
             end = if end > first + Self::N_BLOCKS { first + Self::N_BLOCKS } else { end };
         }
-        let page = |block: u32| x.pages.ld_nc(first_page + block * Self::BLOCK / PAGE as u32);
+        // Looked up in shared memory once per block: the outputs need the registers.
+        let walk = 2 * thread::warp_id();
+        if lane == 0 {
+            Self::views().st(walk, U32x4([some[0], some[1], all[0], all[1]]));
+            Self::views().st(walk + 1, U32x4([first_page, len, end, 0]));
+        }
+        warp::sync_warp();
+        let page =
+            |first_page: u32, block: u32| x.pages.ld_nc(first_page + block * Self::BLOCK / PAGE as u32);
         let mut stage = 0;
         let mut next_page = 0;
         if block < end {
-            next_page = page(block);
+            next_page = page(first_page, block);
             if ASYNC {
                 Self::load(x, next_page, block, len, 0);
                 async_copy::commit();
                 if block + 1 < end {
-                    next_page = page(block + 1);
+                    next_page = page(first_page, block + 1);
                 }
             }
         }
-        let mut part = Part::<NO>::EMPTY;
         while block < end {
-            if ASYNC {
-                async_copy::wait::<0>();
+            let mut part = Part::<NO>::EMPTY;
+            let next = (block / Self::N_BLOCKS + 1) * Self::N_BLOCKS;
+            let span_end = if next < end { next } else { end };
+            while block < span_end {
+                if ASYNC {
+                    async_copy::wait::<0>();
+                }
                 sync::sync_threads();
-                if block + 1 < end {
-                    Self::load(x, next_page, block + 1, len, stage ^ 1);
-                    async_copy::commit();
-                    if block + 2 < end {
-                        next_page = page(block + 2);
+                let walk = 2 * math::fresh(thread::warp_id());
+                let U32x4([first_page, len, end, _]) = Self::views().ld(walk + 1);
+                if ASYNC {
+                    if block + 1 < end {
+                        Self::load(x, next_page, block + 1, len, stage ^ 1);
+                        async_copy::commit();
+                        if block + 2 < end {
+                            next_page = page(first_page, block + 2);
+                        }
                     }
+                } else {
+                    Self::load(x, next_page, block, len, 0);
+                    if block + 1 < end {
+                        next_page = page(first_page, block + 1);
+                    }
+                    sync::sync_threads();
                 }
-            } else {
-                sync::sync_threads();
-                Self::load(x, next_page, block, len, 0);
-                if block + 1 < end {
-                    next_page = page(block + 1);
+                let first = block * Self::BLOCK;
+                let U32x4([some_low, some_high, all_low, all_high]) = Self::views().ld(walk);
+                if first < some_high && first + Self::BLOCK > some_low {
+                    let masked = first < all_low || first + Self::BLOCK > all_high;
+                    Self::block(x, q, masked, &mut part, first, stage);
                 }
-                sync::sync_threads();
-            }
-            let first = block * Self::BLOCK;
-            if first < warp_high && first + Self::BLOCK > warp_low {
-                let masked = first < all_low || first + Self::BLOCK > all_high;
-                Self::block(x, q, range, masked, &mut part, first, stage);
-            }
-            block += 1;
-            if ASYNC {
-                stage ^= 1;
-            }
-            if block.is_multiple_of(Self::N_BLOCKS) || block == end {
-                if x.n_spans == 0 {
-                    total.merge(&part);
-                    part = Part::EMPTY;
+                block += 1;
+                if ASYNC {
+                    stage ^= 1;
                 }
             }
-        }
-        if x.n_spans > 0 {
-            *total = part;
+            // A CTA of one span starts from nothing, and so ends with the span itself.
+            total.merge(&part);
         }
     }
 
@@ -590,6 +593,24 @@ impl<
         };
         let left = end - first;
         Span { first, n: if left < Self::TILE_ROWS { left } else { Self::TILE_ROWS } }
+    }
+
+    /// The first row after `first` that is of another sequence; the tile's end if there is none.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    fn next_run(x: &Inputs, first: u32) -> u32 {
+        let lane = math::fresh(thread::lane_id());
+        let sequence = Self::table(SEQUENCE).ld(first);
+        let mut end = Self::tile(x).n;
+        let mut i = 0;
+        while i < Self::TILE_ROWS.div_ceil(32) {
+            let r = if 32 * i + lane < Self::TILE_ROWS { 32 * i + lane } else { 0 };
+            let other = warp::ballot(r > first && Self::table(SEQUENCE).ld(r) != sequence);
+            let at = 32 * i + other.trailing_zeros();
+            end = if other != 0 && at < end { at } else { end };
+            i += 1;
+        }
+        end
     }
 
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
@@ -611,7 +632,7 @@ impl<
                     let pos = x.positions.ld_nc(token);
                     let U32x2([_, len]) = x.sequences.ld_nc(sequence);
                     let (low, high) = super::visible(pos, len, x.flags & CAUSAL != 0, x.window);
-                    row = [sequence, low, high, pos];
+                    row = [sequence, pos, low, high];
                 }
             }
             unroll!(COLUMN in 0..4 {
@@ -621,13 +642,44 @@ impl<
         if x.n_spans > 0 {
             // A token's rows see the same: without a position in this span the CTA has nothing to do.
             sync::sync_threads();
-            let (low, high) = (Self::table(LOW).ld(0), Self::table(HIGH).ld(0));
+            let (low, high) = (Self::table(ROW_LOW).ld(0), Self::table(ROW_HIGH).ld(0));
             let first = thread::block_idx_z() * SPAN as u32;
             if first >= high || first + SPAN as u32 <= low {
                 return;
             }
         }
 
+        // Queries come through shared memory, where they stay if there are no registers for them.
+        let queries = Self::queries();
+        let words = Smem::<u32>::dynamic(0, 4 * Self::LAYOUT.end as u32);
+        let pairs = 8 * KS as u32;
+        let mut i = tid;
+        while i < Self::TILE_ROWS * pairs {
+            let (row, pair) = (i / pairs, i % pairs);
+            let mut planes = [0; 2];
+            if row < span.n && pair < x.head_dim[0] / 2 {
+                let query = x.q.offset(Self::head_row(&x, span, row) * (x.head_dim[0] / 2) as usize);
+                let F32x2([low, high]) = query.ld_nc(pair);
+                planes = C::pack(low, high);
+            }
+            let at = 4 * queries.at(row, pair / 4) + pair % 4;
+            words.st(at, planes[0]);
+            if C::PLANES == 2 {
+                words.st(4 * queries.plane + at, planes[1]);
+            }
+            i += Self::THREADS;
+        }
+        let mut q = [FragmentA::default(); KS];
+        if Self::TILE.q_in_registers() {
+            sync::sync_threads();
+            let mut step = 0;
+            while step < KS {
+                q[step] = Self::query(0, step, lane, row_group);
+                step += 1;
+            }
+            // Where they were, keys will be.
+            sync::sync_threads();
+        }
         unroll!(PART in 0..2 {
             unroll!(STAGE in 0..2 {
                 if STAGE == 0 || ASYNC {
@@ -636,61 +688,26 @@ impl<
                 }
             });
         });
-        let mut q = [FragmentA::default(); KS];
-        let half = (x.head_dim[0] / 2) as usize;
-        if Self::TILE.q_in_registers() {
-            unroll!(R in 0..2 {
-                let row = 16 * row_group + 8 * R as u32 + lane / 4;
-                let there = row < span.n;
-                let query = x.q.offset(Self::head_row(&x, span, if there { row } else { 0 }) * half);
-                let mut step = 0;
-                while step < KS {
-                    unroll!(I in 0..2 {
-                        let column = (16 * step + 8 * I) as u32 + 2 * (lane % 4);
-                        q[step].0[2 * I + R] = Self::query_pair(&x, query, there, column)[0];
-                    });
-                    step += 1;
-                }
-            });
-        } else {
-            let queries = Self::queries();
-            let words = Smem::<u32>::dynamic(0, 4 * Self::LAYOUT.end as u32);
-            let pairs = 8 * KS as u32;
-            let mut i = tid;
-            while i < Self::TILE_ROWS * pairs {
-                let (row, pair) = (i / pairs, i % pairs);
-                let there = row < span.n;
-                let query = x.q.offset(Self::head_row(&x, span, if there { row } else { 0 }) * half);
-                let planes = Self::query_pair(&x, query, there, 2 * pair);
-                let at = 4 * queries.at(row, pair / 4) + pair % 4;
-                words.st(at, planes[0]);
-                if C::PLANES == 2 {
-                    words.st(4 * queries.plane + at, planes[1]);
-                }
-                i += Self::THREADS;
-            }
-        }
 
         let mut total = Part::<NO>::EMPTY;
         let mut first = 0;
-        while first < span.n {
+        while first < Self::tile(&x).n {
             // Everyone is done with the tiles of the sequence before.
             sync::sync_threads();
             let sequence = Self::table(SEQUENCE).ld(first);
-            let mut end = span.n;
-            let mut i = 0;
-            while i < Self::TILE_ROWS.div_ceil(32) {
-                let r = 32 * i + lane;
-                let r = if r < Self::TILE_ROWS { r } else { 0 };
-                let other = warp::ballot(r > first && Self::table(SEQUENCE).ld(r) != sequence);
-                let at = 32 * i + other.trailing_zeros();
-                end = if other != 0 && at < end { at } else { end };
-                i += 1;
-            }
             if sequence != NO_SEQUENCE {
-                Self::sequence(&x, &q, sequence, [first, end], &mut total);
+                // What rows of other sequences see is not of this one.
+                let (end, tid) = (Self::next_run(&x, first), thread::thread_idx_x());
+                if tid < Self::TILE_ROWS {
+                    let inside = tid >= first && tid < end;
+                    let see = |column| if inside { Self::table(column).ld(tid) } else { 0 };
+                    Self::table(LOW).st(tid, see(ROW_LOW));
+                    Self::table(HIGH).st(tid, see(ROW_HIGH));
+                }
+                sync::sync_threads();
+                Self::sequence(&x, &q, sequence, &mut total);
             }
-            first = end;
+            first = Self::next_run(&x, first);
         }
 
         // Out they go. Nothing of before is needed for it, so nothing stays in registers.
@@ -795,11 +812,11 @@ pub(super) fn attend<
 
 /// Entries of a table, see `for_each_table`.
 macro_rules! entries {
-    ($table:ident $prefix:literal $bounds:tt
+    ($file:literal $table:ident $prefix:literal $bounds:tt
         $($dim:literal $suffix:literal $class:ident $kind:ident $asynchronous:literal
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         kernels! {
-            in "flash";
+            in $file;
             pub(super) $table: threads $bounds;
             fn (
                 q: Glb<F32x2>, k: Glb<u8>, v: Glb<u8>, out: Glb<F32x2>, scratch: Glb<F32x2>,

@@ -4,7 +4,9 @@ use alloc::{boxed::Box, vec, vec::Vec};
 
 use quant::FormatId;
 
-use super::{CAUSAL, MERGE_THREADS, NO_SEQUENCE, PAGE, PER_TOKEN, ROWS, SPAN, TRANSFORM, Tile};
+use super::{
+    CAUSAL, MAX_DIM_V, MERGE_THREADS, NO_SEQUENCE, PAGE, PER_TOKEN, PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile,
+};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
@@ -54,7 +56,7 @@ struct Variant {
 }
 
 macro_rules! variants {
-    ($table:ident $prefix:literal $bounds:tt
+    ($file:literal $table:ident $prefix:literal $bounds:tt
         $($dim:literal $suffix:literal $class:ident $kind:ident $asynchronous:literal
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         const $table: &[Variant] = &[$(Variant {
@@ -158,6 +160,8 @@ pub struct Args {
     pub scale: f32,
     pub softcap: f32,
     pub geometry: Geometry,
+    /// Shared memory that the device gives to a CTA: a tile too large for it makes way for the next smaller one.
+    pub smem_per_cta_bytes: u32,
 }
 
 /// What to launch, in this order.
@@ -228,6 +232,40 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         (true, true) => args.scale / args.softcap,
     };
     let dims = [cache.head_dim_k, cache.head_dim_v];
+    if dims[0] > 576 || dims[1] > MAX_DIM_V as usize {
+        return Err(shape("head_dim", "at most (576, 512)", dims[0].max(dims[1])));
+    }
+    let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+    let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM);
+    let addresses =
+        [step.positions, step.token_sequences, step.sequences, step.pages, args.sinks, args.slopes];
+    let sizes = [
+        n_tokens,
+        n_head,
+        n_head_kv,
+        dims[0] as u32,
+        dims[1] as u32,
+        row_bytes[0],
+        row_bytes[1],
+        cache.type_k as u32,
+        cache.type_v as u32,
+    ];
+    if args.geometry == Geometry::Plain {
+        // Its scores are natural logarithms throughout.
+        let scale = if args.softcap != 0.0 { args.scale / args.softcap } else { args.scale };
+        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out);
+        let params = addresses.iter().fold(params, |params, &at| params.with(at));
+        let params = sizes.iter().fold(params, |params, &size| params.with(size));
+        let attention = Launch {
+            entry: "flash_plain",
+            grid: [(n_tokens * n_head).div_ceil(PLAIN_WARPS), 1, 1],
+            cta: 32 * PLAIN_WARPS,
+            cluster: 1,
+            smem_bytes: 4 * PLAIN_WARPS * MAX_DIM_V,
+            params: params.with(flags).with(window).with(scale).with(args.softcap),
+        };
+        return Ok(Launches { attention, merge: None });
+    }
     let class = Class::of([cache.type_k, cache.type_v]);
     let decode = args.geometry != Geometry::Prefill;
     // In the order of the tables: prefill finds its own tile of a head before that of decode.
@@ -235,8 +273,17 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     let prefills = if decode { [].as_slice() } else { &[PREFILL, SPLIT_PREFILL] };
     let mut variants = prefills.iter().chain(&decodes).copied().flatten();
     let variant = variants
-        .find(|v| v.class == class && dims[0] <= v.tile.dims[0] && dims[1] <= v.tile.dims[1])
-        .ok_or_else(|| shape("head_dim", "at most 576 for keys, 512 for values", dims[0].max(dims[1])))?;
+        .find(|v| {
+            let holds = dims[0] <= v.tile.dims[0] && dims[1] <= v.tile.dims[1];
+            v.class == class && holds && v.tile.smem_bytes() <= args.smem_per_cta_bytes
+        })
+        .ok_or_else(|| {
+            shape(
+                "shared memory per CTA",
+                "enough for the head's smallest tile",
+                args.smem_per_cta_bytes as usize,
+            )
+        })?;
     let tile = variant.tile;
     let n_spans = match args.geometry {
         Geometry::Split { n_spans } => check.grid("n_spans", n_spans)?,
@@ -247,40 +294,17 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     } else {
         (step.n_tokens * group).div_ceil(tile.rows())
     };
-    let flag = |on: bool, bit: u32| if on { bit } else { 0 };
-    let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM) | flag(decode, PER_TOKEN);
+    let flags = flags | flag(decode, PER_TOKEN);
+    let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(args.scratch);
+    let params = addresses.iter().fold(params, |params, &at| params.with(at));
+    let params = sizes.iter().fold(params, |params, &size| params.with(size));
     let attention = Launch {
         entry: variant.entry,
         grid: [check.size("tiles", tiles)?, n_head_kv, n_spans.max(1)],
         cta: 32 * (tile.sharers * tile.row_groups) as u32,
         cluster: 1,
-        smem_bytes: 16 * tile.layout().end as u32,
-        params: Params::new()
-            .with(args.q)
-            .with(cache.k)
-            .with(cache.v)
-            .with(args.out)
-            .with(args.scratch)
-            .with(step.positions)
-            .with(step.token_sequences)
-            .with(step.sequences)
-            .with(step.pages)
-            .with(args.sinks)
-            .with(args.slopes)
-            .with(n_tokens)
-            .with(n_head)
-            .with(n_head_kv)
-            .with(cache.head_dim_k as u32)
-            .with(cache.head_dim_v as u32)
-            .with(row_bytes[0])
-            .with(row_bytes[1])
-            .with(cache.type_k as u32)
-            .with(cache.type_v as u32)
-            .with(flags)
-            .with(window)
-            .with(scale)
-            .with(args.softcap)
-            .with(n_spans),
+        smem_bytes: tile.smem_bytes(),
+        params: params.with(flags).with(window).with(scale).with(args.softcap).with(n_spans),
     };
     let merge = (n_spans > 0).then(|| Launch {
         entry: "flash_merge",
@@ -303,6 +327,9 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     });
     Ok(Launches { attention, merge })
 }
+
+/// What the cases' launches may take: as much as an H100 has.
+const SMEM_BYTES: u32 = 227 * 1024;
 
 /// What of a launch is in numbers: for the definition.
 #[derive(Clone, Copy, Debug)]
@@ -346,6 +373,10 @@ pub struct Flash;
 #[derive(Debug)]
 pub struct FlashSplit;
 
+/// The row of what GPUs before sm_80 get.
+#[derive(Debug)]
+pub struct FlashPlain;
+
 /// One case. The tokens of a step are the last ones of each sequence, in order.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)] // the contract's names
@@ -364,7 +395,8 @@ pub struct Case {
     pub geometry: Geometry,
 }
 
-const BASE: Case = Case {
+/// What the cases have in common.
+pub const BASE: Case = Case {
     types: [FormatId::F16; 2],
     dims: [64, 64],
     n_head: 4,
@@ -378,8 +410,30 @@ const BASE: Case = Case {
     geometry: Geometry::Decode,
 };
 
-const LARGE: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
-const MODEL: Case = Case { dims: [128, 128], n_head: 32, n_head_kv: 8, ..BASE };
+const PLAIN: Case = Case { geometry: Geometry::Plain, ..BASE };
+
+/// A large model's heads.
+const BENCH_BASE: Case = Case { dims: [128, 128], n_head: 32, n_head_kv: 8, ..BASE };
+/// numbers.md's: head 256, 4 KV heads of 6.
+const BENCH_256: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
+
+const fn split(len: usize) -> Geometry {
+    Geometry::Split { n_spans: len.div_ceil(SPAN) }
+}
+
+/// Shapes to time: one query over a long cache, then many.
+const BENCH: &[Case] = &[
+    Case { sequences: &[(4096, 1)], geometry: split(4096), ..BENCH_BASE },
+    Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
+    Case { sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
+    Case { types: [FormatId::Q8_0; 2], sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
+    Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_256 },
+    Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
+    Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
+];
 
 /// Inputs of a case on the host.
 pub struct Data {
@@ -453,7 +507,7 @@ impl Data {
         }
         // Scores of a few units, so that the softmax is neither flat nor a single position.
         let q = random.values(data.positions.len() * case.n_head * case.dims[0]);
-        data.q = q.into_iter().map(|q| 8.0 * q).collect();
+        data.q = q.into_iter().map(|q| 4.0 * q).collect();
         data
     }
 
@@ -547,6 +601,7 @@ impl Case {
             scale: self.scale(),
             softcap: self.softcap,
             geometry: self.geometry,
+            smem_per_cta_bytes: SMEM_BYTES,
         }
     }
 }
@@ -584,21 +639,112 @@ fn flops(case: &Case) -> u64 {
 impl Kernel for Flash {
     const NAME: &'static str = "flash";
     type Case = Case;
-    const CASES: &'static [Case] =
-        &[BASE, Case { geometry: Geometry::Prefill, sequences: &[(70, 70)], ..BASE }];
-    // ggml's own benchmark: heads of 256, six to a KV head; and an 8B model's, at depth and in prefill.
-    const BENCH: &'static [Case] = &[
-        Case { sequences: &[(4096, 1)], ..LARGE },
-        Case { sequences: &[(16384, 1)], ..LARGE },
-        Case { geometry: Geometry::Prefill, sequences: &[(4096, 512)], ..LARGE },
-        Case { geometry: Geometry::Prefill, sequences: &[(16384, 512)], ..LARGE },
-        Case { sequences: &[(1024, 1)], ..MODEL },
-        Case { sequences: &[(8192, 1)], ..MODEL },
-        Case { sequences: &[(32768, 1)], ..MODEL },
-        Case { geometry: Geometry::Prefill, sequences: &[(512, 512)], ..MODEL },
-        Case { geometry: Geometry::Prefill, sequences: &[(2048, 2048)], ..MODEL },
-        Case { geometry: Geometry::Prefill, sequences: &[(32768, 512)], ..MODEL },
+    const CASES: &'static [Case] = &[
+        BASE,
+        // A span's, a block's and a page's edges, and several spans.
+        Case { sequences: &[(1, 1), (63, 1), (64, 1), (65, 1)], ..BASE },
+        Case { sequences: &[(255, 1), (256, 1), (257, 1), (600, 1)], n_head_kv: 4, ..BASE },
+        Case {
+            sequences: &[(600, 1), (257, 2), (0, 0), (3, 1)],
+            geometry: Geometry::Split { n_spans: 4 },
+            ..BASE
+        },
+        Case { sequences: &[(70, 70)], geometry: Geometry::Prefill, ..BASE },
+        // Sequences that share a tile, in groups that do not divide it, and padding among them.
+        Case {
+            sequences: &[(300, 20), (0, 0), (40, 3), (1, 1), (130, 60)],
+            n_head: 6,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        // Each head dimension, whole and padded.
+        Case { dims: [128, 128], sequences: &[(300, 2)], n_head: 2, n_head_kv: 1, ..BASE },
+        Case { dims: [128, 128], sequences: &[(300, 40)], geometry: Geometry::Prefill, ..BASE },
+        Case { dims: [80, 80], sequences: &[(90, 1)], ..BASE },
+        Case { dims: [72, 72], sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { dims: [256, 256], sequences: &[(300, 1)], n_head: 2, n_head_kv: 1, ..BASE },
+        Case {
+            dims: [256, 256],
+            sequences: &[(70, 30)],
+            n_head: 3,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            dims: [192, 128],
+            sequences: &[(70, 3)],
+            n_head: 1,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case { dims: [192, 128], sequences: &[(70, 1)], n_head: 1, n_head_kv: 1, ..BASE },
+        Case { dims: [576, 512], sequences: &[(70, 2)], n_head: 20, n_head_kv: 1, ..BASE },
+        Case {
+            dims: [576, 512],
+            sequences: &[(40, 3)],
+            n_head: 8,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        // What models ask for beside causality.
+        Case { causal: false, sequences: &[(90, 30)], geometry: Geometry::Prefill, ..BASE },
+        Case { window: 70, sequences: &[(400, 1)], ..BASE },
+        Case {
+            window: 20,
+            sequences: &[(400, 1), (10, 1)],
+            geometry: Geometry::Split { n_spans: 2 },
+            ..BASE
+        },
+        Case { window: 70, sequences: &[(330, 150)], geometry: Geometry::Prefill, ..BASE },
+        Case { softcap: 5.0, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case {
+            softcap: 5.0,
+            sinks: true,
+            sequences: &[(300, 1)],
+            geometry: Geometry::Split { n_spans: 2 },
+            ..BASE
+        },
+        Case { sinks: true, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { slopes: true, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { slopes: true, causal: false, sequences: &[(300, 1)], ..BASE },
+        // Formats that are widened.
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(300, 1)], ..BASE },
+        Case { types: [FormatId::Q4_0; 2], sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case { types: [FormatId::Q4_1, FormatId::Q5_0], dims: [128, 96], sequences: &[(90, 1)], ..BASE },
+        Case {
+            types: [FormatId::F16, FormatId::Q5_1],
+            dims: [256, 256],
+            sequences: &[(90, 1)],
+            n_head: 2,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0; 2],
+            dims: [128, 128],
+            sequences: &[(70, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::F16],
+            dims: [576, 512],
+            sequences: &[(40, 1)],
+            n_head_kv: 1,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0; 2],
+            dims: [256, 256],
+            sequences: &[(70, 10)],
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
     ];
+    const BENCH: &'static [Case] = BENCH;
     const NMSE_MAX: f64 = 2e-6;
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
@@ -618,11 +764,83 @@ impl Kernel for Flash {
 impl Kernel for FlashSplit {
     const NAME: &'static str = "flash_split";
     type Case = Case;
-    const CASES: &'static [Case] = &[Case { types: [FormatId::F32; 2], ..BASE }];
+    const CASES: &'static [Case] = &[
+        Case { types: [FormatId::F32; 2], sequences: &[(300, 1), (20, 1)], ..BASE },
+        Case { types: [FormatId::F32; 2], sequences: &[(90, 30)], geometry: Geometry::Prefill, ..BASE },
+        Case {
+            types: [FormatId::F32; 2],
+            dims: [128, 128],
+            sequences: &[(300, 1)],
+            geometry: Geometry::Split { n_spans: 2 },
+            ..BASE
+        },
+        Case {
+            types: [FormatId::BF16; 2],
+            dims: [128, 128],
+            sequences: &[(70, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::BF16, FormatId::F16],
+            dims: [256, 256],
+            sequences: &[(40, 1)],
+            n_head: 2,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::F32; 2],
+            dims: [256, 256],
+            sequences: &[(40, 9)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::F32, FormatId::Q8_0],
+            dims: [576, 512],
+            sequences: &[(40, 1)],
+            n_head_kv: 1,
+            ..BASE
+        },
+    ];
     const NMSE_MAX: f64 = 1e-9;
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
         &[super::attend::SPLIT_DECODE, super::attend::SPLIT_PREFILL];
+
+    fn problem(case: &Case, random: &mut Random) -> Problem {
+        problem(case, random)
+    }
+    fn bytes(case: &Case) -> u64 {
+        bytes(case)
+    }
+    fn flops(case: &Case) -> u64 {
+        flops(case)
+    }
+}
+
+impl Kernel for FlashPlain {
+    const NAME: &'static str = "flash_plain";
+    type Case = Case;
+    const CASES: &'static [Case] = &[
+        Case { sequences: &[(300, 2), (0, 0), (1, 1)], ..PLAIN },
+        Case {
+            types: [FormatId::F32; 2],
+            dims: [72, 80],
+            sequences: &[(33, 33)],
+            n_head: 3,
+            n_head_kv: 1,
+            ..PLAIN
+        },
+        Case { types: [FormatId::BF16, FormatId::Q8_0], sequences: &[(70, 3)], causal: false, ..PLAIN },
+        Case { types: [FormatId::Q4_0, FormatId::Q4_1], window: 40, sinks: true, ..PLAIN },
+        Case { types: [FormatId::Q5_0, FormatId::Q5_1], softcap: 5.0, slopes: true, ..PLAIN },
+        Case { types: [FormatId::Q8_0, FormatId::BF16], dims: [576, 512], n_head: 1, n_head_kv: 1, ..PLAIN },
+    ];
+    /// All in f32.
+    const NMSE_MAX: f64 = 1e-10;
+    #[cfg(feature = "emu")]
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::plain::ENTRIES];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)

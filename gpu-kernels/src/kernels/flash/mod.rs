@@ -25,7 +25,7 @@
 //!   block or span that a row does not see changes no bit of it. So a row depends on shapes, formats and its own positions
 //!   alone: decode and prefill agree bit for bit.
 //! * Bytes: decode reads the cache once per KV head. FLOPs: 4 · head_dim per row and position.
-//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each). Class `split` is good to 1e-9, which its own
+//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. Class `split` is good to 1e-9, which its own
 //!   cases demand.
 //!
 //! Done for speed: (1) the row sum l is a product with a column of ones, so it needs neither unpacking nor shuffles,
@@ -33,26 +33,26 @@
 //! whole, (4) tiles are swizzled: no bank conflicts for ldmatrix or copies, (5) one barrier per block, so that one
 //! warp's softmax runs beside another's products.
 
-/// Calls a macro with each table of entries: its name, the entries' first part, threads and CTAs per SM, then per row
+/// Calls a macro with each table of entries: the kernel's name, its own, the entries' first part, threads and CTAs per SM, then per row
 /// head dimension, class, how operands are kept, whether copied asynchronously, [steps of 16 along a key, columns of 8
 /// scores and of 8 outputs per warp], [warps that share rows, groups of rows].
 ///
 /// The tiles of head 576 serve prefill too.
 macro_rules! for_each_table {
     ($callback:ident) => {
-        $callback! { DECODE "flash_decode_" (128, 3)
+        $callback! { "flash" DECODE "flash_decode_" (128, 3)
             64 "f16" F16 Half true [4 2 2] [4 1];
             128 "f16" F16 Half true [8 2 4] [4 1];
             64 "wide" Wide Half false [4 2 2] [4 1];
             128 "wide" Wide Half false [8 2 4] [4 1];
         }
-        $callback! { LARGE_DECODE "flash_decode_" (128, 2)
+        $callback! { "flash" LARGE_DECODE "flash_decode_" (128, 2)
             256 "f16" F16 Half true [16 1 8] [4 1];
             576 "f16" F16 Half true [36 1 16] [4 1];
             256 "wide" Wide Half false [16 1 8] [4 1];
             576 "wide" Wide Half false [36 1 16] [4 1];
         }
-        $callback! { PREFILL "flash_prefill_" (256, 1)
+        $callback! { "flash" PREFILL "flash_prefill_" (256, 1)
             64 "f16" F16 Half true [4 8 8] [1 8];
             128 "f16" F16 Half true [8 8 16] [1 8];
             256 "f16" F16 Half true [16 2 16] [2 4];
@@ -60,13 +60,13 @@ macro_rules! for_each_table {
             128 "wide" Wide Half false [8 8 16] [1 8];
             256 "wide" Wide Half false [16 2 16] [2 4];
         }
-        $callback! { SPLIT_DECODE "flash_decode_" (128, 2)
+        $callback! { "flash_split" SPLIT_DECODE "flash_decode_" (128, 2)
             64 "split" Split Split false [4 1 2] [4 1];
             128 "split" Split Split false [8 1 4] [4 1];
             256 "split" Split Split false [16 1 16] [2 1];
             576 "split" Split Split false [36 1 16] [4 1];
         }
-        $callback! { SPLIT_PREFILL "flash_prefill_" (256, 1)
+        $callback! { "flash_split" SPLIT_PREFILL "flash_prefill_" (256, 1)
             64 "split" Split Split false [4 4 8] [1 8];
             128 "split" Split Split false [8 4 16] [1 8];
             256 "split" Split Split false [16 1 16] [2 4];
@@ -80,6 +80,8 @@ mod attend;
 mod host;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod merge;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod plain;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
@@ -97,6 +99,12 @@ pub const NO_SEQUENCE: u32 = u32::MAX;
 /// Rows of a fragment.
 const ROWS: usize = 16;
 
+/// Columns of the table of a tile's rows.
+const TABLE_COLUMNS: usize = 6;
+/// Warps of a CTA without tensor cores.
+const PLAIN_WARPS: u32 = 4;
+/// Most elements of a value row.
+const MAX_DIM_V: u32 = 512;
 /// Threads of a merging CTA.
 const MERGE_THREADS: u32 = 128;
 
@@ -124,7 +132,7 @@ struct Tile {
     asynchronous: bool,
 }
 
-/// Offsets of a CTA's shared memory in 16-byte units, and the whole. Queries, where they stay in registers, take none.
+/// Offsets of a CTA's shared memory in 16-byte units, and the whole.
 #[derive(Clone, Copy, Debug)]
 struct Layout {
     k: usize,
@@ -133,6 +141,7 @@ struct Layout {
     p: usize,
     maxima: usize,
     rows: usize,
+    views: usize,
     end: usize,
 }
 
@@ -159,18 +168,28 @@ impl Tile {
 
     /// Whether a warp keeps its queries in registers: where they and twice the outputs leave room for the rest.
     const fn q_in_registers(&self) -> bool {
-        self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 192
+        self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 150
+    }
+
+    #[cfg(not(target_arch = "nvptx64"))]
+    const fn smem_bytes(&self) -> u32 {
+        16 * self.layout().end as u32
     }
 
     const fn layout(&self) -> Layout {
         let (k, stages) = (0, if self.asynchronous { 2 } else { 1 });
         let v = k + stages * self.planes * self.block * self.dims[0] / 8;
-        let q = v + stages * self.planes * self.block * self.dims[1] / 8;
-        let p = q + if self.q_in_registers() { 0 } else { self.planes * self.rows() * self.dims[0] / 8 };
+        let tiles = v + stages * self.planes * self.block * self.dims[1] / 8;
+        // Queries on their way to registers lie where keys and values will.
+        let queries = self.planes * self.rows() * self.dims[0] / 8;
+        assert!(!self.q_in_registers() || queries <= tiles);
+        let q = if self.q_in_registers() { 0 } else { tiles };
+        let p = if self.q_in_registers() { tiles } else { tiles + queries };
         let shared = self.sharers > 1;
         let maxima = p + if shared { self.planes * self.rows() * self.block / 8 } else { 0 };
         let rows = maxima + if shared { self.sharers * self.rows() / 4 } else { 0 };
-        Layout { k, v, q, p, maxima, rows, end: rows + self.rows() }
+        let views = rows + TABLE_COLUMNS * self.rows() / 4;
+        Layout { k, v, q, p, maxima, rows, views, end: views + 2 * self.sharers * self.row_groups }
     }
 }
 

@@ -225,9 +225,9 @@ pub(super) fn fill<C: Class>(
 pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim: u32, threads: u32) {
     // Computed anew for each block: see `attend::block`.
     let (given, thread) = (head_dim / 8, math::fresh(thread::thread_idx_x()));
-    // The threads go through the tile together, and come out even. Large tiles in a loop, for their addresses' sake.
+    // The threads go through the tile together, and come out even. In a loop, for the addresses' sake.
     let units = n_rows * to.units;
-    let units = if units > 8 * threads { math::opaque(units) } else { units };
+    let units = if units > 2 * threads { math::opaque(units) } else { units };
     let mut first = 0;
     while first < units {
         let i = first + thread;
