@@ -190,7 +190,7 @@ fn plain(
             let there = first + lane < head_dim_v;
             let d = if there { first + lane } else { first };
             let mut acc = sums.ld(d) * rescale;
-            let from = if low > 32 * block { low - 32 * block } else { 0 };
+            let from = low.saturating_sub(32 * block);
             let to = if high < 32 * block + 32 { high - 32 * block } else { 32 };
             let mut i = from;
             while i < to {
