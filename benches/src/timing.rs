@@ -76,7 +76,7 @@ pub fn time(
             let at = buffers.alloc(bytes)?;
             match (buffer, first.get(i)) {
                 (_, Some(&from)) => driver.copy(at, from, bytes, STREAM)?,
-                (Buffer::Input(data), None) => driver.write(at, data, STREAM)?,
+                (Buffer::Input(data) | Buffer::Changed(data, _), None) => driver.write(at, data, STREAM)?,
                 (Buffer::Output(_), None) => driver.fill(at, 0, bytes, STREAM)?,
             }
             set.push(at);
@@ -105,7 +105,7 @@ pub fn time(
 
 fn bytes(buffer: &Buffer) -> u64 {
     match buffer {
-        Buffer::Input(data) => data.len() as u64,
+        Buffer::Input(data) | Buffer::Changed(data, _) => data.len() as u64,
         Buffer::Output(expected) => expected.bytes() as u64,
     }
 }

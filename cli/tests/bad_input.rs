@@ -174,8 +174,7 @@ fn missing_parts_of_a_split_set_are_named() {
 /// No GPU is said, not hidden.
 #[test]
 fn a_gpu_that_is_not_there_is_said() {
-    let output =
-        run(&["run", MODEL, "--raw", "-p", "as a", "-n", "1", "--device", "cuda:99", "-ngl", "99"]);
+    let output = run(&["run", MODEL, "--raw", "-p", "as a", "-n", "1", "--device", "cuda:99", "-ngl", "99"]);
     assert!(output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("all layers are on the CPU"));
 }

@@ -30,13 +30,9 @@ pub trait Kernel: 'static {
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]];
 
-    /// Inputs, launch and expected outputs of a case.
+    /// Inputs, launch and expected outputs of a case. For timing ([`Random::is_timing`]) expected outputs count only by
+    /// their size, so a reference that would take long may be left out.
     fn problem(case: &Self::Case, random: &mut Random) -> Problem;
-    /// As [`Kernel::problem`], for timing: the outputs may be [`Expected::Unchecked`], where the reference of a large
-    /// shape would take longer than everything else.
-    fn bench(case: &Self::Case, random: &mut Random) -> Problem {
-        Self::problem(case, random)
-    }
     /// What ggml's `test-backend-ops perf` calls the same work: the start of its line.
     fn peer(case: &Self::Case) -> Option<String> {
         let _ = case;
@@ -62,7 +58,7 @@ pub trait AnyKernel: Sync {
     fn label(&self, i: usize) -> String;
     /// The problem of case `i`, from a seed.
     fn problem(&self, i: usize, seed: u64) -> Problem;
-    /// [`Kernel::bench`] of case `i`, from a seed.
+    /// The problem of case `i` for timing.
     fn bench(&self, i: usize, seed: u64) -> Problem;
     /// [`Kernel::peer`] of case `i`.
     fn peer(&self, i: usize) -> Option<String>;
@@ -100,7 +96,7 @@ impl<K: Kernel + Sync> AnyKernel for K {
         K::problem(case::<K>(i), &mut Random::new(seed))
     }
     fn bench(&self, i: usize, seed: u64) -> Problem {
-        K::bench(case::<K>(i), &mut Random::new(seed))
+        K::problem(case::<K>(i), &mut Random::for_timing(seed))
     }
     fn peer(&self, i: usize) -> Option<String> {
         K::peer(case::<K>(i))
@@ -318,18 +314,31 @@ fn compare(buffer: usize, expected: &Expected, got: &[u8], nmse_max: f64) -> Res
 
 /// Numbers for inputs: SplitMix64, so that a seed means the same everywhere.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub struct Random {
+    state: u64,
+    timing: bool,
+}
 
 impl Random {
     /// The sequence of a seed.
     pub fn new(seed: u64) -> Random {
-        Random(seed)
+        Random { state: seed, timing: false }
+    }
+
+    /// The same, for a problem that is only timed.
+    pub fn for_timing(seed: u64) -> Random {
+        Random { state: seed, timing: true }
+    }
+
+    /// Whether the problem is only timed, so that its expected outputs need not be right.
+    pub fn is_timing(&self) -> bool {
+        self.timing
     }
 
     /// 64 bits.
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)

@@ -83,6 +83,14 @@ impl Params {
         self
     }
 
+    /// Arguments already laid out, as [`Params::bytes`] of another process gave them; `None` if they are too long.
+    pub fn from_bytes(from: &[u8]) -> Option<Params> {
+        let mut params = Params::new();
+        params.bytes.get_mut(..from.len())?.copy_from_slice(from);
+        params.layout.bytes = from.len();
+        Some(params)
+    }
+
     /// All arguments.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.layout.bytes()]
@@ -228,6 +236,8 @@ mod tests {
         let mut reader = ParamReader::new(&params);
         assert_eq!((reader.take::<u32>(), reader.take::<DevicePtr>()), (1, DevicePtr(2)));
         assert_eq!((reader.take::<u16>(), reader.take::<f32>()), (3, 1.0));
+        assert_eq!(Params::from_bytes(params.bytes()), Some(params));
+        assert_eq!(Params::from_bytes(&[0; MAX_PARAM_BYTES + 1]), None);
     }
 
     #[test]

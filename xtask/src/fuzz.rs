@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz [SECONDS]`: each fuzz target of gguf for a while, by cargo-fuzz.
+//! `cargo xtask fuzz [SECONDS]`: each fuzz target for a while, by cargo-fuzz.
 
 use std::process::Command;
 
@@ -8,7 +8,10 @@ use crate::workspace::Workspace;
 
 const DEFAULT_SECONDS: u32 = 60;
 
-/// Runs every target found in `gguf/fuzz`.
+/// Folders that have fuzz targets.
+const FOLDERS: &[&str] = &["gguf", "runtime-uk"];
+
+/// Runs every target found in them.
 pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     let seconds = match args {
         [] => DEFAULT_SECONDS,
@@ -23,15 +26,16 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
             fix: "rustup toolchain install nightly && cargo install cargo-fuzz --locked".into(),
         });
     }
-    let folder = workspace.root().join("gguf");
-    let fuzz = || {
-        let mut command = Command::new("rustup");
-        command.args(["run", "nightly", "cargo", "fuzz"]).current_dir(&folder);
-        command
-    };
-    for target in process::capture(fuzz().arg("list"))?.lines() {
-        eprintln!("== {target}, {seconds} s");
-        process::run(fuzz().args(["run", target, "--", &format!("-max_total_time={seconds}")]))?;
+    for folder in FOLDERS {
+        let fuzz = || {
+            let mut command = Command::new("rustup");
+            command.args(["run", "nightly", "cargo", "fuzz"]).current_dir(workspace.root().join(folder));
+            command
+        };
+        for target in process::capture(fuzz().arg("list"))?.lines() {
+            eprintln!("== {folder}: {target}, {seconds} s");
+            process::run(fuzz().args(["run", target, "--", &format!("-max_total_time={seconds}")]))?;
+        }
     }
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 #![forbid(unsafe_code)]
 
+mod apt;
 mod args;
 mod bench_peer;
 mod demo;
@@ -13,6 +14,7 @@ mod error;
 mod fetch;
 mod fuzz;
 mod gpu_test;
+mod image;
 mod kernel;
 mod libtest;
 mod miri;
@@ -20,6 +22,7 @@ mod no_std;
 mod peer;
 mod process;
 mod ptx_check;
+mod qemu;
 mod step;
 mod test;
 mod wheel;
@@ -60,6 +63,8 @@ const TASKS: &[Task] = &[
         run: ptx_check::run,
     },
     Task { name: "gpu-test", args: gpu_test::ARGS, help: gpu_test::HELP, run: gpu_test::run },
+    Task { name: "image", args: "", help: "the bootable image; prints its path", run: image::run },
+    Task { name: "qemu", args: qemu::ARGS, help: qemu::HELP, run: qemu::run },
     Task { name: "kernel", args: kernel::ARGS, help: kernel::HELP, run: kernel::run },
     Task {
         name: "deny",
@@ -73,12 +78,7 @@ const TASKS: &[Task] = &[
         help: "tests of gguf and quant, or those named NAME, under miri (nightly)",
         run: miri::run,
     },
-    Task {
-        name: "fuzz",
-        args: "[SECONDS]",
-        help: "each fuzz target of gguf for SECONDS (60)",
-        run: fuzz::run,
-    },
+    Task { name: "fuzz", args: "[SECONDS]", help: "each fuzz target for SECONDS (60)", run: fuzz::run },
     Task { name: "bench-peer", args: bench_peer::ARGS, help: bench_peer::HELP, run: bench_peer::run },
 ];
 

@@ -4,13 +4,16 @@
 //! `target/tools`. Without a compiler the step is skipped with the reasons; without ptxas only its part is.
 //! A table of registers, shared memory and instructions per kernel goes to `target/ptx/resources.txt`, for review.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use gpu_kernels::case::AnyKernel;
 use gpu_kernels::registry::{self, KERNELS};
 use ptx_build::ptxas::{self, Ptxas, Resources};
-use ptx_build::{CHECKS, Compiler, DEBIAN_PACKAGES, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
+use ptx_build::{CHECKS, Compiler, DEBIAN_PACKAGES, Kernels, Module, PtxError, TIERS, Tier};
 
+use crate::apt;
 use crate::args;
 use crate::error::TaskError;
 use crate::process;
@@ -58,41 +61,36 @@ pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
     Ok(Outcome { counts: Counts { passed: 2, ..Counts::default() }, note })
 }
 
-/// The entries of each file's module are those its kernel registers: what a launcher can name, a driver finds.
+/// What a launcher can name a driver finds, and nothing else is built: each entry of a file's module is one of the kernel
+/// of the file's name, and each registered entry is in some module.
 fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> Result<(), TaskError> {
     let lint = |kernel: &str, what: String| {
         Err(TaskError::Ptx(PtxError::Lint { tier: tier.name.into(), kernel: kernel.into(), what }))
     };
-    let mut seen = Vec::new();
-    for module in modules {
+    let entries = |kernel: &dyn AnyKernel| kernel.entries().iter().flat_map(|table| table.iter());
+    let mut built_entries: BTreeSet<&str> = BTreeSet::new();
+    for module in modules.filter(|module| module.name != CHECKS) {
         let name = module.name.as_str();
-        if name == CHECKS {
-            continue;
-        }
         let Some(kernel) = registry::find(name) else {
-            return lint(name, format!("kernels/{name}.rs has entries, but registry.rs has no such kernel"));
+            return lint(name, format!("kernels/{name} has entries, but registry.rs has no such kernel"));
         };
-        let registered: Vec<&str> =
-            kernel.entries().iter().flat_map(|table| table.iter()).map(|entry| entry.name).collect();
         for built in &module.kernels {
-            if !registered.contains(&built.as_str()) {
+            if !entries(kernel).any(|entry| entry.name == built) {
                 return lint(built, format!("in the PTX of {name}, but not in its ENTRIES"));
             }
+            built_entries.insert(built);
         }
-        for entry in registered {
-            if module.kernels.binary_search_by(|built| built.as_str().cmp(entry)).is_err() {
-                return lint(
-                    entry,
-                    format!("in the ENTRIES of {name}, but not in its PTX: is `in \"{name}\";` right?"),
-                );
-            }
+    }
+    for kernel in KERNELS {
+        if let Some(entry) = entries(*kernel).find(|entry| !built_entries.contains(entry.name)) {
+            let name = kernel.name();
+            return lint(
+                entry.name,
+                format!("in the ENTRIES of {name}, but in no PTX: is `in \"{name}\";` right?"),
+            );
         }
-        seen.push(name);
     }
-    match KERNELS.iter().find(|kernel| !kernel.entries().is_empty() && !seen.contains(&kernel.name())) {
-        None => Ok(()),
-        Some(kernel) => lint(kernel.name(), "registered, but no PTX was built".into()),
-    }
+    Ok(())
 }
 
 /// The device compiler, installed if it is not there.
@@ -100,7 +98,7 @@ pub fn compiler(workspace: &Workspace) -> Result<Compiler, TaskError> {
     let build_dir = build_dir(workspace)?;
     match Compiler::find(&build_dir) {
         Err(PtxError::NoCompiler { reasons }) => {
-            install_compiler().map_err(|reason| {
+            apt::install(&DEBIAN_PACKAGES).map_err(|reason| {
                 let reasons = reasons.into_iter().chain([reason]).collect();
                 TaskError::Ptx(PtxError::NoCompiler { reasons })
             })?;
@@ -163,25 +161,4 @@ fn make_executable(path: &Path) -> Result<(), TaskError> {
 #[cfg(not(unix))]
 fn make_executable(_path: &Path) -> Result<(), TaskError> {
     Ok(())
-}
-
-fn install_compiler() -> Result<(), String> {
-    let apt = || {
-        let mut command = Command::new("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    };
-    let root = process::capture(Command::new("id").arg("-u")).is_ok_and(|uid| uid.trim() == "0");
-    if !root || !process::works(apt().arg("--version")) {
-        return Err(format!("not root on a Debian, so run `{INSTALL_COMMAND}` yourself"));
-    }
-    eprintln!("{INSTALL_COMMAND}");
-    let install =
-        || process::works(apt().args(["install", "-y", "--no-install-recommends"]).args(DEBIAN_PACKAGES));
-    // A fresh machine has no package lists, an old one stale ones.
-    if install() || (process::works(apt().arg("update")) && install()) {
-        Ok(())
-    } else {
-        Err(format!("`{INSTALL_COMMAND}` failed"))
-    }
 }

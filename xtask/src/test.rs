@@ -12,15 +12,19 @@ use crate::args;
 use crate::deny;
 use crate::error::TaskError;
 use crate::fetch;
+use crate::image;
 use crate::libtest::{SuiteEnd, Tally};
 use crate::no_std;
 use crate::process;
 use crate::ptx_check;
+use crate::qemu;
 use crate::step::{Counts, Outcome, Steps};
 use crate::workspace::Workspace;
 
 /// Where tests find the model, if they want a real one.
 const MODEL_VARIABLE: &str = "RUNIK_TEST_MODEL";
+/// Where tests find the bootable image.
+const IMAGE_VARIABLE: &str = "RUNIK_IMAGE";
 /// Where tests find the golden data.
 const GOLDENS_VARIABLE: &str = "RUNIK_GOLDENS";
 
@@ -39,7 +43,15 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
         Ok(Outcome::passed(note))
     });
     steps.step("goldens", || Ok(note_goldens(goldens.as_deref())));
-    steps.step("tests", || tests(workspace, model, goldens));
+    let mut image = None;
+    steps.step("image", || image::check(workspace, &mut image));
+    // Without QEMU the guests' tests skip, and say so.
+    if let Err(error) = qemu::need(qemu::PROGRAM, qemu::PACKAGES) {
+        eprintln!("{error}");
+    }
+    steps.step("tests", || {
+        tests(workspace, [(MODEL_VARIABLE, model), (GOLDENS_VARIABLE, goldens), (IMAGE_VARIABLE, image)])
+    });
     steps.step("no-std", || no_std::check(workspace));
     steps.step("ptx", || ptx_check::check(workspace));
     steps.step("deny", || deny::check(workspace));
@@ -94,15 +106,10 @@ fn note_goldens(goldens: Option<&Path>) -> Outcome {
 }
 
 /// All tests of the workspace, in one cargo run.
-fn tests(
-    workspace: &Workspace,
-    model: Option<PathBuf>,
-    goldens: Option<PathBuf>,
-) -> Result<Outcome, TaskError> {
+fn tests(workspace: &Workspace, variables: [(&str, Option<PathBuf>); 3]) -> Result<Outcome, TaskError> {
     let mut command = workspace.cargo();
     command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]);
-    command.envs(model.map(|path| (MODEL_VARIABLE, path)));
-    command.envs(goldens.map(|path| (GOLDENS_VARIABLE, path)));
+    command.envs(variables.into_iter().filter_map(|(name, path)| Some((name, path?))));
     let line = process::line(&command);
     let mut child =
         command.stdout(Stdio::piped()).spawn().map_err(TaskError::io(format!("start `{line}`")))?;

@@ -138,7 +138,9 @@ pub(crate) fn problem(
         let bias = random.values(if addends { n_experts * rows } else { 0 });
         let residual = random.values(if addends { n_cols * rows } else { 0 });
         let mut sum = vec![];
-        for c in 0..n_cols {
+        // For timing it need not be right.
+        let summed = if random.is_timing() { 0 } else { n_cols };
+        for c in 0..summed {
             let expert = ids[c] as usize;
             let x = &x[c / slots * k..][..k];
             for r in 0..rows {
@@ -148,6 +150,7 @@ pub(crate) fn problem(
                 sum.push(dot + bias.get(expert * rows + r).map_or(0.0, |&b| f64::from(b)));
             }
         }
+        sum.resize(n_cols * rows, 0.0);
         sums.push(sum);
         // Null where not given, but a buffer all the same.
         let or_some =

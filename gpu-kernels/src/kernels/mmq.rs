@@ -510,7 +510,7 @@ mod host {
     };
 
     /// The shapes that prefill and batches of an 8B model have, and a mixture's.
-    pub const BENCH: &[Case] = &[
+    const BENCH: &[Case] = &[
         plain(FormatId::Q4_0, Cut::Wide, &[4096], 14336, 512),
         plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 512),
         plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 2048),
@@ -626,6 +626,23 @@ mod host {
             }
         }
 
+        /// What the activations are.
+        fn act(&self) -> ActKind {
+            struct Act;
+            impl Visitor for Act {
+                type Output = ActKind;
+
+                fn block<F: BlockFormat>(self) -> ActKind {
+                    F::ACT
+                }
+
+                fn float<F: FloatFormat>(self) -> ActKind {
+                    unreachable!("{:?} has no blocks", F::ID)
+                }
+            }
+            with_format(self.format, Act).expect("cases name formats of weights")
+        }
+
         /// Each part's product, without what follows.
         fn products<T: Sum>(&self, data: &Data) -> (ActKind, Vec<Vec<T>>) {
             let pairs = data.ids.iter().enumerate();
@@ -708,6 +725,7 @@ mod host {
         const NAME: &'static str = "mmq";
         type Case = Case;
         const CASES: &'static [Case] = CASES;
+        const BENCH: &'static [Case] = BENCH;
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
@@ -715,7 +733,12 @@ mod host {
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let case = *case;
             let data = case.data(random);
-            let (kind, products) = case.products::<f64>(&data);
+            let (kind, products) = if random.is_timing() {
+                let zeros = case.n_rows.iter().map(|n_rows| vec![0.0; case.n_outputs() * n_rows]);
+                (case.act(), zeros.collect())
+            } else {
+                case.products::<f64>(&data)
+            };
             let up = case.glu.map(|glu| (glu, products[1].as_slice()));
             let outputs = products[..case.n_written()].iter().enumerate().map(|(p, sums)| {
                 let n_rows = case.n_rows[p];
@@ -732,6 +755,11 @@ mod host {
                 buffers: case.buffers(&data, kind, outputs),
                 launches: Box::new(move |at| Ok(vec![case.launch(at)?])),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            let fused = case.glu.is_some() || case.added;
+            crate::kernels::mmvq::peer(case.format, case.n_rows, case.k, case.n_cols, fused, case.mixture)
         }
 
         fn bytes(case: &Case) -> u64 {

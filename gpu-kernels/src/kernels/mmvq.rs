@@ -682,7 +682,7 @@ mod host {
 
     /// Shapes to time: a down, an up, an attention and an output projection of an 8B model, at one and at eight columns;
     /// gate and up in one launch; experts of a mixture.
-    pub const BENCH: &[Case] = &[
+    const BENCH: &[Case] = &[
         bench(FormatId::Q4_0, 4096, 14336, 1),
         bench(FormatId::Q4_0, 4096, 14336, 4),
         bench(FormatId::Q4_0, 4096, 14336, 8),
@@ -749,10 +749,34 @@ mod host {
         }
     }
 
+    /// ggml's name of a product: of one matrix, with nothing fused.
+    pub(crate) fn peer(
+        format: FormatId,
+        rows: &[usize],
+        k: usize,
+        n_cols: usize,
+        fused: bool,
+        mixture: Option<(usize, usize, bool)>,
+    ) -> Option<alloc::string::String> {
+        let &[m] = rows else { return None };
+        let ty = alloc::format!("{format:?}").to_ascii_lowercase();
+        // ggml writes its super-block formats with a capital K.
+        let ty = ty.strip_suffix("_k").map_or(ty.clone(), |stem| alloc::format!("{stem}_K"));
+        match mixture {
+            _ if fused => None,
+            None => Some(alloc::format!("MUL_MAT(type_a={ty},type_b=f32,m={m},n={n_cols},k={k},")),
+            Some((n_mats, n_used, false)) => Some(alloc::format!(
+                "MUL_MAT_ID(type_a={ty},type_b=f32,n_mats={n_mats},n_used={n_used},b=0,m={m},n={n_cols},k={k}"
+            )),
+            Some((.., true)) => None,
+        }
+    }
+
     impl Kernel for Mmvq {
         const NAME: &'static str = "mmvq";
         type Case = Case;
         const CASES: &'static [Case] = super::CASES;
+        const BENCH: &'static [Case] = BENCH;
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE];
@@ -776,8 +800,11 @@ mod host {
                     let weights = with_format(format, Weights(random, n_rows * k));
                     let (blocks, _) = weights.expect("cases name formats of weights");
                     tiles.extend(tile::pack(format, &blocks, n_rows, k));
-                    let product = with_format(format, Product { blocks: &blocks, x: &x, k });
-                    let (of, product) = product.expect("cases name formats of weights");
+                    // For timing, of one row.
+                    let timed = if random.is_timing() { blocks.len() / n_rows } else { blocks.len() };
+                    let product = with_format(format, Product { blocks: &blocks[..timed], x: &x, k });
+                    let (of, mut product) = product.expect("cases name formats of weights");
+                    product.resize(n_x * n_rows, 0.0);
                     kind = of;
                     products.push(product);
                 }
@@ -837,6 +864,10 @@ mod host {
                     Ok(vec![launch(&Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture })?])
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            peer(case.format, case.rows, case.k, case.n_cols, case.glu.is_some() || case.extras, case.mixture)
         }
 
         fn bytes(case: &Case) -> u64 {

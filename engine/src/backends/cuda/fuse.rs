@@ -4,7 +4,7 @@
 use alloc::vec::Vec;
 
 use super::emit::product_glu;
-use super::program::{Action, Acts, Gate, Norm, Part, Place, Program, Store, Value};
+use super::program::{Action, Acts, Gate, Norm, NormKind, Part, Place, Program, Store, Value};
 use crate::op::Binary;
 
 /// A rule.
@@ -198,7 +198,9 @@ fn add_norm(program: &mut Program) {
         let Action::Binary { kind: Binary::Add, a, b, n, period, out } = program.actions[at - 1] else {
             continue;
         };
-        if out == h && n == period && norm.add.is_none() && n == norm.rows * norm.cols && a != b {
+        // The layer norm's kernel adds nothing before.
+        let adds = matches!(norm.kind, NormKind::Rms) && norm.add.is_none();
+        if adds && out == h && n == period && n == norm.rows * norm.cols && a != b {
             program.actions[at] = Action::Norm(Norm { x: a, add: Some((b, h)), ..norm });
             program.actions.remove(at - 1);
         }

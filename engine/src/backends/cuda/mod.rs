@@ -187,6 +187,8 @@ struct Placed<'a> {
     weights: &'a DeviceWeights,
     inputs: InputAddresses,
     constants: RefCell<&'a mut Constants>,
+    /// Why a constant could not be placed: the device's fault, not the operation's.
+    failure: RefCell<Option<DriverError>>,
 }
 
 impl Addresses for Placed<'_> {
@@ -197,7 +199,11 @@ impl Addresses for Placed<'_> {
         self.inputs.input(input)
     }
     fn constant(&self, values: &[f32]) -> Result<DevicePtr, String> {
-        self.constants.borrow_mut().place(values).map_err(|e| e.to_string())
+        self.constants.borrow_mut().place(values).map_err(|error| {
+            let what = error.to_string();
+            *self.failure.borrow_mut() = Some(error);
+            what
+        })
     }
 }
 
@@ -248,9 +254,12 @@ impl Cuda {
     fn ready(&mut self, plan: &Plan, layout: InputLayout, class: SizeClass) -> Result<Ready, EngineError> {
         let inputs = InputAddresses { block: self.inputs.at(), layout };
         let constants = RefCell::new(&mut self.constants);
-        let placed = Placed { weights: &self.weights, inputs, constants };
-        let (mut program, values) = translate::translate(&plan.graph, &placed)
-            .map_err(|(i, why)| unsupported(&plan.graph, i, why))?;
+        let placed = Placed { weights: &self.weights, inputs, constants, failure: RefCell::default() };
+        let (mut program, values) =
+            translate::translate(&plan.graph, &placed).map_err(|(i, why)| match placed.failure.take() {
+                Some(error) => error.into(),
+                None => unsupported(&plan.graph, i, why),
+            })?;
         self.rules.apply(&mut program);
         emit::add_scratch(&mut program, class, &self.info);
         let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();

@@ -194,7 +194,7 @@ impl<
     #[track_caller]
     fn load(x: &Inputs, page: u32, block: u32, len: u32, stage: u32) {
         let first = block * Self::BLOCK;
-        let n_valid = if first < len { len - first } else { 0 };
+        let n_valid = len.saturating_sub(first);
         let row = (page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize) * PAGE
             + (first % PAGE as u32) as usize;
         // One after the other in a loop: the code of either is long, and so is the list of its addresses.
@@ -309,7 +309,7 @@ impl<
     #[inline(always)]
     fn probability_at(r: u32, c: u32) -> u32 {
         let units = Self::BLOCK / 8;
-        let turn = if units >= 8 { r & 7 } else { r / (8 / units) & (units - 1) };
+        let turn = if units >= 8 { r & 7 } else { (r / (8 / units)) & (units - 1) };
         Self::LAYOUT.p as u32 + r * units + (c ^ turn)
     }
 

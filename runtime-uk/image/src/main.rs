@@ -1,0 +1,95 @@
+//! The bootable image: boots the machine, loads a model, answers the command line's prompt, serves.
+//!
+//! What can go wrong is said in one line on the serial log, and then the machine ends: there is nobody to ask.
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+mod answer;
+mod entry;
+mod gpu;
+mod memory;
+mod model;
+mod selftest;
+mod serve;
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::panic::PanicInfo;
+
+use engine::backends::cpu::{Cpu, Isa};
+use engine::{Context, ContextParams, Executor};
+use gpu_kernels::driver::{Driver, DriverError};
+use uk_kernel::devices::Devices;
+use uk_kernel::exit::{Exit, exit};
+use uk_kernel::heap::Heap;
+use uk_kernel::machine::Machine;
+use uk_kernel::options::Device;
+use uk_kernel::{say, serial};
+
+#[global_allocator]
+static HEAP: Heap = Heap::new();
+
+/// Called by the entry code with what the boot loader left in `eax` and `ebx`.
+extern "C" fn main(eax: u32, ebx: u32) -> ! {
+    // SAFETY: the entry code calls this once, in the state that `boot` asks for.
+    let booted = unsafe { Machine::boot(eax, ebx, &entry::image(), &HEAP) };
+    let mut machine = booted.unwrap_or_else(|error| fail(&error));
+    say!("runik {}: {}", env!("CARGO_PKG_VERSION"), machine.options);
+    for word in &machine.options.unknown {
+        say!("command line: {word:?} is no option of runik");
+    }
+    let mut devices = Devices::find(&mut machine);
+    match machine.options.selftest.as_deref() {
+        None => {}
+        Some("gpu") => match selftest::gpu(&machine, &mut devices) {
+            Ok(()) => exit(Exit::Done),
+            Err(error) => fail(&error),
+        },
+        Some(name) => {
+            selftest::run(name, &machine);
+            exit(Exit::Failed);
+        }
+    }
+    run(&machine, devices).unwrap_or_else(|error| fail(&*error));
+    exit(Exit::Done)
+}
+
+fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn core::error::Error>> {
+    let options = &machine.options;
+    if options.device == Device::Gpu {
+        let info = gpu::open(machine, &mut devices)?.info();
+        return Err(Box::new(DriverError::NoDriver {
+            what: alloc::format!("the engine has no GPU back end yet for {}", info.name),
+        }));
+    }
+    let model = Arc::new(model::load(options.model, &machine.modules, &mut devices)?);
+    let isa = Isa::detect();
+    let cpu = Cpu::new(model.weights().clone(), machine.cores.clone(), isa);
+    let params = ContextParams {
+        n_ctx: options.n_ctx.min(model.hparams().n_ctx_train),
+        n_seq: options.n_seq,
+        ..ContextParams::default()
+    };
+    let mut context = Context::new(model.clone(), Box::new(cpu), params)?;
+    say!("{} on {} with {} core(s)", model.arch_name(), isa.name(), machine.cores.n_threads());
+    if let Some(prompt) = &options.prompt {
+        answer::answer(&mut context, prompt.as_bytes(), options.n_predict)?;
+    }
+    if !options.exit {
+        serve::serve(machine, &mut devices, context)?;
+    }
+    Ok(())
+}
+
+fn fail(error: &dyn core::error::Error) -> ! {
+    say!("error: {error}");
+    exit(Exit::Failed)
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    serial::last_words(format_args!("\n{info}\n"));
+    exit(Exit::Panic)
+}

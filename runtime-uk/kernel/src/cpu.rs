@@ -1,0 +1,41 @@
+//! Control and model-specific registers.
+
+use core::arch::asm;
+use core::arch::x86_64::__cpuid;
+
+/// Reads a model-specific register.
+///
+/// # Safety
+/// * The register exists; otherwise the processor faults.
+pub unsafe fn read_msr(register: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Writes a model-specific register.
+///
+/// # Safety
+/// * The register exists and its new value does not break what Rust relies on.
+pub unsafe fn write_msr(register: u32, value: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("wrmsr", in("ecx") register, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack, preserves_flags));
+    }
+}
+
+/// Physical address of the page tables in use.
+pub fn page_tables() -> u64 {
+    let value;
+    // SAFETY: reading CR3 in ring 0 has no effect.
+    unsafe { asm!("mov {}, cr3", out(reg) value, options(nomem, nostack, preserves_flags)) }
+    value
+}
+
+/// Whether pages of 1 GiB exist.
+pub fn has_huge_pages() -> bool {
+    __cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).edx & 1 << 26 != 0
+}
