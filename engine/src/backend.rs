@@ -39,6 +39,8 @@ pub struct Step<'a> {
     pub sequences: &'a [StepSequence],
     /// Pages of all sequences, one after the other; [`StepSequence`] says which are whose.
     pub pages: &'a [u32],
+    /// Values of tensors that the plan reads and no node of it writes: what another backend made.
+    pub given: &'a [(TensorId, &'a [f32])],
 }
 
 /// One sequence of a step.

@@ -61,6 +61,18 @@ impl Default for ContextParams {
     }
 }
 
+impl ContextParams {
+    /// The step that takes the most memory.
+    pub fn largest_step(&self) -> StepShape {
+        StepShape {
+            n_tokens: self.n_ubatch,
+            n_outputs: MAX_OUTPUTS.min(self.n_ubatch),
+            embeddings: self.embeddings,
+            taps: self.taps,
+        }
+    }
+}
+
 /// One token of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchToken {
@@ -224,19 +236,13 @@ impl Context {
 
     /// Where memory goes, from the plan of the largest step.
     pub fn memory_plan(&self) -> MemoryPlan {
-        let n_outputs = MAX_OUTPUTS.min(self.params.n_ubatch);
-        let shape = StepShape {
-            n_tokens: self.params.n_ubatch,
-            n_outputs,
-            embeddings: self.params.embeddings,
-            taps: self.params.taps,
-        };
+        let shape = self.params.largest_step();
         let plan = Plan::new(self.model.graph(self.params.n_ctx, shape));
         MemoryPlan {
             weights: self.model.weights().total_bytes(),
             kv_cache: self.layout.total_bytes(),
             activations: plan.arena_bytes,
-            outputs: n_outputs * self.output_cols() * size_of::<f32>(),
+            outputs: shape.n_outputs * self.output_cols() * size_of::<f32>(),
         }
     }
 
@@ -404,6 +410,7 @@ impl Context {
             cells: &s.cells,
             sequences: &s.sequences,
             pages: &s.pages,
+            given: &[],
         };
         self.backend.run(id, &step)?;
         self.last_step = Some(shape);

@@ -120,6 +120,9 @@ pub enum EngineError {
         /// Why.
         why: String,
     },
+    /// A GPU's driver did not do what it was asked.
+    #[cfg(feature = "gpu")]
+    Device(gpu_kernels::driver::DriverError),
     /// Reading or mapping a file failed.
     #[cfg(feature = "std")]
     Io {
@@ -158,6 +161,8 @@ impl core::fmt::Display for EngineError {
             EngineError::UnsupportedOp { backend, op, why } => {
                 write!(f, "backend {backend} cannot run {op}: {why}")
             }
+            #[cfg(feature = "gpu")]
+            EngineError::Device(e) => e.fmt(f),
             #[cfg(feature = "std")]
             EngineError::Io { path, what } => write!(f, "{path}: {what}"),
         }

@@ -31,7 +31,7 @@ pub struct Plan {
     slots: Vec<Option<Slot>>,
 }
 
-/// Lifetime of a block of arena memory, in node indices.
+/// Lifetime of a block of arena memory, in steps.
 #[derive(Clone, Copy, Debug)]
 struct Block {
     len: usize,
@@ -41,44 +41,99 @@ struct Block {
 
 const NONE: usize = usize::MAX;
 
+/// What one step does to the values of a program: indices into their list.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// Values read.
+    pub reads: Vec<usize>,
+    /// Values written; a value is written by one step. What nobody reads is the step's scratch.
+    pub writes: Vec<usize>,
+    /// (read, written): the step may write the second over the first, if nobody else needs that.
+    pub in_place: Vec<(usize, usize)>,
+}
+
+/// Where values live.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    /// Per value; `None` if no step touches it.
+    pub slots: Vec<Option<Slot>>,
+    /// Bytes of arena needed.
+    pub arena_bytes: usize,
+}
+
+/// Lays values out: `len_bytes` each, touched by `steps` in order. A value in `kept` outlives the last step; one that is
+/// read but never written is given from outside before the first.
+pub fn lay_out(len_bytes: &[usize], steps: &[Access], kept: &[usize], align: usize) -> Layout {
+    let n = len_bytes.len();
+    let mut last_read = alloc::vec![NONE; n];
+    let mut written = alloc::vec![false; n];
+    for (i, step) in steps.iter().enumerate() {
+        step.reads.iter().for_each(|&v| last_read[v] = i);
+        step.writes.iter().for_each(|&v| written[v] = true);
+    }
+    kept.iter().for_each(|&v| last_read[v] = steps.len());
+
+    let mut block_of = alloc::vec![NONE; n];
+    let mut blocks: Vec<Block> = Vec::new();
+    for v in 0..n {
+        if !written[v] && last_read[v] != NONE {
+            block_of[v] = blocks.len();
+            blocks.push(Block { len: len_bytes[v], first: 0, last: last_read[v] });
+        }
+    }
+    // Each value written gets a block, or joins that of a value it may be written over.
+    for (i, step) in steps.iter().enumerate() {
+        for &out in &step.writes {
+            let mut candidates = step.in_place.iter().filter(|(_, w)| *w == out).map(|(r, _)| *r);
+            let taken = candidates.find(|&x| {
+                block_of[x] != NONE
+                    && last_read[x] == i
+                    && len_bytes[x] == len_bytes[out]
+                    && step.reads.iter().filter(|&&r| r == x).count() == 1
+                    && !step.writes.iter().any(|&w| block_of[w] == block_of[x])
+            });
+            block_of[out] = match taken {
+                Some(x) => block_of[x],
+                None => {
+                    blocks.push(Block { len: len_bytes[out], first: i, last: i });
+                    blocks.len() - 1
+                }
+            };
+            let block = &mut blocks[block_of[out]];
+            block.last = block.last.max(if last_read[out] == NONE { i } else { last_read[out] });
+        }
+    }
+    let (offsets, arena_bytes) = assign(&blocks, align);
+    let slots = (0..n)
+        .map(|v| (block_of[v] != NONE).then(|| Slot { offset: offsets[block_of[v]], len: len_bytes[v] }))
+        .collect();
+    Layout { slots, arena_bytes }
+}
+
 impl Plan {
     /// Plans a graph.
     pub fn new(graph: Graph) -> Plan {
         let n = graph.tensors.len();
         let base: Vec<usize> = (0..n).map(|i| graph.base(TensorId(i as u32)).0 as usize).collect();
-        let last_read = last_reads(&graph, &base);
-
-        // Each activation gets a block, or joins its input's.
-        let mut block_of = alloc::vec![NONE; n];
-        let mut blocks: Vec<Block> = Vec::new();
-        for (i, node) in graph.nodes.iter().enumerate() {
-            for &out in &node.outputs {
-                let out = out.0 as usize;
-                let len = len_bytes(&graph, out);
-                let taken = node.op.in_place_input().map(|x| base[x.0 as usize]).filter(|&x| {
-                    block_of[x] != NONE
-                        && last_read[x] == i
-                        && blocks[block_of[x]].len == len
-                        && reads(node, &base, x) == 1
-                });
-                block_of[out] = match taken {
-                    Some(x) => block_of[x],
-                    None => {
-                        blocks.push(Block { len, first: i, last: i });
-                        blocks.len() - 1
-                    }
-                };
-                let block = &mut blocks[block_of[out]];
-                block.last = block.last.max(if last_read[out] == NONE { i } else { last_read[out] });
-            }
-        }
-        let (offsets, arena_bytes) = assign(&blocks);
-        let slots = (0..n)
-            .map(|t| {
-                let block = block_of[base[t]];
-                (block != NONE).then(|| Slot { offset: offsets[block], len: blocks[block].len })
+        let activation = |t: &usize| graph.tensors[*t].storage == Storage::Activation;
+        let len_bytes: Vec<usize> = graph.tensors.iter().map(crate::tensor::Tensor::len_bytes).collect();
+        let steps: Vec<Access> = graph
+            .nodes
+            .iter()
+            .map(|node| {
+                let mut reads = Vec::new();
+                node.op.for_each_input(|t| reads.push(base[t.0 as usize]));
+                reads.retain(activation);
+                let writes: Vec<usize> = node.outputs.iter().map(|t| t.0 as usize).collect();
+                let over = node.op.in_place_input().map(|x| base[x.0 as usize]).filter(activation);
+                let in_place = over.into_iter().map(|x| (x, writes[0])).collect();
+                Access { reads, writes, in_place }
             })
             .collect();
+        let kept: Vec<usize> =
+            graph.outputs.iter().map(|(_, t)| base[t.0 as usize]).filter(activation).collect();
+        let Layout { slots, arena_bytes } = lay_out(&len_bytes, &steps, &kept, ALIGN_BYTES);
+        let slots = base.iter().map(|&b| slots[b]).collect();
         Plan { graph, arena_bytes, slots }
     }
 
@@ -98,39 +153,15 @@ impl Plan {
     }
 }
 
-fn len_bytes(graph: &Graph, t: usize) -> usize {
-    let tensor = &graph.tensors[t];
-    quant::info(tensor.format).bytes * tensor.shape.elems()
-}
-
-/// How many of a node's inputs lie in tensor `x`'s memory.
-fn reads(node: &crate::graph::Node, base: &[usize], x: usize) -> usize {
-    let mut n = 0;
-    node.op.for_each_input(|t| n += usize::from(base[t.0 as usize] == x));
-    n
-}
-
-/// Index of the last node that reads each tensor's memory; `NONE` if none does; past the end for outputs.
-fn last_reads(graph: &Graph, base: &[usize]) -> Vec<usize> {
-    let mut last = alloc::vec![NONE; graph.tensors.len()];
-    for (i, node) in graph.nodes.iter().enumerate() {
-        node.op.for_each_input(|t| last[base[t.0 as usize]] = i);
-    }
-    for (_, t) in &graph.outputs {
-        last[base[t.0 as usize]] = graph.nodes.len();
-    }
-    last
-}
-
 /// Offsets of all blocks and the arena's size.
-fn assign(blocks: &[Block]) -> (Vec<usize>, usize) {
+fn assign(blocks: &[Block], align: usize) -> (Vec<usize>, usize) {
     let mut order: Vec<usize> = (0..blocks.len()).collect();
     order.sort_by_key(|&b| (core::cmp::Reverse(blocks[b].len), blocks[b].first));
     let mut offsets = alloc::vec![0; blocks.len()];
     let mut placed: Vec<usize> = Vec::new(); // sorted by offset
     let mut arena = 0;
     for b in order {
-        let len = blocks[b].len.next_multiple_of(ALIGN_BYTES);
+        let len = blocks[b].len.next_multiple_of(align);
         let mut at = 0;
         for &p in &placed {
             let overlap = blocks[p].first <= blocks[b].last && blocks[b].first <= blocks[p].last;
@@ -140,7 +171,7 @@ fn assign(blocks: &[Block]) -> (Vec<usize>, usize) {
             if offsets[p] >= at + len {
                 break;
             }
-            at = at.max(offsets[p] + blocks[p].len.next_multiple_of(ALIGN_BYTES));
+            at = at.max(offsets[p] + blocks[p].len.next_multiple_of(align));
         }
         offsets[b] = at;
         arena = arena.max(at + len);

@@ -96,3 +96,10 @@ pub struct Tensor {
     /// Where the data lives.
     pub storage: Storage,
 }
+
+impl Tensor {
+    /// Bytes of an activation or input.
+    pub fn len_bytes(&self) -> usize {
+        quant::info(self.format).bytes * self.shape.elems() / quant::info(self.format).elems
+    }
+}

@@ -113,6 +113,12 @@ impl Weights {
         &self.sources[w.source].bytes()[w.offset + first_row * row..][..rows * row]
     }
 
+    /// Where a weight starts: file and offset, for reading them in order.
+    pub fn position(&self, id: u32) -> (usize, usize) {
+        let w = self.get(id);
+        (w.source, w.offset)
+    }
+
     /// Sum of all weights' bytes.
     pub fn total_bytes(&self) -> usize {
         self.list.iter().map(|w| w.len_bytes).sum()

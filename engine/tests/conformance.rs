@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use engine::backend::{Backend, Step, StepSequence};
 use engine::backends::cpu::{Cpu, Isa};
+use engine::backends::cuda::{Cuda, Device, RuleSet};
 use engine::backends::reference::Reference;
+use engine::executor::Serial;
 use engine::graph::{Graph, GraphBuilder, Output};
 use engine::kv_cache::{KvLayer, KvLayout, PAGE};
 use engine::op::{AttentionParams, Glu, MoeRouteParams, RopeMode, RopeParams, Unary};
@@ -12,6 +14,7 @@ use engine::plan::Plan;
 use engine::pool::Pool;
 use engine::tensor::{Input, TensorId};
 use engine::weights::{ByteSource, Weights};
+use gpu_kernels::emu::{Emulator, Options};
 use quant::FormatId;
 
 /// Weights and a graph over them, filled as a case is built.
@@ -117,10 +120,11 @@ fn run(backend: &mut dyn Backend, graph: Graph, n: usize, kv: &Option<KvLayout>)
         cells: &cells,
         sequences: &sequences,
         pages: &pages,
+        given: &[],
     };
     let mut got = vec![f32::NAN; plan.graph.tensor(out).shape.elems()];
-    // Twice: a second run must not see the first one's leavings.
-    for _ in 0..2 {
+    // Again: a later run must not see an earlier one's leavings; on a GPU the second is captured, the third replayed.
+    for _ in 0..3 {
         backend.run(id, &step).unwrap();
         backend.read(id, out, &mut got).unwrap();
     }
@@ -133,8 +137,16 @@ fn nmse(got: &[f32], want: &[f32]) -> f64 {
     if norm == 0.0 { err } else { err / norm }
 }
 
-/// Builds the case twice (graphs are consumed) and compares every backend with the reference.
+/// Error that the GPU's f32 sums in tensor cores and its approximate functions may add.
+const GPU_FLOATS: f64 = 1e-9;
+
+/// Builds the case and compares every backend with the reference.
 fn check(bound: f64, build: impl Fn() -> (Case, TensorId)) {
+    check_with(bound, bound.max(GPU_FLOATS), build);
+}
+
+/// The same with a bound of its own for the GPU.
+fn check_with(bound: f64, gpu_bound: f64, build: impl Fn() -> (Case, TensorId)) {
     let (case, out) = build();
     let (graph, weights, name, n, kv) = case.finish(out);
     let want = run(&mut Reference::new(weights.clone()), graph.clone(), n, &kv);
@@ -153,6 +165,36 @@ fn check(bound: f64, build: impl Fn() -> (Case, TensorId)) {
             let first = first.get_or_insert_with(|| got.clone());
             assert!(*first == got, "{name} n={n}: {} with {threads} threads gives other bits", isa.name());
         }
+    }
+    check_gpu(&name, gpu_bound, graph, &weights, n, &kv, &want);
+}
+
+/// The GPU backend on the emulator: merged and unmerged, which must agree bit for bit.
+fn check_gpu(
+    name: &str,
+    bound: f64,
+    graph: Graph,
+    weights: &Arc<Weights>,
+    n: usize,
+    kv: &Option<KvLayout>,
+    want: &[f32],
+) {
+    let mut first: Option<Vec<f32>> = None;
+    for rules in [RuleSet::ALL, RuleSet::NONE] {
+        let device: Device = Arc::new(Emulator::new(Options::default()));
+        let mut cuda = Cuda::new(device, Arc::new(Serial), weights.clone()).with_rules(rules);
+        if let Some(layout) = kv {
+            cuda.create_kv(layout).unwrap();
+        }
+        if let Some(why) = graph.nodes.iter().find_map(|node| cuda.supports(&graph, node).err()) {
+            println!("skipped: {name} n={n} on cuda: {why}");
+            return;
+        }
+        let got = run(&mut cuda, graph.clone(), n, kv);
+        let err = nmse(&got, want);
+        assert!(err <= bound, "{name} n={n} on cuda, {rules:?}: nmse {err:.2e} > {bound:.0e}");
+        let first = first.get_or_insert_with(|| got.clone());
+        assert!(*first == got, "{name} n={n} on cuda: merged and unmerged programs give other bits");
     }
 }
 
@@ -389,7 +431,10 @@ fn attention() {
             }
             for (n, with_sinks) in [(1, false), (2, true), (9, true), (150, false)] {
                 {
-                    check(1e-10, || {
+                    // f16 queries and weights on tensor cores, unless the cache has more than f16 holds.
+                    let gpu_bound =
+                        if matches!(kv, FormatId::F32 | FormatId::BF16) { 1e-8 } else { 4e-6 };
+                    check_with(1e-10, gpu_bound, || {
                         let mut c = Case::new(format!("attention {name} {kv} sinks {with_sinks}"), n);
                         let layer = KvLayer {
                             n_head_kv: p.n_head_kv,

@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
+use engine::backends::cuda::{Cuda, Device};
 use engine::backends::reference::Reference;
+use engine::executor::Serial;
 use engine::pool::Pool;
 use engine::{Batch, Context, ContextParams, Model};
+use gpu_kernels::emu::{Emulator, Options};
 use quant::FormatId;
 
 type MakeBackend = fn(&Model) -> Box<dyn Backend>;
@@ -16,6 +19,10 @@ type MakeBackend = fn(&Model) -> Box<dyn Backend>;
 const BACKENDS: &[(&str, MakeBackend)] = &[
     ("reference", |m| Box::new(Reference::new(m.weights().clone()))),
     ("cpu", |m| Box::new(Cpu::new(m.weights().clone(), Arc::new(Pool::new(2).unwrap()), Isa::detect()))),
+    ("cuda", |m| {
+        let device: Device = Arc::new(Emulator::new(Options::default()));
+        Box::new(Cuda::new(device, Arc::new(Serial), m.weights().clone()))
+    }),
 ];
 
 fn params() -> ContextParams {

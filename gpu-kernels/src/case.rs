@@ -24,12 +24,24 @@ pub trait Kernel: 'static {
     const CASES: &'static [Self::Case];
     /// Largest mean squared error allowed, relative to the mean square of the reference. The contract says why.
     const NMSE_MAX: f64;
+    /// Shapes to time: those of models.
+    const BENCH: &'static [Self::Case] = &[];
     /// The entries, for the emulator.
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]];
 
     /// Inputs, launch and expected outputs of a case.
     fn problem(case: &Self::Case, random: &mut Random) -> Problem;
+    /// As [`Kernel::problem`], for timing: the outputs may be [`Expected::Unchecked`], where the reference of a large
+    /// shape would take longer than everything else.
+    fn bench(case: &Self::Case, random: &mut Random) -> Problem {
+        Self::problem(case, random)
+    }
+    /// What ggml's `test-backend-ops perf` calls the same work: the start of its line.
+    fn peer(case: &Self::Case) -> Option<String> {
+        let _ = case;
+        None
+    }
     /// Bytes that a case must move to and from memory.
     fn bytes(case: &Self::Case) -> u64;
     /// Arithmetic operations of a case.
@@ -44,10 +56,16 @@ pub trait AnyKernel: Sync {
     fn nmse_max(&self) -> f64;
     /// Number of cases.
     fn n_cases(&self) -> usize;
+    /// Number of shapes to time. They are the cases from [`AnyKernel::n_cases`] on.
+    fn n_bench(&self) -> usize;
     /// Case `i` in words.
     fn label(&self, i: usize) -> String;
     /// The problem of case `i`, from a seed.
     fn problem(&self, i: usize, seed: u64) -> Problem;
+    /// [`Kernel::bench`] of case `i`, from a seed.
+    fn bench(&self, i: usize, seed: u64) -> Problem;
+    /// [`Kernel::peer`] of case `i`.
+    fn peer(&self, i: usize) -> Option<String>;
     /// [`Kernel::bytes`] of case `i`.
     fn bytes(&self, i: usize) -> u64;
     /// [`Kernel::flops`] of case `i`.
@@ -55,6 +73,11 @@ pub trait AnyKernel: Sync {
     /// [`Kernel::ENTRIES`].
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]];
+}
+
+fn case<K: Kernel>(i: usize) -> &'static K::Case {
+    let n_cases = K::CASES.len();
+    if i < n_cases { &K::CASES[i] } else { &K::BENCH[i - n_cases] }
 }
 
 impl<K: Kernel + Sync> AnyKernel for K {
@@ -67,17 +90,26 @@ impl<K: Kernel + Sync> AnyKernel for K {
     fn n_cases(&self) -> usize {
         K::CASES.len()
     }
+    fn n_bench(&self) -> usize {
+        K::BENCH.len()
+    }
     fn label(&self, i: usize) -> String {
-        format!("{:?}", K::CASES[i])
+        format!("{:?}", case::<K>(i))
     }
     fn problem(&self, i: usize, seed: u64) -> Problem {
-        K::problem(&K::CASES[i], &mut Random::new(seed))
+        K::problem(case::<K>(i), &mut Random::new(seed))
+    }
+    fn bench(&self, i: usize, seed: u64) -> Problem {
+        K::bench(case::<K>(i), &mut Random::new(seed))
+    }
+    fn peer(&self, i: usize) -> Option<String> {
+        K::peer(case::<K>(i))
     }
     fn bytes(&self, i: usize) -> u64 {
-        K::bytes(&K::CASES[i])
+        K::bytes(case::<K>(i))
     }
     fn flops(&self, i: usize) -> u64 {
-        K::flops(&K::CASES[i])
+        K::flops(case::<K>(i))
     }
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]] {
@@ -123,11 +155,15 @@ pub enum Expected {
     F16(Vec<f64>),
     /// As bf16.
     Bf16(Vec<f64>),
+    /// Anything, in this many bytes: for timing, or for what only a later launch of the problem reads.
+    Unchecked(usize),
 }
 
 impl Expected {
-    fn bytes(&self) -> usize {
+    /// Bytes of the output.
+    pub fn bytes(&self) -> usize {
         match self {
+            Expected::Unchecked(bytes) => *bytes,
             Expected::Exact(bytes) => bytes.len(),
             Expected::Same { bytes, .. } => *bytes,
             Expected::F32(values) => 4 * values.len(),
@@ -249,6 +285,7 @@ fn compare(buffer: usize, expected: &Expected, got: &[u8], nmse_max: f64) -> Res
                 }
             };
         }
+        Expected::Unchecked(_) => return Ok(0.0),
         Expected::F32(values) => {
             let got = got.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes).into());
             (values.clone(), got.collect())

@@ -2,9 +2,9 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    argmax, argsort, copy, cumsum, dequantise, elementwise, get_rows, glu, layer_norm, mmf, mmf32, mmvf,
-    mmvq, moe_combine, moe_route, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax,
-    top_k,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, kv_store, layer_norm, mmf,
+    mmf32, mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak, quantise_act, repack, rms_norm, rope,
+    round_act, sample, set_rows, softmax, top_k,
 };
 
 /// The rows.
@@ -18,6 +18,8 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &mmvf::Mmvf,
     &mmf::Mmf,
     &mmf32::Mmf32,
+    &mmq::Mmq,
+    &moe_sort::MoeSort,
     &rms_norm::RmsNorm,
     &layer_norm::LayerNorm,
     &softmax::Softmax,
@@ -28,11 +30,16 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &moe_combine::MoeCombine,
     &argmax::Argmax,
     &top_k::TopK,
+    &flash::Flash,
+    &flash::FlashSplit,
+    &flash::FlashPlain,
+    &kv_store::KvStore,
     &argsort::Argsort,
     &cumsum::Cumsum,
     &sample::Sample,
     &copy::StridedCopy,
     &set_rows::SetRows,
+    &peak::Peak,
 ];
 
 /// The kernel of this name.

@@ -221,10 +221,20 @@ mod device {
     pub fn block<F: Tiled>(words: &F::Words, b: usize) -> F {
         let mut block = F::zeroed();
         let bytes = bytemuck::bytes_of_mut(&mut block);
-        let mut i = 0;
-        while i < size_of::<F>() {
+        let byte = |i: usize| {
             let at = b * size_of::<F>() + i;
-            bytes[i] = (words.as_ref()[at / 4] >> (8 * (at % 4))) as u8;
+            (words.as_ref()[at / 4] >> (8 * (at % 4))) as u8
+        };
+        // Four at a time: few enough rounds for LLVM to unroll them all.
+        let (fours, _) = bytes.as_chunks_mut::<4>();
+        let mut i = 0;
+        while i < fours.len() {
+            fours[i] = [byte(4 * i), byte(4 * i + 1), byte(4 * i + 2), byte(4 * i + 3)];
+            i += 1;
+        }
+        let mut i = size_of::<F>() / 4 * 4;
+        while i < size_of::<F>() {
+            bytes[i] = byte(i);
             i += 1;
         }
         block

@@ -45,6 +45,7 @@ macro_rules! kernels {
 
 kernels! {
     dequantise
+    peak
     repack
     get_rows
     quantise_act
@@ -68,6 +69,12 @@ kernels! {
     sample
     copy
     set_rows
+    mmq
+    moe_sort
+    flash
+    flash_split
+    flash_plain
+    kv_store
 }
 
 #[test]

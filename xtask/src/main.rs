@@ -13,6 +13,7 @@ mod deny;
 mod error;
 mod fetch;
 mod fuzz;
+mod gpu_test;
 mod image;
 mod kernel;
 mod libtest;
@@ -61,6 +62,7 @@ const TASKS: &[Task] = &[
         help: "compile the GPU kernels for every tier, assemble them with ptxas",
         run: ptx_check::run,
     },
+    Task { name: "gpu-test", args: gpu_test::ARGS, help: gpu_test::HELP, run: gpu_test::run },
     Task { name: "image", args: "", help: "the bootable image; prints its path", run: image::run },
     Task { name: "qemu", args: qemu::ARGS, help: qemu::HELP, run: qemu::run },
     Task { name: "kernel", args: kernel::ARGS, help: kernel::HELP, run: kernel::run },

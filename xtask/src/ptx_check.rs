@@ -96,23 +96,29 @@ fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> R
     }
 }
 
+/// The device compiler, installed if it is not there.
+pub fn compiler(workspace: &Workspace) -> Result<Compiler, TaskError> {
+    let build_dir = build_dir(workspace)?;
+    match Compiler::find(&build_dir) {
+        Err(PtxError::NoCompiler { reasons }) => {
+            apt::install(&DEBIAN_PACKAGES).map_err(|reason| {
+                let reasons = reasons.into_iter().chain([reason]).collect();
+                TaskError::Ptx(PtxError::NoCompiler { reasons })
+            })?;
+            Ok(Compiler::find(&build_dir)?)
+        }
+        found => Ok(found?),
+    }
+}
+
 /// PTX of these kernel files (of all where none are named) for the tiers, and whose compiler made it.
 pub fn modules(
     workspace: &Workspace,
     names: Option<&[String]>,
     tiers: &[Tier],
 ) -> Result<(String, Vec<Module>), TaskError> {
+    let compiler = compiler(workspace)?;
     let build_dir = build_dir(workspace)?;
-    let compiler = match Compiler::find(&build_dir) {
-        Err(PtxError::NoCompiler { reasons }) => {
-            apt::install(&DEBIAN_PACKAGES).map_err(|reason| {
-                let reasons = reasons.into_iter().chain([reason]).collect();
-                TaskError::Ptx(PtxError::NoCompiler { reasons })
-            })?;
-            Compiler::find(&build_dir)?
-        }
-        found => found?,
-    };
     let cargo = PathBuf::from(workspace.cargo().get_program());
     let kernels = Kernels::prepare(&compiler, &cargo, workspace.root(), &build_dir)?;
     let modules = kernels.build(names.unwrap_or(kernels.names()), tiers)?;

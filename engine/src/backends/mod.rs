@@ -4,3 +4,4 @@ pub mod cpu;
 #[cfg(feature = "gpu")]
 pub mod cuda;
 pub mod reference;
+pub mod split;

@@ -97,6 +97,9 @@ impl Backend for Reference {
         let graph = &plan.graph;
         values.clear();
         values.resize(graph.tensors.len(), Vec::new());
+        for (tensor, given) in step.given {
+            values[tensor.0 as usize] = given.to_vec();
+        }
         let mut run = Run { graph, weights: &self.weights, values, step, kv: self.kv.as_mut() };
         for node in &graph.nodes {
             run.node(node);

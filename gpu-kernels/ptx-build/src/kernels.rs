@@ -206,19 +206,32 @@ pub fn in_parallel<J: Sync, T: Send>(
     finished.map(|result| result.expect("every job has a worker")).collect()
 }
 
-/// Stems of the files in the folder that have entries, and [`CHECKS`].
+/// Stems of the files (and names of the folders) that have entries, and [`CHECKS`].
 fn names(kernels_dir: &Path) -> Result<Vec<String>, PtxError> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(kernels_dir).map_err(PtxError::path("list", kernels_dir))? {
         let path = entry.map_err(PtxError::path("list", kernels_dir))?.path();
-        let source = std::fs::read_to_string(&path).map_err(PtxError::path("read", &path))?;
-        if source.contains("kernels! {") {
+        if has_entries(&path)? {
             names.push(path.file_stem().unwrap_or_default().to_string_lossy().into_owned());
         }
     }
     names.sort();
     names.push(CHECKS.into());
     Ok(names)
+}
+
+/// Whether a kernel file, or a file in a folder of them, declares entries.
+fn has_entries(path: &Path) -> Result<bool, PtxError> {
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path).map_err(PtxError::path("list", path))? {
+            if has_entries(&entry.map_err(PtxError::path("list", path))?.path())? {
+                return Ok(true);
+            }
+        }
+        return Ok(false);
+    }
+    let source = std::fs::read_to_string(path).map_err(PtxError::path("read", path))?;
+    Ok(source.contains("kernels! {"))
 }
 
 /// The metadata file that cargo's messages name with this prefix.

@@ -4,6 +4,11 @@
 #[repr(C)]
 pub(crate) struct Quad<T>(pub T, pub T, pub T, pub T);
 
+/// Two results of an intrinsic.
+#[cfg(all(sm_ge_75, not(sm_ge_80)))]
+#[repr(C)]
+pub(crate) struct Pair<T>(pub T, pub T);
+
 #[allow(improper_ctypes)] // "unadjusted" is LLVM's own ABI: the structs are its multiple results
 unsafe extern "unadjusted" {
     #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.all"]
@@ -66,6 +71,13 @@ unsafe extern "unadjusted" {
         c2: i32,
         c3: i32,
     ) -> Quad<i32>;
+    #[cfg(sm_ge_80)]
+    #[link_name = "llvm.nvvm.mma.m16n8k16.row.col.s8"]
+    pub(crate) fn mma_m16n8k16_s8(a0: u32, a1: u32, b0: u32, c0: i32, c1: i32, c2: i32, c3: i32)
+    -> Quad<i32>;
+    #[cfg(all(sm_ge_75, not(sm_ge_80)))]
+    #[link_name = "llvm.nvvm.mma.m8n8k16.row.col.s8"]
+    pub(crate) fn mma_m8n8k16_s8(a0: u32, b0: u32, c0: i32, c1: i32) -> Pair<i32>;
     #[cfg(sm_ge_80)]
     #[link_name = "llvm.nvvm.mma.m16n8k16.row.col.bf16"]
     pub(crate) fn mma_m16n8k16_bf16(

@@ -22,6 +22,19 @@ twin! {
 }
 
 twin! {
+    /// `n`, unknown to the compiler and new at each call: what follows from it is computed there, not kept in registers.
+    pub fn fresh(n: u32) -> u32 {
+        ptx {
+            let mut n = n;
+            // SAFETY: a comment, no instruction.
+            unsafe { core::arch::asm!("// {}", inout(reg32) n, options(nomem, nostack, preserves_flags)) }
+            n
+        }
+        host { n }
+    }
+}
+
+twin! {
     /// `a * b`, never fused with an addition that follows (`mul.rn`).
     pub fn mul(a: f32, b: f32) -> f32 {
         ptx {
@@ -135,6 +148,43 @@ twin! {
                 if nibble & 8 != 0 { (byte as i8 >> 7) as u8 } else { byte }
             }))
         }
+    }
+}
+
+/// `low` and `high` as two f16, nearest even, the first in the low half (`cvt.rn.f16x2.f32`, one instruction from sm_80 on).
+#[inline(always)]
+pub fn pack_f16(low: f32, high: f32) -> u32 {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    {
+        let packed: u32;
+        // SAFETY: arithmetic.
+        unsafe {
+            core::arch::asm!("cvt.rn.f16x2.f32 {},{},{};", out(reg32) packed, in(reg32) high, in(reg32) low, options(pure, nomem, nostack, preserves_flags))
+        }
+        packed
+    }
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_80)))]
+    {
+        u32::from(quant::bits::f32_to_f16(low)) | u32::from(quant::bits::f32_to_f16(high)) << 16
+    }
+}
+
+/// `low` and `high` as two bf16, nearest even, the first in the low half (`cvt.rn.bf16x2.f32`, one instruction from sm_80
+/// on).
+#[inline(always)]
+pub fn pack_bf16(low: f32, high: f32) -> u32 {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    {
+        let packed: u32;
+        // SAFETY: arithmetic.
+        unsafe {
+            core::arch::asm!("cvt.rn.bf16x2.f32 {},{},{};", out(reg32) packed, in(reg32) high, in(reg32) low, options(pure, nomem, nostack, preserves_flags))
+        }
+        packed
+    }
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_80)))]
+    {
+        u32::from(quant::bits::f32_to_bf16(low)) | u32::from(quant::bits::f32_to_bf16(high)) << 16
     }
 }
 

@@ -185,20 +185,52 @@ pub fn mma_fma(c: &mut FragmentF32, a: FragmentA, b: FragmentB, value: impl Fn(u
     }
 }
 
-/// `c += a · b` on signed bytes (`mma.m16n8k32`, sm_80).
-#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+/// `c += a · b` on signed bytes, m16n8k32: one instruction from sm_80 on; on sm_75 four of m8n8k16, whose fragments are
+/// the quarters of these.
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
 #[inline(always)]
 #[track_caller]
 pub fn mma_s8(c: &mut FragmentI32, a: FragmentA, b: FragmentB) {
-    #[cfg(target_arch = "nvptx64")]
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
     {
         let (a, b, [c0, c1, c2, c3]) = (a.0, b.0, c.0);
         // SAFETY: registers only.
         let d = unsafe { intrinsics::mma_m16n8k32_s8(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3) };
         c.0 = [d.0, d.1, d.2, d.3];
     }
+    #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
+    {
+        mma_s8_k16(c, [a.0[0], a.0[1]], b.0[0]);
+        mma_s8_k16(c, [a.0[2], a.0[3]], b.0[1]);
+    }
     #[cfg(not(target_arch = "nvptx64"))]
     {
         c.0 = lane::mma(Collective::MmaS8, a.0, b.0, c.0.map(|c| c as u32)).map(|c| c as i32);
     }
+}
+
+/// [`mma_s8`] on half the depth, m16n8k16: the first two words of A's fragment and the first of B's, or the other ones.
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
+#[inline(always)]
+#[track_caller]
+pub fn mma_s8_k16(c: &mut FragmentI32, a: [u32; 2], b: u32) {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    {
+        let [c0, c1, c2, c3] = c.0;
+        // SAFETY: registers only.
+        let d = unsafe { intrinsics::mma_m16n8k16_s8(a[0], a[1], b, c0, c1, c2, c3) };
+        c.0 = [d.0, d.1, d.2, d.3];
+    }
+    #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
+    {
+        let [c0, c1, c2, c3] = c.0;
+        // SAFETY: registers only.
+        let (top, bottom) = unsafe {
+            (intrinsics::mma_m8n8k16_s8(a[0], b, c0, c1), intrinsics::mma_m8n8k16_s8(a[1], b, c2, c3))
+        };
+        c.0 = [top.0, top.1, bottom.0, bottom.1];
+    }
+    // The other half of the depth is zero.
+    #[cfg(not(target_arch = "nvptx64"))]
+    mma_s8(c, FragmentA([a[0], a[1], 0, 0]), FragmentB([b, 0]));
 }

@@ -48,6 +48,18 @@ impl<T> Smem<T> {
         Smem { address: offset_bytes, elems, element: PhantomData }
     }
 
+    /// The array without its first `elems` elements.
+    #[inline(always)]
+    #[track_caller]
+    pub fn skip(self, elems: u32) -> Smem<T> {
+        Smem {
+            address: self.address + elems * size_of::<T>() as u32,
+            #[cfg(not(target_arch = "nvptx64"))]
+            elems: lane::remaining(self.elems, elems),
+            element: PhantomData,
+        }
+    }
+
     /// The same bytes as elements of another type, at least as large.
     #[inline(always)]
     pub fn cast<U>(self) -> Smem<U> {
@@ -79,6 +91,19 @@ impl<T: Word> Smem<T> {
         // SAFETY: the layout that the launch was sized by holds element `i`.
         unsafe {
             T::load_shared(self.address(i))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::load_shared(self.address(i))
+    }
+
+    /// [`Smem::ld`] of what nobody writes between the barriers around it: a load whose result is not needed vanishes.
+    #[inline(always)]
+    #[track_caller]
+    pub fn ld_still(self, i: u32) -> T {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the layout that the launch was sized by holds element `i`.
+        unsafe {
+            T::load_shared_still(self.address(i))
         }
         #[cfg(not(target_arch = "nvptx64"))]
         lane::load_shared(self.address(i))

@@ -32,6 +32,17 @@ twin! {
 }
 
 twin! {
+    /// Named barrier `id` (1..16) of `threads` threads, where the id is known at run time only.
+    pub fn barrier_of(id: u32, threads: u32) {
+        ptx {
+            // SAFETY: as for `sync_threads`.
+            unsafe { intrinsics::barrier_count(id, threads) }
+        }
+        host { lane::barrier(id, Some(threads)) }
+    }
+}
+
+twin! {
     /// Arrives at named barrier `ID` and goes on (`barrier.arrive ID, threads`): the producer's half.
     pub fn barrier_arrive<const ID: u32>(threads: u32) {
         ptx {

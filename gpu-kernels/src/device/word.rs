@@ -63,6 +63,13 @@ pub trait Word: Pod {
     /// * `address` is a shared address of a `Self`, aligned to its size.
     #[cfg(target_arch = "nvptx64")]
     unsafe fn load_shared(address: u32) -> Self;
+    /// `ld.shared` that need not happen.
+    ///
+    /// # Safety
+    ///
+    /// * `address` is a shared address of a `Self`, aligned to its size.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe fn load_shared_still(address: u32) -> Self;
     /// `st.shared`.
     ///
     /// # Safety
@@ -127,6 +134,14 @@ macro_rules! scalar {
                 let value: $reg;
                 // SAFETY: the caller's address.
                 unsafe { asm!(concat!("ld.shared.", $suffix, " {},[{}];"), out($class) value, in(reg32) address, options(readonly, nostack, preserves_flags)) }
+                bytemuck::cast(value as <$reg as Narrow<$ty>>::To)
+            }
+            #[cfg(target_arch = "nvptx64")]
+            #[inline(always)]
+            unsafe fn load_shared_still(address: u32) -> Self {
+                let value: $reg;
+                // SAFETY: the caller's address.
+                unsafe { asm!(concat!("ld.shared.", $suffix, " {},[{}];"), out($class) value, in(reg32) address, options(pure, readonly, nostack, preserves_flags)) }
                 bytemuck::cast(value as <$reg as Narrow<$ty>>::To)
             }
             #[cfg(target_arch = "nvptx64")]
@@ -211,6 +226,14 @@ macro_rules! vector {
                 $(let $x: u32;)*
                 // SAFETY: the caller's address.
                 unsafe { asm!(concat!("ld.shared.", $suffix, " ", $list, ",[{}];"), $(out(reg32) $x,)* in(reg32) address, options(readonly, nostack, preserves_flags)) }
+                bytemuck::cast([$($x),*])
+            }
+            #[cfg(target_arch = "nvptx64")]
+            #[inline(always)]
+            unsafe fn load_shared_still(address: u32) -> Self {
+                $(let $x: u32;)*
+                // SAFETY: the caller's address.
+                unsafe { asm!(concat!("ld.shared.", $suffix, " ", $list, ",[{}];"), $(out(reg32) $x,)* in(reg32) address, options(pure, readonly, nostack, preserves_flags)) }
                 bytemuck::cast([$($x),*])
             }
             #[cfg(target_arch = "nvptx64")]

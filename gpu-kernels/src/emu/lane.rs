@@ -105,6 +105,14 @@ pub fn check_index(i: u32, elems: u32) {
     }
 }
 
+/// The length of a shared array of `elems` without its first `skipped`.
+#[track_caller]
+pub fn remaining(elems: u32, skipped: u32) -> u32 {
+    elems.checked_sub(skipped).unwrap_or_else(|| {
+        fail(&format!("shared memory: {skipped} elements into an array of {elems}"), Location::caller())
+    })
+}
+
 /// Waits at barrier `id` for `count` threads, or for all.
 #[track_caller]
 pub fn barrier(id: u32, count: Option<u32>) {

@@ -34,19 +34,18 @@ mod gpu {
         let whole = F::ELEMS == SPAN || (span + 1) * SPAN as u32 <= k;
         let units = if whole { F::LAYOUT.span_units() } else { F::LAYOUT.tail_units(k as usize) };
         let words = load_span_of::<F>(at, row % ROWS as u32, units as u32);
-        let mut g = 0;
-        while g < SPAN_GROUPS {
-            let group = block::<F>(&words, g / F::GROUPS).unpack_group_by(g % F::GROUPS, InMemory);
+        const { assert!(SPAN_GROUPS == 8) };
+        unroll!(G in 0..8 {
+            let group = block::<F>(&words, G / F::GROUPS).unpack_group_by(G % F::GROUPS, InMemory);
             store_groups::<F, f32>(&group, y, |from| {
                 let item = warp_start + from;
-                let column = item % n_spans * SPAN as u32 + (g * quant::format::GROUP) as u32;
+                let column = item % n_spans * SPAN as u32 + (G * quant::format::GROUP) as u32;
                 let there = item < n && column < k;
                 there.then_some(((item / n_spans) as usize * k as usize + column as usize) / 4)
             });
             // The codes' place is used again.
             crate::device::warp::sync_warp();
-            g += 1;
-        }
+        });
     }
 
     /// Four columns per thread, from wherever `load` finds one.

@@ -2,7 +2,7 @@
 //! the same launch.
 //!
 //! * Shapes: `w` [n_rows, k] in fragments (`tile.rs`), 16-byte aligned, k a multiple of 4; activations as `round_act`
-//!   writes them; `y` f32 [n_cols, n_rows]. Any number of columns; `mmvf` is faster up to 32. Parts and epilogue:
+//!   writes them; `y` f32 [n_cols, n_rows]. Any number of columns; `mmvf` is for up to 32. Parts and epilogue:
 //!   `product.rs`.
 //! * Mixture: columns are pairs of token and slot sorted by expert (`moe_sort`), in tiles of 64 or 128, activations rounded so
 //!   (`round_act`); weights are [n_expert, n_rows, k], biases [n_expert, n_rows]; `y` has a row per pair, unsorted.
@@ -13,11 +13,15 @@
 //!   at the same time.
 //! * Bytes: the weights, 2 · n_cols · k and 4 · n_cols · n_rows once. FLOPs: 2 · n_rows · n_cols · k.
 //!
-//! Done for speed: (1) both operands come by `cp.async` in stages of 64 of k, contiguous in memory as in shared memory, as many
-//! stages as the GPU has room for; (2) A is read by 128-bit loads and B by `ldmatrix`, both without bank conflicts or
+//! Done for speed: (1) both operands come by `cp.async` in stages of 64 of k, contiguous in memory as in shared memory; 5, 3
+//! or 2 stages, by the room that the GPU has; (2) A is read by 128-bit loads and B by `ldmatrix`, both without bank conflicts or
 //! address arithmetic, because the tiles lie in the order of their registers; (3) the registers of the next 16 of k are
 //! loaded before the products of these, also across stages, whose one barrier lies before the last products of a stage;
 //! (4) sums of a span and totals both stay in registers; results leave through shared memory in whole lines.
+//!
+//! On sm_90a `wgmma` could take the place of `Step` and its products: a warpgroup's A in registers is this layout, and a
+//! stage's activations are its core matrices without a swizzle, which four warps then share. Whether its sums
+//! have the bits of `mma.sync`, which `mmvf` uses, must be known first.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;

@@ -309,14 +309,14 @@ mod gpu {
                 });
 
                 let mut acc = [[0.0f32; COLS]; TILES];
-                let mut g = 0;
-                while g < SPAN_GROUPS {
+                const { assert!(SPAN_GROUPS == 8) };
+                unroll!(G in 0..8 {
                     let weights: [Group; TILES] = core::array::from_fn(|t| {
-                        block::<F>(&words[t], g / F::GROUPS).unpack_group_by(g % F::GROUPS, book)
+                        block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
                     });
                     let mut c = 0;
                     while c < COLS {
-                        let at = (c * SPAN_GROUPS + g) as u32;
+                        let at = (c * SPAN_GROUPS + G) as u32;
                         let [U32x4(low), U32x4(high)] = [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
                         let act = Staged::load::<F>(stage.scales, at);
                         let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
@@ -324,14 +324,13 @@ mod gpu {
                         while t < TILES {
                             let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
                             // Groups beyond a short span hold nothing; without a branch.
-                            let there = F::ELEMS == crate::tile::SPAN || (g as u32) < n;
+                            let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
                             acc[t][c] = if there { sum } else { acc[t][c] };
                             t += 1;
                         }
                         c += 1;
                     }
-                    g += 1;
-                }
+                });
                 let mut t = 0;
                 while t < TILES {
                     let mut c = 0;
@@ -631,6 +630,9 @@ mod host {
         }
     }
 
+    /// Weights that are drawn and encoded afresh; larger matrices repeat them, since encoding some formats is slow.
+    const FRESH_WEIGHTS: usize = 1 << 18;
+
     /// Random weights of a format, as bytes and decoded.
     pub struct Weights<'a>(pub &'a mut Random, pub usize);
 
@@ -641,6 +643,8 @@ mod host {
         /// decode to numbers of ordinary size: a random scale may be infinite.
         fn block<F: BlockFormat>(self) -> Self::Output {
             let Weights(random, n) = self;
+            let total = n;
+            let n = n.min(FRESH_WEIGHTS);
             let mut blocks = vec![F::zeroed(); n / F::ELEMS];
             match F::ENCODE {
                 quant::format::Encode::Yes => F::encode_row(&random.values(n), None, &mut blocks),
@@ -662,7 +666,8 @@ mod host {
                     }
                 }
             }
-            let mut decoded = vec![0.0; n];
+            let blocks: Vec<F> = blocks.into_iter().cycle().take(total / F::ELEMS).collect();
+            let mut decoded = vec![0.0; total];
             for (block, out) in blocks.iter().zip(decoded.chunks_mut(F::ELEMS)) {
                 block.decode(out);
             }
@@ -673,6 +678,51 @@ mod host {
             let values: Vec<F> = self.0.values(self.1).into_iter().map(F::from_f32).collect();
             (bytemuck::cast_slice(&values).to_vec(), values.iter().map(|v| v.to_f32()).collect())
         }
+    }
+
+    /// Shapes to time: a down, an up, an attention and an output projection of an 8B model, at one and at eight columns;
+    /// gate and up in one launch; experts of a mixture.
+    pub const BENCH: &[Case] = &[
+        bench(FormatId::Q4_0, 4096, 14336, 1),
+        bench(FormatId::Q4_0, 4096, 14336, 4),
+        bench(FormatId::Q4_0, 4096, 14336, 8),
+        bench(FormatId::Q4_0, 14336, 4096, 1),
+        bench(FormatId::Q4_0, 4096, 4096, 1),
+        bench(FormatId::Q4_0, 128_256, 4096, 1),
+        bench(FormatId::Q4_1, 4096, 14336, 1),
+        bench(FormatId::Q8_0, 4096, 14336, 1),
+        bench(FormatId::Q8_0, 4096, 14336, 8),
+        bench(FormatId::Q2_K, 4096, 14336, 1),
+        bench(FormatId::Q3_K, 4096, 14336, 1),
+        bench(FormatId::Q4_K, 4096, 14336, 1),
+        bench(FormatId::Q4_K, 4096, 14336, 8),
+        bench(FormatId::Q5_K, 4096, 14336, 1),
+        bench(FormatId::Q6_K, 4096, 14336, 1),
+        bench(FormatId::Q6_K, 128_256, 4096, 1),
+        bench(FormatId::MXFP4, 4096, 14336, 1),
+        bench(FormatId::IQ1_S, 4096, 14336, 1),
+        bench(FormatId::IQ2_XXS, 4096, 14336, 1),
+        bench(FormatId::IQ2_XXS, 4096, 14336, 8),
+        bench(FormatId::IQ2_XS, 4096, 14336, 1),
+        bench(FormatId::IQ2_S, 4096, 14336, 1),
+        bench(FormatId::IQ3_XXS, 4096, 14336, 1),
+        bench(FormatId::IQ3_S, 4096, 14336, 1),
+        bench(FormatId::IQ4_NL, 4096, 14336, 1),
+        bench(FormatId::IQ4_XS, 4096, 14336, 1),
+        Case { rows: &[14336, 14336], k: 4096, glu: Some(Glu::Silu), ..Case::of(FormatId::Q4_0) },
+        Case { rows: &[4096, 1024, 1024], k: 4096, ..Case::of(FormatId::Q4_0) },
+        Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_0) },
+        Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_K) },
+    ];
+
+    const fn bench(format: FormatId, n_rows: usize, k: usize, n_cols: usize) -> Case {
+        let rows: &[usize] = match n_rows {
+            4096 => &[4096],
+            14336 => &[14336],
+            128_256 => &[128_256],
+            _ => panic!("no such shape"),
+        };
+        Case { rows, k, n_cols, ..Case::of(format) }
     }
 
     /// All rows of a matrix, of weights given as bytes, times the activations.
@@ -800,6 +850,77 @@ mod host {
         fn flops(case: &Case) -> u64 {
             let n_cols = case.n_cols * case.mixture.map_or(1, |(_, used, _)| used);
             2 * (case.rows.iter().sum::<usize>() * n_cols * case.k) as u64
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        /// The launch of a case, on addresses that nobody reads.
+        fn launch_of(case: &Case) -> Launch {
+            let at = DevicePtr(256);
+            let part = |&n_rows: &usize| Matrix {
+                w: at,
+                bias: DevicePtr::NULL,
+                residual: DevicePtr::NULL,
+                y: at,
+                n_rows,
+            };
+            let parts: Vec<Matrix> = case.rows.iter().map(part).collect();
+            let mixture = case.mixture.map(|(_, n_used, _)| Mixture {
+                ids: at,
+                n_pairs: n_used * case.n_cols,
+                pairs_per_x: n_used,
+            });
+            let Case { format, glu, k, n_cols, .. } = *case;
+            launch(&Args { format, parts: &parts, glu, q: at, scales: at, k, n_cols, mixture }).unwrap()
+        }
+
+        #[test]
+        fn launches_keep_enough_under_way_and_fit_an_sm() {
+            for case in BENCH {
+                let launch = launch_of(case);
+                let ctas: u64 = launch.grid.iter().map(|&n| u64::from(n)).product();
+                let layout = tile::spans(case.format).unwrap();
+                let tiles = tiles_per_warp(layout.span_bytes, case.n_cols) as u64;
+                let spans = ctas * u64::from(launch.cta / 32) * tiles;
+                assert!(launch.smem_bytes <= SMEM_BYTES, "{case:?}: {} bytes", launch.smem_bytes);
+                // What is under way at a time must cover HBM's latency: seven spans for each of 132 SMs, whatever the shape.
+                assert!(spans >= 7 * 132, "{case:?}: {spans} spans");
+            }
+        }
+
+        #[test]
+        fn launcher_refuses_what_the_kernel_cannot_take() {
+            let at = DevicePtr(256);
+            let part = Matrix { w: at, bias: DevicePtr::NULL, residual: DevicePtr::NULL, y: at, n_rows: 4 };
+            let parts = [part; 4];
+            let args = Args {
+                format: FormatId::Q4_0,
+                parts: &parts[..1],
+                glu: None,
+                q: at,
+                scales: at,
+                k: 64,
+                n_cols: 1,
+                mixture: None,
+            };
+            assert!(launch(&args).is_ok());
+            let wrong = [
+                Args { n_cols: 9, ..args },
+                Args { n_cols: 0, ..args },
+                Args { k: 40, ..args },
+                Args { format: FormatId::F16, ..args },
+                Args { q: DevicePtr(8), ..args },
+                Args { parts: &[], ..args },
+                Args { parts: &parts, ..args },
+                Args { glu: Some(Glu::Silu), ..args },
+                Args { parts: &[Matrix { y: DevicePtr::NULL, ..part }], ..args },
+            ];
+            for args in wrong {
+                assert!(launch(&args).is_err(), "{args:?}");
+            }
         }
     }
 }

@@ -7,16 +7,23 @@ pub mod copy;
 pub mod cumsum;
 pub mod dequantise;
 pub mod elementwise;
+pub mod flash;
 pub mod get_rows;
 pub mod glu;
+pub mod kv_store;
 pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
+pub mod mmq;
+mod mmq_narrow;
+mod mmq_wide;
 pub mod mmvf;
 pub mod mmvq;
 pub mod moe_combine;
 pub mod moe_route;
+pub mod moe_sort;
 pub mod output;
+pub mod peak;
 pub mod product;
 pub mod quantise_act;
 pub mod repack;
@@ -30,6 +37,7 @@ pub mod top_k;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub(crate) mod float_case;
+mod int8_tile;
 pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod order;

@@ -20,7 +20,7 @@ pub use host::*;
 const THREADS: u32 = 256;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
+pub(crate) mod gpu {
     use crate::device::math::{fma, mul};
     use crate::device::{F32x2, F32x4, Glb, thread};
 
@@ -139,13 +139,13 @@ mod gpu {
 
     /// Turns one pair.
     #[inline(always)]
-    fn turn(a: f32, b: f32, cosine: f32, sine: f32) -> [f32; 2] {
+    pub(crate) fn turn(a: f32, b: f32, cosine: f32, sine: f32) -> [f32; 2] {
         [fma(a, cosine, -mul(b, sine)), fma(a, sine, mul(b, cosine))]
     }
 
     #[inline(always)]
     #[track_caller]
-    fn rope4(
+    pub(crate) fn rope4(
         x: Glb<f32>,
         table: Glb<F32x2>,
         y: Glb<f32>,

@@ -16,8 +16,8 @@
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
-/// Most threads of a row.
-const THREADS: u32 = 1024;
+/// Most threads of a row: with 1024 the draw spills on sm_90a.
+const THREADS: u32 = 512;
 const PENALTY_THREADS: u32 = 128;
 
 /// How a row is sampled: one 16-byte load.
@@ -297,7 +297,7 @@ mod gpu {
 
     kernels! {
         in "sample";
-        pub(super) DRAW: threads(1024);
+        pub(super) DRAW: threads(512);
         fn (logits: Glb<f32>, ids: Glb<i32>, params: Glb<U32x4>, states: Glb<u64>, tokens: Glb<i32>, n: u32);
         "sample_draw" => draw;
     }

@@ -16,7 +16,7 @@ const THREADS: u32 = 128;
 const LANES: u32 = 8;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
+pub(crate) mod gpu {
     use half::{bf16, f16};
     use quant::bits::{f32_to_f16, round_half_away};
     use quant::codebook::IQ4;
@@ -159,14 +159,14 @@ mod gpu {
     }
 
     /// A block format's encoder.
-    pub(super) trait Encoder {
+    pub(crate) trait Encoder {
         /// Bytes of a block.
         const BYTES: usize;
         /// Encodes the block at `x`, of which `v` is this lane's part; eight lanes call together.
         fn encode(v: [f32; 4], x: Glb<f32>, lane: u32, block: Glb<u16>, inside: bool);
     }
 
-    pub(super) struct Q8_0;
+    pub(crate) struct Q8_0;
     impl Encoder for Q8_0 {
         const BYTES: usize = 34;
         #[inline(always)]
@@ -182,7 +182,7 @@ mod gpu {
     }
 
     /// Q4_0, Q5_0: the value of largest magnitude takes code 0, `HALF` is zero.
-    pub(super) struct Symmetric<const HALF: u32>;
+    pub(crate) struct Symmetric<const HALF: u32>;
     impl<const HALF: u32> Encoder for Symmetric<HALF> {
         const BYTES: usize = if HALF == 16 { 22 } else { 18 };
         #[inline(always)]
@@ -199,7 +199,7 @@ mod gpu {
     }
 
     /// Q4_1, Q5_1: codes up to `MAX` span the block's range.
-    pub(super) struct Range<const MAX: u32>;
+    pub(crate) struct Range<const MAX: u32>;
     impl<const MAX: u32> Encoder for Range<MAX> {
         const BYTES: usize = if MAX == 31 { 24 } else { 20 };
         #[inline(always)]

@@ -10,7 +10,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::bits::{f16_to_f32, f32_to_f16, gather_bit, pack_nibbles, spread_bits, unpack_nibbles};
+use crate::bits::{f16_to_f32, f32_to_f16, gather_bit, pack_nibbles, spread_bits, unpack_nibbles, word};
 use crate::format::{BlockFormat, Encode, FormatId, Group, Importance};
 use crate::formats::q4_0::{encode_extreme, encode_searched};
 use crate::lookup::Lookup;
@@ -29,7 +29,8 @@ const _: () = assert!(size_of::<Block>() == 22);
 /// Codes of 32 weights out of nibbles and fifth bits.
 #[inline(always)]
 pub(super) fn unpack_codes(qs: &[u8; 16], qh: &[u8; 4]) -> [u32; 8] {
-    let high = u32::from_le_bytes(*qh);
+    // Byte by byte: as one load across two words it would put a block in registers into local memory on a GPU.
+    let high = word(qh, 0);
     let nibbles = unpack_nibbles(qs);
     core::array::from_fn(|i| nibbles[i] | (spread_bits(high >> (4 * i)) << 4))
 }

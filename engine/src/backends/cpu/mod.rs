@@ -125,6 +125,11 @@ impl Backend for Cpu {
 
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
         let plan = &self.plans[&plan.0];
+        for (tensor, given) in step.given {
+            let slot = plan.slot(*tensor).expect("what is given is an activation");
+            let ([], [to]) = self.memory.arena.views([], [slot]);
+            to.copy_from_slice(given);
+        }
         self.memory.token_types.clear();
         self.memory.token_types.resize(step.tokens.len(), 0);
         let rows = step.positions.iter().zip(step.token_sequences);

@@ -1,4 +1,379 @@
-//! The GPU.
+//! The GPU backend, over any [`Driver`](gpu_kernels::driver::Driver): a plan becomes a program of kernel launches.
+//!
+//! * `translate`: graph to program, node by node; `fuse`: rules that merge actions; [`crate::plan::lay_out`]: a place in
+//!   the arena for each value; `emit`: launches with their addresses.
+//! * All this happens when a plan is first run at a size class of the cache, and again only if memory has moved. What
+//!   differs from step to step is data in one block of device memory ([`inputs`]), so the launches stay the same and
+//!   are captured and replayed as one graph.
+//! * Results depend on shapes and positions alone, as the kernels promise: not on batch mates, nor on the size class.
 
+mod emit;
+mod fuse;
 #[cfg(feature = "cuda")]
 pub mod hosted;
+mod inputs;
+mod memory;
+pub mod needs;
+mod program;
+mod translate;
+mod weights;
+
+use alloc::collections::BTreeMap;
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::cell::RefCell;
+
+use gpu_kernels::driver::{DeviceInfo, DriverError, GraphId, MemKind, ModuleId, StreamId};
+use gpu_kernels::launch::{DevicePtr, Launch};
+use gpu_kernels::modules::{FindModule, Modules};
+
+use emit::{Emit, KvAddresses, SizeClass};
+pub use fuse::{RULES, RuleSet};
+pub use needs::Needs;
+use inputs::{InputAddresses, InputLayout};
+pub use memory::Device;
+use memory::{Growing, Memory};
+use translate::{Addresses, Anywhere, WeightKey};
+use weights::DeviceWeights;
+pub use weights::Progress;
+
+use crate::backend::{Backend, BackendInfo, PlanId, Step};
+use crate::error::EngineError;
+use crate::executor::Executor;
+use crate::graph::{Graph, Node};
+use crate::kv_cache::KvLayout;
+use crate::op::KvPart;
+use crate::plan::{self, Plan, Slot};
+use crate::tensor::{Input, TensorId};
+use crate::weights::Weights;
+
+/// Alignment of values in the arena: two sectors of L2, and more than any kernel asks for.
+const ALIGN_BYTES: usize = 256;
+
+/// The backend's name.
+const NAME: &str = "cuda";
+
+/// The GPU backend.
+pub struct Cuda {
+    device: Device,
+    info: DeviceInfo,
+    modules: Modules,
+    rules: RuleSet,
+    weights: DeviceWeights,
+    constants: Constants,
+    arena: Growing,
+    inputs: Growing,
+    kv: Option<Kv>,
+    kv_generation: u64,
+    plans: BTreeMap<usize, Prepared>,
+    next_plan: usize,
+    /// The step's inputs, before they are copied.
+    block: Vec<u8>,
+}
+
+/// The cache.
+struct Kv {
+    layout: KvLayout,
+    parts: Vec<[DevicePtr; 2]>,
+    _memory: Memory,
+}
+
+impl Kv {
+    fn addresses(&self) -> KvAddresses<'_> {
+        KvAddresses { layout: &self.layout, parts: &self.parts }
+    }
+}
+
+/// A plan and what was made of it, per size class.
+struct Prepared {
+    plan: Arc<Plan>,
+    ready: BTreeMap<SizeClass, Ready>,
+    /// Class of the last run.
+    last: SizeClass,
+}
+
+/// A plan's launches for one size class.
+struct Ready {
+    layout: InputLayout,
+    launches: Vec<(ModuleId, Launch)>,
+    /// Where each activation of the graph is, by base tensor.
+    slots: BTreeMap<TensorId, Slot>,
+    /// State of the memory that the launches name.
+    generation: [u64; 3],
+    /// The launches as one, once they have run.
+    graph: Captured,
+}
+
+/// How far the capture of a plan's launches has come.
+enum Captured {
+    /// They have not run yet: what runs once only, as most prefills do, is not worth it.
+    NotYet,
+    /// They have run; the next time they are captured.
+    Next,
+    /// They are launched as one.
+    Graph { device: Device, id: GraphId },
+    /// The driver cannot.
+    Never,
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if let Captured::Graph { device, id } = self {
+            // A device that is lost has lost its graphs too.
+            let _ = device.release_graph(*id);
+        }
+    }
+}
+
+impl Ready {
+    /// Queues the launches.
+    fn submit(&mut self, device: &Device, stream: StreamId) -> Result<(), DriverError> {
+        let launch = |ready: &Ready| {
+            ready.launches.iter().try_for_each(|(module, launch)| device.launch(*module, launch, stream))
+        };
+        match self.graph {
+            Captured::Graph { id, .. } => device.launch_graph(id, stream),
+            Captured::Never => launch(self),
+            Captured::NotYet => {
+                launch(self)?;
+                self.graph = Captured::Next;
+                Ok(())
+            }
+            Captured::Next => match device.begin_capture(stream) {
+                Ok(()) => {
+                    let launched = launch(self);
+                    let id = device.end_capture(stream)?;
+                    self.graph = Captured::Graph { device: device.clone(), id };
+                    launched?;
+                    device.launch_graph(id, stream)
+                }
+                Err(DriverError::Unsupported { .. }) => {
+                    self.graph = Captured::Never;
+                    launch(self)
+                }
+                Err(error) => Err(error),
+            },
+        }
+    }
+}
+
+/// Values that the translation computes and kernels read, each kept once.
+struct Constants {
+    device: Device,
+    list: Vec<(Vec<f32>, Memory)>,
+}
+
+impl Constants {
+    fn place(&mut self, values: &[f32]) -> Result<DevicePtr, DriverError> {
+        if let Some((_, memory)) = self.list.iter().find(|(v, _)| v == values) {
+            return Ok(memory.at());
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let memory = Memory::new(&self.device, MemKind::Device, bytes.len())?;
+        self.device.write(memory.at(), bytes, StreamId::DEFAULT)?;
+        let at = memory.at();
+        self.list.push((values.to_vec(), memory));
+        Ok(at)
+    }
+}
+
+/// Addresses of one plan's inputs and of all weights.
+struct Placed<'a> {
+    weights: &'a DeviceWeights,
+    inputs: InputAddresses,
+    constants: RefCell<&'a mut Constants>,
+}
+
+impl Addresses for Placed<'_> {
+    fn weight(&self, key: WeightKey) -> DevicePtr {
+        self.weights.at(key)
+    }
+    fn input(&self, input: Input) -> DevicePtr {
+        self.inputs.input(input)
+    }
+    fn constant(&self, values: &[f32]) -> Result<DevicePtr, String> {
+        self.constants.borrow_mut().place(values).map_err(|e| e.to_string())
+    }
+}
+
+impl Cuda {
+    /// A backend on a device, over a model's weights. They are copied when a graph first needs them: [`Cuda::load`].
+    ///
+    /// `executor` helps to read the file while weights are copied.
+    pub fn new(device: Device, executor: Arc<dyn Executor>, weights: Arc<Weights>) -> Cuda {
+        Cuda {
+            info: device.info(),
+            modules: Modules::new(),
+            rules: RuleSet::ALL,
+            constants: Constants { device: device.clone(), list: Vec::new() },
+            weights: DeviceWeights::new(device.clone(), executor, weights),
+            device,
+            arena: Growing::new(MemKind::Device),
+            inputs: Growing::new(MemKind::Device),
+            kv: None,
+            kv_generation: 0,
+            plans: BTreeMap::new(),
+            next_plan: 0,
+            block: Vec::new(),
+        }
+    }
+
+    /// The same with other fusion rules, for tests that compare them.
+    #[must_use]
+    pub fn with_rules(self, rules: RuleSet) -> Cuda {
+        Cuda { rules, ..self }
+    }
+
+    /// Copies the weights of a graph to the device ahead of its first run.
+    pub fn load(&mut self, graph: &Graph, progress: &mut dyn FnMut(Progress)) -> Result<(), EngineError> {
+        self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
+    }
+
+    /// Bytes of device memory that the weights take.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
+    fn generation(&self) -> [u64; 3] {
+        [self.arena.generation, self.inputs.generation, self.kv_generation]
+    }
+
+    /// Makes a plan's launches.
+    fn ready(&mut self, plan: &Plan, layout: InputLayout, class: SizeClass) -> Result<Ready, EngineError> {
+        let inputs = InputAddresses { block: self.inputs.at(), layout };
+        let constants = RefCell::new(&mut self.constants);
+        let placed = Placed { weights: &self.weights, inputs, constants };
+        let (mut program, values) = translate::translate(&plan.graph, &placed)
+            .map_err(|(i, why)| unsupported(&plan.graph, i, why))?;
+        self.rules.apply(&mut program);
+        emit::add_scratch(&mut program, class, &self.info);
+        let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
+        let places = plan::lay_out(&program.values, &program.accesses(), &kept, ALIGN_BYTES);
+        self.arena.reserve(&self.device, places.arena_bytes)?;
+        let emit = Emit {
+            arena: self.arena.at(),
+            slots: &places.slots,
+            inputs,
+            kv: self.kv.as_ref().map(Kv::addresses),
+            class,
+            device: &self.info,
+        };
+        let mut launches = Vec::new();
+        for action in &program.actions {
+            let made = emit.launches(action).map_err(|why| EngineError::UnsupportedOp {
+                backend: NAME,
+                op: action.name(),
+                why,
+            })?;
+            for launch in made {
+                launches.push((self.modules.find_module(&*self.device, launch.entry)?, launch));
+            }
+        }
+        let slots = values.into_iter().filter_map(|(t, v)| Some((t, places.slots[v.index()]?))).collect();
+        let graph = Captured::NotYet;
+        Ok(Ready { layout, launches, slots, generation: self.generation(), graph })
+    }
+}
+
+fn unsupported(graph: &Graph, node: usize, why: String) -> EngineError {
+    EngineError::UnsupportedOp { backend: NAME, op: graph.nodes[node].op.name(), why }
+}
+
+impl Backend for Cuda {
+    fn info(&self) -> BackendInfo {
+        BackendInfo { name: NAME, description: self.info.name.clone() }
+    }
+
+    fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String> {
+        // What the launchers say of the node's own actions, wherever its tensors may be.
+        let mut t = translate::Translator::new(graph, &Anywhere);
+        t.node(node)?;
+        let slots: Vec<Option<Slot>> =
+            t.program.values.iter().map(|&len| Some(Slot { offset: 0, len })).collect();
+        let emit = Emit {
+            arena: DevicePtr(1 << 20),
+            slots: &slots,
+            inputs: InputAddresses { block: DevicePtr(1 << 20), layout: InputLayout::default() },
+            kv: self.kv.as_ref().map(Kv::addresses),
+            class: SizeClass { max_spans: 1, prefill: false },
+            device: &self.info,
+        };
+        t.program.actions.iter().try_for_each(|action| emit.launches(action).map(drop))
+    }
+
+    fn create_kv(&mut self, layout: &KvLayout) -> Result<(), EngineError> {
+        self.kv = None;
+        self.kv_generation += 1;
+        let memory = Memory::new(&self.device, MemKind::Device, layout.total_bytes())?;
+        let mut at = memory.at();
+        let mut parts = Vec::with_capacity(layout.layers.len());
+        for il in 0..layout.layers.len() {
+            parts.push([KvPart::K, KvPart::V].map(|part| {
+                let here = at;
+                at = at.offset(layout.part_bytes(il, part) as u64);
+                here
+            }));
+        }
+        // What was never written is read where a page is not full, and masked: it must be numbers.
+        self.device.fill(memory.at(), 0, memory.bytes() as u64, StreamId::DEFAULT)?;
+        self.kv = Some(Kv { layout: layout.clone(), parts, _memory: memory });
+        Ok(())
+    }
+
+    fn prepare(&mut self, plan: Arc<Plan>) -> Result<PlanId, EngineError> {
+        for (i, node) in plan.graph.nodes.iter().enumerate() {
+            self.supports(&plan.graph, node).map_err(|why| unsupported(&plan.graph, i, why))?;
+        }
+        self.load(&plan.graph, &mut |_| {})?;
+        let id = self.next_plan;
+        self.next_plan += 1;
+        let last = SizeClass { max_spans: 1, prefill: false };
+        self.plans.insert(id, Prepared { plan, ready: BTreeMap::new(), last });
+        Ok(PlanId(id))
+    }
+
+    fn release(&mut self, plan: PlanId) {
+        self.plans.remove(&plan.0);
+    }
+
+    fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
+        let class = SizeClass::of(step);
+        let layout = InputLayout::new(step.tokens.len(), step.output_rows.len());
+        // As many pages as there are: the block need not grow with the sequences.
+        let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages).max(step.pages.len());
+        self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
+        let prepared = &self.plans[&plan.0];
+        let stale = prepared.ready.get(&class).is_none_or(|r| r.generation != self.generation());
+        if stale {
+            let plan_of = prepared.plan.clone();
+            let ready = self.ready(&plan_of, layout, class)?;
+            self.plans.get_mut(&plan.0).expect("a prepared plan").ready.insert(class, ready);
+        }
+        let prepared = self.plans.get_mut(&plan.0).expect("a prepared plan");
+        prepared.last = class;
+        let ready = prepared.ready.get_mut(&class).expect("made above if it was not there");
+        ready.layout.fill(step, &mut self.block);
+        self.device.write(self.inputs.at(), &self.block, StreamId::DEFAULT)?;
+        for (tensor, given) in step.given {
+            let at = self.arena.at().offset(ready.slots[tensor].offset as u64);
+            self.device.write(at, bytemuck::cast_slice(given), StreamId::DEFAULT)?;
+        }
+        ready.submit(&self.device, StreamId::DEFAULT)?;
+        Ok(())
+    }
+
+    fn read(&mut self, plan: PlanId, tensor: TensorId, out: &mut [f32]) -> Result<(), EngineError> {
+        let prepared = &self.plans[&plan.0];
+        let slot = prepared.ready[&prepared.last].slots[&prepared.plan.graph.base(tensor)];
+        let at = self.arena.at().offset(slot.offset as u64);
+        self.device.read(bytemuck::cast_slice_mut(out), at, StreamId::DEFAULT)?;
+        Ok(())
+    }
+}
+
+impl From<DriverError> for EngineError {
+    fn from(error: DriverError) -> EngineError {
+        EngineError::Device(error)
+    }
+}

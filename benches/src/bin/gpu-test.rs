@@ -1,0 +1,40 @@
+//! `gpu-test`: every case of every kernel at every tier on the GPU, then, if asked, the benchmarks.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use benches::args::Args;
+use benches::{BenchError, bench, conform};
+use engine::backends::cuda::hosted::Hosted;
+
+const USAGE: &str = "usage: gpu-test [--only KERNEL] [--tier T] [--device I] [--json FILE]\n\
+    \x20      gpu-test --bench [FILTER] [--only KERNEL] [--tier T] [--device I] [--warm] [--peer TEST_BACKEND_OPS] \
+    [--json FILE] [--record DIR]";
+
+fn run() -> Result<(), BenchError> {
+    let mut args = Args::from_env();
+    let device = args.number("--device")?.unwrap_or(0);
+    // How the program starts itself, a kernel at a time.
+    if let Some(kernel) = args.value(conform::CHILD)? {
+        return conform::child(device, &kernel, &mut args);
+    }
+    let benches = args.flag("--bench");
+    let mut options = bench::Options::take(&mut args)?;
+    if benches {
+        options.filter = args.word();
+        args.finish(USAGE)?;
+        return bench::run(&Hosted::open(device)?, &options);
+    }
+    args.finish(USAGE)?;
+    conform::run(device, &options)
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("gpu-test: {error}");
+            ExitCode::from(if matches!(error, BenchError::Usage(_)) { 2 } else { 1 })
+        }
+    }
+}

@@ -1,0 +1,634 @@
+//! From actions to launches, once every address is known. Pure: the same action at the same addresses gives the same
+//! launches, whatever was run before.
+
+use alloc::string::{String, ToString};
+use alloc::vec;
+use alloc::vec::Vec;
+use alloc::format;
+
+use gpu_kernels::driver::DeviceInfo;
+use gpu_kernels::kernels::activation::Function;
+use gpu_kernels::kernels::elementwise::{self, BinaryArgs, BinaryOp, UnaryArgs};
+use gpu_kernels::kernels::flash::{self, Geometry};
+use gpu_kernels::kernels::mmq::{self, Cut};
+use gpu_kernels::kernels::output::Output;
+use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
+use gpu_kernels::kernels::{
+    argmax, get_rows, glu, kv_store, layer_norm, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
+    quantise_act, rms_norm, rope, round_act,
+};
+use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
+use quant::FormatId;
+
+use super::inputs::InputAddresses;
+use super::program::{
+    Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Sorted, Store,
+    Table, Value,
+};
+use crate::backend::Step;
+use crate::kv_cache::{KvLayer, KvLayout};
+use crate::op::{self, AttentionParams, Binary, RopeMode, Unary};
+use crate::plan::Slot;
+
+/// Most tokens whose products with block formats go to the matrix × vector kernel.
+pub const MMVQ_MAX_COLS: usize = mmvq::MAX_COLS;
+/// Most tokens whose activations products with F16 and BF16 weights round on the way.
+pub const MMVF_MAX_PLAIN_COLS: usize = 8;
+
+/// Positions in a span of the cache: what attention sums before it adds anything else.
+pub const KV_SPAN: usize = 256;
+/// Tokens of one sequence from which on attention works on tiles of them.
+const PREFILL_TOKENS: usize = 16;
+
+/// What of a step's sizes, beside the plan's shape, launches depend on. Steps of one class replay the same launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SizeClass {
+    /// Most spans of the cache that any sequence has, rounded up to a power of two.
+    pub max_spans: usize,
+    /// Whether some sequence has so many tokens in the step that attention tiles them.
+    pub prefill: bool,
+}
+
+impl SizeClass {
+    /// Of a step.
+    pub fn of(step: &Step<'_>) -> SizeClass {
+        let longest = step.sequences.iter().map(|s| s.len as usize).max().unwrap_or(0);
+        // Tokens of one sequence are counted until there are enough.
+        let most = (0..step.sequences.len() as u32)
+            .map(|s| step.token_sequences.iter().filter(|t| **t == s).take(PREFILL_TOKENS).count())
+            .max();
+        SizeClass {
+            max_spans: longest.div_ceil(KV_SPAN).next_power_of_two(),
+            prefill: most == Some(PREFILL_TOKENS),
+        }
+    }
+
+    /// How attention is cut on a device of this compute capability (times ten) and number of multiprocessors.
+    fn geometry(self, sm: u32, n_sm: u32, n_tokens: usize, n_head_kv: usize) -> Geometry {
+        let most = if self.prefill { PREFILL_TOKENS } else { 1 };
+        Geometry::choose(sm, n_sm, n_tokens, most, n_head_kv, self.max_spans * KV_SPAN)
+    }
+}
+
+/// Adds what an action's kernel needs on this device beside its operands: sorted pairs, room for partial results.
+pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo) {
+    let mut sorted: Vec<(Place, Sorted)> = Vec::new();
+    let mut i = 0;
+    while i < program.actions.len() {
+        let bytes = match &program.actions[i] {
+            Action::Attention { params: p, n, .. } => {
+                match class.geometry(device.sm, device.n_sm, *n, p.n_head_kv) {
+                    Geometry::Split { n_spans } => {
+                        Some(flash::scratch_bytes(*n, p.n_head, p.head_dim_v, n_spans))
+                    }
+                    _ => None,
+                }
+            }
+            _ => None,
+        };
+        if let Some(bytes) = bytes {
+            let room = program.value(bytes);
+            if let Action::Attention { partials, .. } = &mut program.actions[i] {
+                *partials = Some(room);
+            }
+        }
+        if let Action::ExpertProduct(p) = &program.actions[i]
+            && matches!(p.x, Factor::Acts(_))
+            && p.n > MMVQ_MAX_COLS
+        {
+            let w = p.parts[0].w;
+            let (ids, n_pairs, n_expert) = (p.ids, p.n * p.n_used, w.n_expert);
+            let rows = p.parts.iter().map(|part| part.w.rows).sum();
+            let cut = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device.smem_per_cta_bytes);
+            let tile_cols = cut.cols();
+            let found = sorted.iter().find(|(place, s)| *place == ids && s.cut.cols() == tile_cols);
+            let of = match found {
+                Some((_, s)) => Sorted { cut, ..*s },
+                None => {
+                    let order = program.value(4 * n_pairs);
+                    let tiles = program.value(16 * moe_sort::max_tiles(n_pairs, n_expert, tile_cols));
+                    let sort = Action::SortExperts { ids, n_pairs, n_expert, tile_cols, order, tiles };
+                    program.actions.insert(i, sort);
+                    i += 1;
+                    sorted.push((ids, Sorted { order, tiles, cut }));
+                    Sorted { order, tiles, cut }
+                }
+            };
+            if let Action::ExpertProduct(p) = &mut program.actions[i] {
+                p.sorted = Some(of);
+            }
+        }
+        i += 1;
+    }
+}
+
+/// Where everything is that actions name.
+pub struct Emit<'a> {
+    /// Start of the arena.
+    pub arena: DevicePtr,
+    /// Per value.
+    pub slots: &'a [Option<Slot>],
+    /// The step's inputs.
+    pub inputs: InputAddresses,
+    /// The cache, where there is one.
+    pub kv: Option<KvAddresses<'a>>,
+    /// The step's sizes.
+    pub class: SizeClass,
+    /// The device.
+    pub device: &'a DeviceInfo,
+}
+
+/// Where the cache is.
+#[derive(Clone, Copy)]
+pub struct KvAddresses<'a> {
+    /// Sizes and formats.
+    pub layout: &'a KvLayout,
+    /// Per layer: keys, values.
+    pub parts: &'a [[DevicePtr; 2]],
+}
+
+/// The product's own gate for a function, if it has it.
+pub fn product_glu(kind: op::Glu) -> Option<product::Glu> {
+    match kind {
+        op::Glu::Plain(Unary::Silu) => Some(product::Glu::Silu),
+        op::Glu::Plain(Unary::Gelu) => Some(product::Glu::Gelu),
+        op::Glu::Plain(_) => None,
+        op::Glu::SwigluOai { alpha, limit } => Some(product::Glu::SwigluOai { alpha, limit }),
+    }
+}
+
+fn function(kind: Unary) -> Function {
+    match kind {
+        Unary::Silu => Function::Silu,
+        Unary::Gelu => Function::Gelu,
+        Unary::GeluErf => Function::GeluErf,
+        Unary::Relu => Function::Relu,
+        Unary::ReluSqr => Function::ReluSqr,
+        Unary::Tanh => Function::Tanh,
+        Unary::Sigmoid => Function::Sigmoid,
+    }
+}
+
+fn rope_mode(mode: RopeMode) -> rope::Mode {
+    match mode {
+        RopeMode::Norm => rope::Mode::Norm,
+        RopeMode::Neox => rope::Mode::Neox,
+    }
+}
+
+impl Emit<'_> {
+    fn value(&self, v: Value) -> DevicePtr {
+        let slot = self.slots[v.index()].expect("the planner placed every value that an action names");
+        self.arena.offset(slot.offset as u64)
+    }
+
+    fn place(&self, p: Place) -> DevicePtr {
+        match p {
+            Place::Value(v) => self.value(v),
+            Place::At(at) => at,
+        }
+    }
+
+    fn opt(&self, p: Option<Place>) -> DevicePtr {
+        p.map_or(DevicePtr::NULL, |p| self.place(p))
+    }
+
+    /// The launches of an action; the reason if no kernel can do it.
+    pub fn launches(&self, action: &Action) -> Result<Vec<Launch>, String> {
+        self.try_launches(action).map_err(|why| match why {
+            Refusal::Launch(error) => error.to_string(),
+            Refusal::Words(words) => words,
+        })
+    }
+
+    fn try_launches(&self, action: &Action) -> Result<Vec<Launch>, Refusal> {
+        match action {
+            Action::GetRows { table, ids, n, cols, out } => self.get_rows(*table, *ids, *n, *cols, *out),
+            Action::Norm(norm) => self.norm(norm),
+            Action::Quantise { x, n, k, acts } => one(quantise_act::launch(&quantise_act::Args {
+                kind: acts.kind,
+                x: self.place(*x),
+                q: self.value(acts.q),
+                scales: self.value(acts.scales),
+                n_cols: *n,
+                k: *k,
+            })),
+            Action::Round { x, format, n, k, out } => one(round_act::launch(&round_act::Args {
+                format: *format,
+                x: self.place(*x),
+                tiles: self.value(*out),
+                n_cols: *n,
+                k: *k,
+                mixture: None,
+            })),
+            Action::Product(product) => self.product(product),
+            Action::ExpertProduct(product) => self.expert_product(product),
+            Action::SortExperts { ids, n_pairs, n_expert, tile_cols, order, tiles } => {
+                one(moe_sort::launch(&moe_sort::Args {
+                    ids: self.place(*ids),
+                    order: self.value(*order),
+                    tiles: self.value(*tiles),
+                    n_pairs: *n_pairs,
+                    n_expert: *n_expert,
+                    tile_cols: *tile_cols,
+                }))
+            }
+            Action::RopeTable { positions, frequencies, factors, magnitude, n, n_rot, out } => {
+                one(rope::launch_table(&rope::TableArgs {
+                    positions: self.place(*positions),
+                    frequencies: *frequencies,
+                    factors: self.opt(*factors),
+                    sections: rope::Sections::NONE,
+                    out: self.value(*out),
+                    n_tokens: *n,
+                    n_rot: *n_rot,
+                    magnitude: *magnitude,
+                }))
+            }
+            Action::Rope { rotation, table, n_rot, mode, n } => one(rope::launch(&rope::Args {
+                x: self.place(rotation.x),
+                table: self.place(*table),
+                y: self.value(rotation.out),
+                n_tokens: *n,
+                n_heads: rotation.heads,
+                head_dim: rotation.head_dim,
+                n_rot: *n_rot,
+                mode: rope_mode(*mode),
+            })),
+            Action::Store(store) => self.store(store),
+            Action::Attention { q, sinks, params, n, out, partials } => {
+                self.attention(*q, *sinks, params, *n, *out, *partials)
+            }
+            Action::Binary { kind, a, b, n, period, out } => {
+                let op = match kind {
+                    Binary::Add => BinaryOp::Add,
+                    Binary::Mul => BinaryOp::Mul,
+                };
+                one(elementwise::launch_binary(&BinaryArgs {
+                    op,
+                    a: self.place(*a),
+                    b: self.place(*b),
+                    y: self.value(*out),
+                    n: *n,
+                    inner: 1,
+                    period: *period,
+                }))
+            }
+            Action::Unary { kind, x, n, out } => self.unary(function(*kind), *x, *n, *out, 0.0),
+            Action::Scale { x, scale, n, out } => self.unary(Function::Scale, *x, *n, *out, *scale),
+            Action::Softcap { x, cap, n, out } => self.unary(Function::Softcap, *x, *n, *out, *cap),
+            Action::Gate(gate) => self.gate(gate),
+            Action::MoeRoute { logits, params, n, n_expert, ids, weights } => {
+                one(moe_route::launch(&moe_route::Args {
+                    logits: self.place(*logits),
+                    ids: self.value(*ids),
+                    weights: self.value(*weights),
+                    n: *n,
+                    n_expert: *n_expert,
+                    n_used: params.n_used,
+                    weighting: moe_route::Weighting {
+                        softmax_after: params.softmax_after,
+                        normalise: params.normalise,
+                        scale: params.scale,
+                    },
+                }))
+            }
+            Action::MoeCombine { x, weights, n, n_used, cols, out } => {
+                one(moe_combine::launch(&moe_combine::Args {
+                    x: self.place(*x),
+                    weights: self.place(*weights),
+                    add: DevicePtr::NULL,
+                    y: self.value(*out),
+                    n: *n,
+                    n_used: *n_used,
+                    cols: *cols,
+                }))
+            }
+            Action::RowGate { x, gate, n, cols, out } => one(elementwise::launch_binary(&BinaryArgs {
+                op: BinaryOp::MulSigmoid,
+                a: self.place(*x),
+                b: self.place(*gate),
+                y: self.value(*out),
+                n: n * cols,
+                inner: *cols,
+                period: *n,
+            })),
+            Action::Argmax { x, n, cols, out, scratch } => {
+                let launches = argmax::launch(&argmax::Args {
+                    x: self.place(*x),
+                    scratch: self.value(*scratch),
+                    ids: self.value(*out),
+                    n_rows: *n,
+                    n: *cols,
+                })?;
+                Ok(launches.to_vec())
+            }
+        }
+    }
+
+    fn unary(
+        &self,
+        function: Function,
+        x: Place,
+        n: usize,
+        out: Value,
+        a: f32,
+    ) -> Result<Vec<Launch>, Refusal> {
+        one(elementwise::launch_unary(&UnaryArgs {
+            function,
+            x: self.place(x),
+            y: self.value(out),
+            n,
+            a,
+            b: 0.0,
+        }))
+    }
+
+    fn get_rows(
+        &self,
+        table: Table,
+        ids: Place,
+        n: usize,
+        cols: usize,
+        out: Value,
+    ) -> Result<Vec<Launch>, Refusal> {
+        let (source, w) = match table {
+            Table::Matrix(m) => (get_rows::Source::Tiled(m.format), m.at),
+            Table::Floats(p) => (get_rows::Source::Plain, self.place(p)),
+        };
+        let (ids, y) = (self.place(ids), self.value(out));
+        one(get_rows::launch(&get_rows::Args { source, w, ids, y, n_ids: n, k: cols }))
+    }
+
+    /// A kernel of rows once per output type asked for: (type, where, scales).
+    fn outputs(&self, out: Option<Value>, acts: Option<Acts>) -> Vec<(Output, DevicePtr, DevicePtr)> {
+        let floats = out.map(|v| (Output::F32, self.value(v), DevicePtr::NULL));
+        let acts = acts.map(|a| (Output::Act(a.kind), self.value(a.q), self.value(a.scales)));
+        floats.into_iter().chain(acts).collect()
+    }
+
+    fn norm(&self, norm: &Norm) -> Result<Vec<Launch>, Refusal> {
+        let (residual, h) = match norm.add {
+            Some((added, sum)) => (self.place(added), self.value(sum)),
+            None => (DevicePtr::NULL, DevicePtr::NULL),
+        };
+        let mut launches = Vec::new();
+        // The quantised form first: it alone does not overwrite what the other reads.
+        for (i, (output, y, scales)) in self.outputs(norm.out, norm.acts).into_iter().rev().enumerate() {
+            let launch = match norm.kind {
+                NormKind::Rms => rms_norm::launch(&rms_norm::Args {
+                    // The second launch finds the sum made.
+                    x: if i > 0 && norm.add.is_some() { h } else { self.place(norm.x) },
+                    residual: if i > 0 { DevicePtr::NULL } else { residual },
+                    h: if i > 0 { DevicePtr::NULL } else { h },
+                    weight: self.opt(norm.weight),
+                    add: DevicePtr::NULL,
+                    output,
+                    y,
+                    scales,
+                    n_rows: norm.rows,
+                    n: norm.cols,
+                    eps: norm.eps,
+                }),
+                NormKind::Layer => layer_norm::launch(&layer_norm::Args {
+                    x: self.place(norm.x),
+                    weight: self.opt(norm.weight),
+                    bias: self.opt(norm.bias),
+                    output,
+                    y,
+                    scales,
+                    n_rows: norm.rows,
+                    n: norm.cols,
+                    eps: norm.eps,
+                }),
+            };
+            launches.push(launch?);
+        }
+        Ok(launches)
+    }
+
+    fn gate(&self, gate: &Gate) -> Result<Vec<Launch>, Refusal> {
+        let kind = match gate.kind {
+            op::Glu::Plain(f) => glu::Kind::Plain(function(f)),
+            op::Glu::SwigluOai { alpha, limit } => glu::Kind::SwigluOai { alpha, limit },
+        };
+        let launch = |(output, y, scales)| {
+            glu::launch(&glu::Args {
+                kind,
+                gate: self.place(gate.gate),
+                gate_stride: gate.k,
+                up: self.place(gate.up),
+                up_stride: gate.k,
+                output,
+                y,
+                scales,
+                n_rows: gate.n,
+                n: gate.k,
+            })
+        };
+        let launches: Result<_, _> =
+            self.outputs(gate.out, gate.acts).into_iter().rev().map(launch).collect();
+        Ok(launches?)
+    }
+
+    fn matrices(&self, parts: &[Part], gated: bool) -> Vec<product::Matrix> {
+        parts
+            .iter()
+            .enumerate()
+            .map(|(i, part)| product::Matrix {
+                w: part.w.at,
+                bias: self.opt(part.bias),
+                residual: self.opt(part.residual),
+                y: if gated && i == 1 { DevicePtr::NULL } else { self.value(part.out) },
+                n_rows: part.w.rows,
+            })
+            .collect()
+    }
+
+    fn product(&self, p: &Product) -> Result<Vec<Launch>, Refusal> {
+        let glu = self.own_glu(p.glu)?;
+        let chunks = p.parts.chunks(MAX_PARTS);
+        chunks.map(|parts| self.product_of(parts, glu, p.x, p.n, p.k)).collect()
+    }
+
+    fn product_of(
+        &self,
+        parts: &[Part],
+        glu: Option<product::Glu>,
+        x: Factor,
+        n: usize,
+        k: usize,
+    ) -> Result<Launch, Refusal> {
+        let matrices = self.matrices(parts, glu.is_some());
+        let format = parts[0].w.format;
+        let rows = matrices.iter().map(|m| m.n_rows).sum();
+        match x {
+            Factor::Acts(acts) => {
+                let (q, scales) = (self.value(acts.q), self.value(acts.scales));
+                let (parts, mixture) = (&matrices[..], None);
+                let product = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
+                if n <= MMVQ_MAX_COLS {
+                    return Ok(mmvq::launch(&product)?);
+                }
+                let cut = Cut::choose(format, rows, n, self.device.smem_per_cta_bytes);
+                Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
+            }
+            Factor::Floats(x) if format == FormatId::F32 => {
+                let (parts, x, n_cols, mixture) = (&matrices[..], self.place(x), n, None);
+                Ok(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture })?)
+            }
+            Factor::Rounded(tiles) if n > mmvf::MAX_COLS => Ok(mmf::launch(&mmf::Args {
+                format,
+                parts: &matrices,
+                glu,
+                x: self.value(tiles),
+                k,
+                n_cols: n,
+                mixture: None,
+                n_sm: self.device.n_sm,
+                smem_per_cta_bytes: self.device.smem_per_cta_bytes,
+            })?),
+            Factor::Floats(_) | Factor::Rounded(_) => {
+                let x = match x {
+                    Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
+                    Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
+                    Factor::Acts(_) => unreachable!("matched above"),
+                };
+                let (parts, n_cols, mixture) = (&matrices[..], n, None);
+                Ok(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture })?)
+            }
+        }
+    }
+
+    fn own_glu(&self, glu: Option<op::Glu>) -> Result<Option<product::Glu>, Refusal> {
+        match glu {
+            None => Ok(None),
+            Some(kind) => product_glu(kind)
+                .map(Some)
+                .ok_or_else(|| Refusal::Words(format!("{kind:?} within a product"))),
+        }
+    }
+
+    fn expert_product(&self, p: &ExpertProduct) -> Result<Vec<Launch>, Refusal> {
+        let glu = self.own_glu(p.glu)?;
+        let matrices = self.matrices(&p.parts, glu.is_some());
+        let format = p.parts[0].w.format;
+        let n_pairs = p.n * p.n_used;
+        let pairs_per_x = if p.per_used { 1 } else { p.n_used };
+        match p.x {
+            Factor::Acts(acts) => {
+                let product = product::Args {
+                    format,
+                    parts: &matrices,
+                    glu,
+                    q: self.value(acts.q),
+                    scales: self.value(acts.scales),
+                    k: p.k,
+                    n_cols: n_pairs / pairs_per_x,
+                    mixture: Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x }),
+                };
+                let Some(Sorted { order, tiles, cut }) = p.sorted else { return one(mmvq::launch(&product)) };
+                let sorted = mmq::Sorted {
+                    order: self.value(order),
+                    tiles: self.value(tiles),
+                    n_expert: p.parts[0].w.n_expert,
+                };
+                one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }))
+            }
+            Factor::Floats(x) => {
+                let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
+                let (parts, x, n_cols, k) = (&matrices[..], self.place(x), n_pairs / pairs_per_x, p.k);
+                if format == FormatId::F32 {
+                    return one(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture }));
+                }
+                let x = mmvf::Activations::Plain(x);
+                one(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture }))
+            }
+            Factor::Rounded(_) => Err(Refusal::Words(String::from("rounded activations of a mixture"))),
+        }
+    }
+
+    /// A layer's part of the cache.
+    fn cache(&self, il: usize) -> Result<flash::Cache, Refusal> {
+        let kv = self.kv.ok_or_else(|| Refusal::Words(String::from("there is no cache yet")))?;
+        let KvLayer { n_head_kv, head_dim_k, head_dim_v } = kv.layout.layers[il];
+        let [k, v] = kv.parts[il];
+        let KvLayout { type_k, type_v, .. } = *kv.layout;
+        Ok(flash::Cache { k, v, type_k, type_v, n_head_kv, head_dim_k, head_dim_v })
+    }
+
+    fn attention(
+        &self,
+        q: Place,
+        sinks: Option<Place>,
+        p: &AttentionParams,
+        n: usize,
+        out: Value,
+        partials: Option<Value>,
+    ) -> Result<Vec<Launch>, Refusal> {
+        let launches = flash::launch(&flash::Args {
+            cache: self.cache(p.il)?,
+            step: flash::Step {
+                positions: self.inputs.positions(),
+                token_sequences: self.inputs.token_sequences(),
+                sequences: self.inputs.sequences(),
+                pages: self.inputs.pages(),
+                n_tokens: n,
+            },
+            q: self.place(q),
+            out: self.value(out),
+            scratch: partials.map_or(DevicePtr::NULL, |v| self.value(v)),
+            sinks: self.opt(sinks),
+            slopes: DevicePtr::NULL,
+            n_head: p.n_head,
+            causal: p.causal,
+            window: p.window as usize,
+            scale: p.scale,
+            softcap: p.softcap,
+            smem_per_cta_bytes: self.device.smem_per_cta_bytes,
+            geometry: match partials {
+                None if self.class.prefill || self.device.sm < 80 => {
+                    self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv)
+                }
+                None => Geometry::Decode,
+                Some(_) => self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv),
+            },
+        })?;
+        Ok(launches.iter().copied().collect())
+    }
+
+    fn store(&self, store: &Store) -> Result<Vec<Launch>, Refusal> {
+        let rope = store.rope.map(|(q, table, n_rot, mode)| kv_store::Rope {
+            table: self.place(table),
+            q: self.place(q.x),
+            q_out: self.value(q.out),
+            n_head: q.heads,
+            n_rot,
+            mode: rope_mode(mode),
+        });
+        one(kv_store::launch(&kv_store::Args {
+            k: self.place(store.k),
+            v: self.place(store.v),
+            cells: self.inputs.cells(),
+            cache: self.cache(store.il)?,
+            n_tokens: store.n,
+            rope,
+        }))
+    }
+}
+
+/// Why there are no launches.
+enum Refusal {
+    Launch(LaunchError),
+    Words(String),
+}
+
+impl From<LaunchError> for Refusal {
+    fn from(error: LaunchError) -> Refusal {
+        Refusal::Launch(error)
+    }
+}
+
+fn one(launch: Result<Launch, LaunchError>) -> Result<Vec<Launch>, Refusal> {
+    Ok(vec![launch?])
+}

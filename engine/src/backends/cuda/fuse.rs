@@ -1,0 +1,295 @@
+//! Rules that merge actions where one kernel does the work of several. Each is a function from a program to a program
+//! with equal results, bit for bit; each has a name and can be left out, which is how they are tested.
+
+use alloc::vec::Vec;
+
+use super::emit::product_glu;
+use super::program::{Action, Acts, Gate, Norm, Part, Place, Program, Store, Value};
+use crate::op::Binary;
+
+/// A rule.
+pub struct Rule {
+    /// Its name.
+    pub name: &'static str,
+    /// Applies it wherever it fits.
+    pub apply: fn(&mut Program),
+}
+
+/// All rules, in the order in which they are applied.
+pub const RULES: &[Rule] = &[
+    Rule { name: "product_residual", apply: product_residual },
+    Rule { name: "product_gate", apply: product_gate },
+    Rule { name: "add_norm", apply: add_norm },
+    Rule { name: "norm_quantise", apply: norm_quantise },
+    Rule { name: "gate_quantise", apply: gate_quantise },
+    Rule { name: "rope_store", apply: rope_store },
+];
+
+/// Which rules are applied, in the order of [`RULES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleSet(u32);
+
+impl RuleSet {
+    /// Every rule.
+    pub const ALL: RuleSet = RuleSet((1 << RULES.len()) - 1);
+    /// No rule.
+    pub const NONE: RuleSet = RuleSet(0);
+
+    /// The rule of this name alone.
+    pub fn only(name: &str) -> Option<RuleSet> {
+        RULES.iter().position(|r| r.name == name).map(|i| RuleSet(1 << i))
+    }
+
+    /// Applies the rules to a program.
+    pub fn apply(self, program: &mut Program) {
+        for (i, rule) in RULES.iter().enumerate() {
+            if self.0 & (1 << i) != 0 {
+                (rule.apply)(program);
+            }
+        }
+    }
+}
+
+/// How often a value is read, counting what outlives the step as a read.
+fn n_reads(program: &Program, value: Value) -> usize {
+    let mut n = program.kept.iter().filter(|v| **v == value).count();
+    for action in &program.actions {
+        action.for_each_read(&mut |v| n += usize::from(v == value));
+    }
+    n
+}
+
+/// Index of the action that writes a value.
+fn writer(program: &Program, value: Value) -> Option<usize> {
+    program.actions.iter().position(|action| {
+        let mut writes = false;
+        action.for_each_write(&mut |v| writes |= v == value);
+        writes
+    })
+}
+
+/// The only action after `from` that reads a value, if it alone does and does not outlive the step.
+fn only_reader(program: &Program, value: Value) -> Option<usize> {
+    if n_reads(program, value) != 1 {
+        return None;
+    }
+    program.actions.iter().position(|action| {
+        let mut reads = false;
+        action.for_each_read(&mut |v| reads |= v == value);
+        reads
+    })
+}
+
+/// Whether a place is ready before action `i`: a fixed address, or written earlier (or from outside).
+fn ready_before(program: &Program, place: Place, i: usize) -> bool {
+    match place {
+        Place::At(_) => true,
+        Place::Value(v) => writer(program, v).is_none_or(|w| w < i),
+    }
+}
+
+/// `y = x·wᵀ; z = y + r` becomes `z = x·wᵀ + r`, where only the sum reads `y`.
+fn product_residual(program: &mut Program) {
+    let mut i = 0;
+    while i < program.actions.len() {
+        let Action::Product(product) = &program.actions[i] else {
+            i += 1;
+            continue;
+        };
+        let fits = product.parts.iter().enumerate().find_map(|(p, part)| {
+            if part.residual.is_some() || product.glu.is_some() {
+                return None;
+            }
+            let at = only_reader(program, part.out)?;
+            let Action::Binary { kind: Binary::Add, a, b, n, period, out } = program.actions[at] else {
+                return None;
+            };
+            let y = Place::Value(part.out);
+            let other = if a == y { b } else { a };
+            (n == period && other != y && ready_before(program, other, i)).then_some((p, at, other, out))
+        });
+        let Some((p, at, other, out)) = fits else {
+            i += 1;
+            continue;
+        };
+        // The sum moves up to the product: what reads it comes later than the sum did.
+        if let Action::Product(product) = &mut program.actions[i] {
+            product.parts[p].residual = Some(other);
+            product.parts[p].out = out;
+        }
+        program.actions.remove(at);
+    }
+}
+
+/// `g, u = x·w0ᵀ, x·w1ᵀ; h = f(g) · u` becomes one product, for plain matrices and for experts.
+fn product_gate(program: &mut Program) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        let Action::Gate(Gate {
+            kind, gate: Place::Value(gate), up: Place::Value(up), out: Some(out), ..
+        }) = program.actions[at]
+        else {
+            at += 1;
+            continue;
+        };
+        let alone = gate != up
+            && product_glu(kind).is_some()
+            && n_reads(program, gate) == 1
+            && n_reads(program, up) == 1;
+        let (g, u) = (writer(program, gate), writer(program, up));
+        let merged = match (alone, g, u) {
+            (true, Some(g), Some(u)) => merge_gate(program, g, u, gate, up),
+            _ => None,
+        };
+        let (Some(mut action), Some(g), Some(u)) = (merged, g, u) else {
+            at += 1;
+            continue;
+        };
+        match &mut action {
+            Action::Product(p) => {
+                p.glu = Some(kind);
+                p.parts[0].out = out;
+            }
+            Action::ExpertProduct(p) => {
+                p.glu = Some(kind);
+                p.parts[0].out = out;
+            }
+            _ => unreachable!("merge_gate gives products"),
+        }
+        // Where the later of the two was, everything that either reads is ready.
+        program.actions[g.max(u)] = action;
+        program.actions.remove(at);
+        if g != u {
+            program.actions.remove(g.min(u));
+        }
+        at = 0;
+    }
+}
+
+/// The products that write `gate` and `up` as one with two parts, if they match.
+fn merge_gate(program: &Program, g: usize, u: usize, gate: Value, up: Value) -> Option<Action> {
+    let same_shape = |a: &Part, b: &Part| {
+        a.w.format == b.w.format && a.w.rows == b.w.rows && a.residual.is_none() && b.residual.is_none()
+    };
+    match (&program.actions[g], &program.actions[u]) {
+        (Action::Product(p), Action::Product(_)) if g == u => {
+            let [a, b] = &p.parts[..] else { return None };
+            let fits = a.out == gate && b.out == up && p.glu.is_none() && same_shape(a, b);
+            fits.then(|| Action::Product(p.clone()))
+        }
+        (Action::ExpertProduct(p), Action::ExpertProduct(r)) if g != u => {
+            let ([a], [b]) = (&p.parts[..], &r.parts[..]) else { return None };
+            let fits = p.x == r.x && p.ids == r.ids && p.per_used == r.per_used && p.sorted == r.sorted;
+            (fits && same_shape(a, b)).then(|| {
+                let mut p = p.clone();
+                p.parts.push(*b);
+                Action::ExpertProduct(p)
+            })
+        }
+        _ => None,
+    }
+}
+
+/// `h = a + b; y = norm(h)` becomes one action that writes both.
+fn add_norm(program: &mut Program) {
+    for at in (1..program.actions.len()).rev() {
+        let Action::Norm(norm) = program.actions[at] else { continue };
+        let Place::Value(h) = norm.x else { continue };
+        let Action::Binary { kind: Binary::Add, a, b, n, period, out } = program.actions[at - 1] else {
+            continue;
+        };
+        if out == h && n == period && norm.add.is_none() && n == norm.rows * norm.cols && a != b {
+            program.actions[at] = Action::Norm(Norm { x: a, add: Some((b, h)), ..norm });
+            program.actions.remove(at - 1);
+        }
+    }
+}
+
+/// Moves the quantisation of a value into the action that writes it. `take` says whether that action can; it then
+/// writes the floats only if somebody else reads them.
+fn quantise_at_writer(program: &mut Program, take: impl Fn(&mut Action, Value, Acts, bool) -> bool) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        if let Action::Quantise { x: Place::Value(x), acts, .. } = program.actions[at]
+            && let Some(from) = writer(program, x)
+        {
+            let floats_too = n_reads(program, x) > 1;
+            let mut action = program.actions[from].clone();
+            if take(&mut action, x, acts, floats_too) {
+                program.actions[from] = action;
+                program.actions.remove(at);
+                continue;
+            }
+        }
+        at += 1;
+    }
+}
+
+/// `y = norm(x); q = quantise(y)` becomes one action.
+fn norm_quantise(program: &mut Program) {
+    quantise_at_writer(program, |action, y, acts, floats_too| match action {
+        // Rows of heads are reshaped before they are quantised; a norm quantises its own rows.
+        Action::Norm(norm) if norm.out == Some(y) && norm.acts.is_none() && norm.cols % 32 == 0 => {
+            norm.acts = Some(acts);
+            norm.out = floats_too.then_some(y);
+            true
+        }
+        _ => false,
+    });
+}
+
+/// `h = f(g) · u; q = quantise(h)` becomes one action.
+fn gate_quantise(program: &mut Program) {
+    quantise_at_writer(program, |action, h, acts, floats_too| match action {
+        Action::Gate(gate) if gate.out == Some(h) && gate.acts.is_none() => {
+            gate.acts = Some(acts);
+            gate.out = floats_too.then_some(h);
+            true
+        }
+        _ => false,
+    });
+}
+
+/// `q' = rope(q); k' = rope(k); store(k', v)` becomes one action, where only the store reads `k'`.
+fn rope_store(program: &mut Program) {
+    let rope_of = |program: &Program, v: Value| -> Option<usize> {
+        let i = writer(program, v)?;
+        matches!(program.actions[i], Action::Rope { .. }).then_some(i)
+    };
+    for at in (0..program.actions.len()).rev() {
+        let Some(&Action::Store(store)) = program.actions.get(at) else { continue };
+        let Place::Value(k) = store.k else { continue };
+        let Some(k_at) = rope_of(program, k).filter(|_| n_reads(program, k) == 1) else { continue };
+        let Action::Rope { rotation: k_rotation, table, n_rot, mode, .. } = program.actions[k_at] else {
+            continue;
+        };
+        // What the kernel of both takes.
+        if n_rot % 8 != 0 || k_rotation.head_dim % 8 != 0 {
+            continue;
+        }
+        // The queries' rotation is the nearest one before the store that uses the same table and is not the keys'.
+        let q_at = (0..at).rev().find(|&i| {
+            i != k_at
+                && matches!(program.actions[i], Action::Rope { rotation, table: t, mode: m, n_rot: r, .. }
+                    if t == table && m == mode && r == n_rot && rotation.head_dim == k_rotation.head_dim)
+        });
+        let Some(q_at) = q_at else { continue };
+        let Action::Rope { rotation: q, .. } = program.actions[q_at] else { continue };
+        // The queries' rotation moves down to the store: nobody may read them in between.
+        let read_between = program.actions[q_at + 1..at].iter().any(|action| {
+            let mut reads = false;
+            action.for_each_read(&mut |v| reads |= v == q.out);
+            reads
+        });
+        if read_between {
+            continue;
+        }
+        program.actions[at] =
+            Action::Store(Store { k: k_rotation.x, rope: Some((q, table, n_rot, mode)), ..store });
+        let mut gone: Vec<usize> = alloc::vec![k_at, q_at];
+        gone.sort_unstable();
+        for i in gone.into_iter().rev() {
+            program.actions.remove(i);
+        }
+    }
+}

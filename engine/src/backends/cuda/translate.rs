@@ -1,0 +1,434 @@
+//! From graph to program: each node becomes the actions that compute it, one by one. Nothing is merged here.
+//!
+//! A product with block-format weights takes quantised activations; they are made once per (tensor, rounding), whoever
+//! reads them.
+
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
+use alloc::{format, vec};
+
+use gpu_kernels::kernels::{rope, round_act};
+use gpu_kernels::launch::DevicePtr;
+use quant::act::ActKind;
+use quant::{BlockFormat, FloatFormat, FormatId, Visitor};
+
+use super::emit::MMVF_MAX_PLAIN_COLS;
+use super::program::{
+    Action, Acts, ExpertProduct, Factor, Gate, Matrix, Norm, NormKind, Part, Place, Product, Program,
+    Rotation, Store, Table, Value,
+};
+use crate::graph::{Graph, Node};
+use crate::op::{Op, RopeParams};
+use crate::tensor::{Input, Storage, TensorId};
+
+/// Rows of a weight of the model, and how they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WeightKey {
+    /// Index into [`crate::weights::Weights`].
+    pub weight: u32,
+    /// First row.
+    pub first_row: usize,
+    /// Rows in all.
+    pub rows: usize,
+    /// Form on the device.
+    pub form: WeightForm,
+}
+
+/// Form of a weight on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WeightForm {
+    /// Bytes as in the file: vectors.
+    Plain,
+    /// Tiled, as so many matrices of equal shape.
+    Tiled {
+        /// Experts; 1 for a plain matrix.
+        n_expert: usize,
+    },
+}
+
+/// Where things with a fixed address are.
+pub trait Addresses {
+    /// A weight.
+    fn weight(&self, key: WeightKey) -> DevicePtr;
+    /// An input of the step.
+    fn input(&self, input: Input) -> DevicePtr;
+    /// A place that holds these values for good.
+    fn constant(&self, values: &[f32]) -> Result<DevicePtr, String>;
+}
+
+/// For questions whose answer does not depend on addresses: everything is somewhere, well aligned.
+pub struct Anywhere;
+
+impl Addresses for Anywhere {
+    fn weight(&self, _: WeightKey) -> DevicePtr {
+        DevicePtr(1 << 20)
+    }
+    fn input(&self, _: Input) -> DevicePtr {
+        DevicePtr(1 << 20)
+    }
+    fn constant(&self, _: &[f32]) -> Result<DevicePtr, String> {
+        Ok(DevicePtr(1 << 20))
+    }
+}
+
+/// Every weight that a graph needs, in order of first use.
+pub fn weights_of(graph: &Graph) -> Vec<WeightKey> {
+    let mut keys: Vec<WeightKey> = Vec::new();
+    let mut need = |id: TensorId, form: WeightForm| {
+        if let Some(key) = weight_key(graph, id, form)
+            && !keys.contains(&key)
+        {
+            keys.push(key);
+        }
+    };
+    for node in &graph.nodes {
+        let mut matrices: Vec<(TensorId, WeightForm)> = Vec::new();
+        match &node.op {
+            Op::GetRows { table, .. } => matrices.push((*table, WeightForm::Tiled { n_expert: 1 })),
+            Op::MatMul { weights, .. } => {
+                matrices.extend(weights.iter().map(|w| (*w, WeightForm::Tiled { n_expert: 1 })));
+            }
+            Op::MatMulId { weight, .. } => {
+                let n_expert = graph.tensor(*weight).shape.dims()[0];
+                matrices.push((*weight, WeightForm::Tiled { n_expert }));
+            }
+            _ => {}
+        }
+        node.op.for_each_input(|id| {
+            let form = matrices.iter().find(|(m, _)| *m == id).map_or(WeightForm::Plain, |(_, form)| *form);
+            need(id, form);
+        });
+    }
+    keys
+}
+
+fn weight_key(graph: &Graph, id: TensorId, form: WeightForm) -> Option<WeightKey> {
+    let base = graph.tensor(graph.base(id));
+    match base.storage {
+        Storage::Weight { weight, first_row } => {
+            Some(WeightKey { weight, first_row, rows: base.shape.rows(), form })
+        }
+        _ => None,
+    }
+}
+
+/// How activations are rounded for weights of a format; `None` for floats.
+pub fn act_kind(format: FormatId) -> Option<ActKind> {
+    struct Kind;
+    impl Visitor for Kind {
+        type Output = Option<ActKind>;
+        fn block<F: BlockFormat>(self) -> Option<ActKind> {
+            Some(F::ACT)
+        }
+        fn float<F: FloatFormat>(self) -> Option<ActKind> {
+            None
+        }
+    }
+    quant::with_format(format, Kind).flatten()
+}
+
+fn scaling(p: &RopeParams) -> rope::Scaling {
+    rope::Scaling {
+        n_rot: p.n_dims,
+        freq_base: p.freq_base,
+        freq_scale: p.freq_scale,
+        ext_factor: p.ext_factor,
+        beta_fast: p.beta_fast,
+        beta_slow: p.beta_slow,
+        n_ctx_orig: p.n_ctx_orig,
+    }
+}
+
+/// A graph under translation.
+pub struct Translator<'a> {
+    graph: &'a Graph,
+    addresses: &'a dyn Addresses,
+    /// The program so far.
+    pub program: Program,
+    /// Value of each activation, by base tensor.
+    pub values: BTreeMap<TensorId, Value>,
+    quantised: Vec<(Place, Acts)>,
+    rounded: Vec<(Place, Value, FormatId)>,
+}
+
+/// Translates a whole graph; the reason if a node cannot be.
+pub fn translate<'a>(
+    graph: &'a Graph,
+    addresses: &'a dyn Addresses,
+) -> Result<(Program, BTreeMap<TensorId, Value>), (usize, String)> {
+    let mut t = Translator::new(graph, addresses);
+    for (i, node) in graph.nodes.iter().enumerate() {
+        t.node(node).map_err(|why| (i, why))?;
+    }
+    for (_, id) in &graph.outputs {
+        if let Place::Value(v) = t.place(*id) {
+            t.program.kept.push(v);
+        }
+    }
+    Ok((t.program, t.values))
+}
+
+impl<'a> Translator<'a> {
+    /// Nothing translated yet.
+    pub fn new(graph: &'a Graph, addresses: &'a dyn Addresses) -> Translator<'a> {
+        Translator {
+            graph,
+            addresses,
+            program: Program::default(),
+            values: BTreeMap::new(),
+            quantised: Vec::new(),
+            rounded: Vec::new(),
+        }
+    }
+
+    /// Where a tensor is. An activation that no node wrote is given from outside.
+    fn place(&mut self, id: TensorId) -> Place {
+        let base = self.graph.base(id);
+        let tensor = self.graph.tensor(base);
+        match tensor.storage {
+            Storage::Weight { .. } => {
+                let key = weight_key(self.graph, id, WeightForm::Plain).expect("a weight");
+                Place::At(self.addresses.weight(key))
+            }
+            Storage::Input(input) => Place::At(self.addresses.input(input)),
+            _ => Place::Value(match self.values.get(&base) {
+                Some(v) => *v,
+                None => {
+                    let v = self.program.value(tensor.len_bytes());
+                    self.values.insert(base, v);
+                    v
+                }
+            }),
+        }
+    }
+
+    /// The value of an activation.
+    fn value(&mut self, id: TensorId) -> Value {
+        match self.place(id) {
+            Place::Value(v) => v,
+            Place::At(_) => unreachable!("a node writes an activation"),
+        }
+    }
+
+    /// A weight that is a vector: floats as they are in the file.
+    fn vector(&mut self, id: TensorId) -> Result<Place, String> {
+        match self.graph.tensor(id).format {
+            FormatId::F32 => Ok(self.place(id)),
+            other => Err(format!("a vector of {other}; only F32 is possible")),
+        }
+    }
+
+    fn opt_vector(&mut self, id: Option<TensorId>) -> Result<Option<Place>, String> {
+        id.map(|id| self.vector(id)).transpose()
+    }
+
+    fn matrix(&mut self, id: TensorId, n_expert: usize) -> Result<Matrix, String> {
+        let tensor = self.graph.tensor(id);
+        let key = weight_key(self.graph, id, WeightForm::Tiled { n_expert })
+            .ok_or_else(|| String::from("its second factor is no weight of the model"))?;
+        Ok(Matrix {
+            at: self.addresses.weight(key),
+            format: tensor.format,
+            rows: tensor.shape.rows() / n_expert,
+            cols: tensor.shape.cols(),
+            n_expert,
+        })
+    }
+
+    /// The right-hand side for weights of a format, quantised if it must be and is not yet.
+    fn factor(&mut self, x: Place, n: usize, k: usize, format: FormatId) -> Factor {
+        let Some(kind) = act_kind(format) else { return self.float_factor(x, n, k, format) };
+        if let Some((_, acts)) = self.quantised.iter().find(|(p, a)| *p == x && a.kind == kind) {
+            return Factor::Acts(*acts);
+        }
+        let acts = self.program.acts(kind, n, k);
+        self.program.actions.push(Action::Quantise { x, n, k, acts });
+        self.quantised.push((x, acts));
+        Factor::Acts(acts)
+    }
+
+    /// The right-hand side for float weights: rounded in a pass of its own where many tokens share that.
+    fn float_factor(&mut self, x: Place, n: usize, k: usize, format: FormatId) -> Factor {
+        if format == FormatId::F32 || n <= MMVF_MAX_PLAIN_COLS {
+            return Factor::Floats(x);
+        }
+        if let Some((_, v, _)) = self.rounded.iter().find(|(p, _, f)| *p == x && *f == format) {
+            return Factor::Rounded(*v);
+        }
+        let out = self.program.value(round_act::tiles_bytes(n, k));
+        self.push(Action::Round { x, format, n, k, out });
+        self.rounded.push((x, out, format));
+        Factor::Rounded(out)
+    }
+
+    fn push(&mut self, action: Action) {
+        self.program.actions.push(action);
+    }
+
+    /// Translates a node.
+    pub fn node(&mut self, node: &Node) -> Result<(), String> {
+        let graph = self.graph;
+        let shape = |id: TensorId| graph.tensor(id).shape;
+        let out = node.outputs.first().copied();
+        let out = || out.expect("checked by the builder");
+        match &node.op {
+            Op::GetRows { table, ids } => {
+                let n = shape(*ids).elems();
+                let cols = shape(*table).cols();
+                let rows = match graph.tensor(graph.base(*table)).storage {
+                    Storage::Weight { .. } => Table::Matrix(self.matrix(*table, 1)?),
+                    _ => Table::Floats(self.place(*table)),
+                };
+                let ids = self.place(*ids);
+                let out = self.value(out());
+                self.push(Action::GetRows { table: rows, ids, n, cols, out });
+            }
+            Op::RmsNorm { x, weight, eps } => {
+                let norm = Norm {
+                    kind: NormKind::Rms,
+                    x: self.place(*x),
+                    add: None,
+                    weight: self.opt_vector(*weight)?,
+                    bias: None,
+                    eps: *eps,
+                    rows: shape(*x).rows(),
+                    cols: shape(*x).cols(),
+                    out: Some(self.value(out())),
+                    acts: None,
+                };
+                self.push(Action::Norm(norm));
+            }
+            Op::LayerNorm { x, weight, bias, eps } => {
+                let norm = Norm {
+                    kind: NormKind::Layer,
+                    x: self.place(*x),
+                    add: None,
+                    weight: self.opt_vector(*weight)?,
+                    bias: self.opt_vector(*bias)?,
+                    eps: *eps,
+                    rows: shape(*x).rows(),
+                    cols: shape(*x).cols(),
+                    out: Some(self.value(out())),
+                    acts: None,
+                };
+                self.push(Action::Norm(norm));
+            }
+            Op::MatMul { x, weights, biases } => {
+                let (n, k) = (shape(*x).rows(), shape(*x).cols());
+                let x = self.place(*x);
+                let mut parts = Vec::new();
+                for ((w, bias), out) in weights.iter().zip(biases).zip(&node.outputs) {
+                    let w = self.matrix(*w, 1)?;
+                    let bias = self.opt_vector(*bias)?;
+                    parts.push(Part { w, bias, residual: None, out: self.value(*out) });
+                }
+                // Matrices of one format go together; a mixed file (Q4_K_M has some Q6_K) makes more than one product.
+                while let Some(first) = parts.first() {
+                    let format = first.w.format;
+                    let (now, later): (Vec<Part>, Vec<Part>) =
+                        parts.into_iter().partition(|p| p.w.format == format);
+                    let x = self.factor(x, n, k, format);
+                    self.push(Action::Product(Product { parts: now, x, n, k, glu: None }));
+                    parts = later;
+                }
+            }
+            Op::MatMulId { x, weight, bias, ids } => {
+                let n_expert = shape(*weight).dims()[0];
+                let [n, n_used] = *shape(*ids).dims() else { unreachable!("checked by the builder") };
+                let per_used = shape(*x).dims()[1] == n_used && n_used > 1;
+                let (rows, k) = (shape(*x).rows(), shape(*x).cols());
+                let w = self.matrix(*weight, n_expert)?;
+                let bias = self.opt_vector(*bias)?;
+                let (x, ids) = (self.place(*x), self.place(*ids));
+                // A mixture's float products round on the way, whatever the number of tokens.
+                let x = match act_kind(w.format) {
+                    Some(_) => self.factor(x, rows, k, w.format),
+                    None => Factor::Floats(x),
+                };
+                let parts = vec![Part { w, bias, residual: None, out: self.value(out()) }];
+                self.push(Action::ExpertProduct(ExpertProduct {
+                    parts,
+                    x,
+                    per_used,
+                    ids,
+                    n,
+                    n_used,
+                    k,
+                    glu: None,
+                    sorted: None,
+                }));
+            }
+            Op::RopeTable { positions, freq_factors, params } => {
+                let n = shape(*positions).elems();
+                let factors = self.opt_vector(*freq_factors)?;
+                let frequencies =
+                    self.addresses.constant(rope::frequencies(&scaling(params)).as_flattened())?;
+                let (positions, out) = (self.place(*positions), self.value(out()));
+                let (magnitude, n_rot) = (params.attn_factor, params.n_dims);
+                self.push(Action::RopeTable { positions, frequencies, factors, magnitude, n, n_rot, out });
+            }
+            Op::Rope { x, table, mode } => {
+                let [n, heads, head_dim] = *shape(*x).dims() else { unreachable!("checked by the builder") };
+                let rotation = Rotation { x: self.place(*x), out: self.value(out()), heads, head_dim };
+                let (n_rot, table) = (shape(*table).cols(), self.place(*table));
+                self.push(Action::Rope { rotation, table, n_rot, mode: *mode, n });
+            }
+            Op::KvStore { k, v, il } => {
+                let n = shape(*k).rows();
+                let (k, v) = (self.place(*k), self.place(*v));
+                self.push(Action::Store(Store { il: *il, k, v, n, rope: None }));
+            }
+            Op::Attention { q, sinks, params } => {
+                let n = shape(*q).dims()[0];
+                let (q, sinks) = (self.place(*q), self.opt_vector(*sinks)?);
+                let out = self.value(out());
+                self.push(Action::Attention { q, sinks, params: *params, n, out, partials: None });
+            }
+            Op::Binary { kind, a, b } => {
+                let (n, period) = (shape(*a).elems(), shape(*b).elems());
+                if matches!(graph.tensor(graph.base(*b)).storage, Storage::Weight { .. }) {
+                    self.vector(*b)?;
+                }
+                let (a, b, out) = (self.place(*a), self.place(*b), self.value(out()));
+                self.push(Action::Binary { kind: *kind, a, b, n, period, out });
+            }
+            Op::Unary { kind, x } => {
+                let (n, x, out) = (shape(*x).elems(), self.place(*x), self.value(out()));
+                self.push(Action::Unary { kind: *kind, x, n, out });
+            }
+            Op::Scale { x, scale } => {
+                let (n, x, out) = (shape(*x).elems(), self.place(*x), self.value(out()));
+                self.push(Action::Scale { x, scale: *scale, n, out });
+            }
+            Op::Softcap { x, cap } => {
+                let (n, x, out) = (shape(*x).elems(), self.place(*x), self.value(out()));
+                self.push(Action::Softcap { x, cap: *cap, n, out });
+            }
+            Op::Glu { kind, gate, up } => {
+                let (n, k) = (shape(*gate).rows(), shape(*gate).cols());
+                let (gate, up) = (self.place(*gate), self.place(*up));
+                let out = Some(self.value(out()));
+                self.push(Action::Gate(Gate { kind: *kind, gate, up, n, k, out, acts: None }));
+            }
+            Op::MoeRoute { logits, params } => {
+                let (n, n_expert) = (shape(*logits).rows(), shape(*logits).cols());
+                let logits = self.place(*logits);
+                let (ids, weights) = (self.value(node.outputs[0]), self.value(node.outputs[1]));
+                self.push(Action::MoeRoute { logits, params: *params, n, n_expert, ids, weights });
+            }
+            Op::MoeCombine { x, weights } => {
+                let (n, n_used) = (shape(*weights).rows(), shape(*weights).cols());
+                let cols = shape(*x).cols();
+                let (x, weights, out) = (self.place(*x), self.place(*weights), self.value(out()));
+                self.push(Action::MoeCombine { x, weights, n, n_used, cols, out });
+            }
+            Op::RowGate { x, gate } => {
+                let (n, cols) = (shape(*x).rows(), shape(*x).cols());
+                let (x, gate, out) = (self.place(*x), self.place(*gate), self.value(out()));
+                self.push(Action::RowGate { x, gate, n, cols, out });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! The GPU backend on the emulator: whole models tensor by tensor, merged and unmerged, alone and in company.
+
+mod common;
+
+use std::sync::Arc;
+
+use engine::backend::{Backend, Step, StepSequence};
+use engine::backends::cuda::{Cuda, Device, RULES, RuleSet};
+use engine::backends::reference::Reference;
+use engine::executor::Serial;
+use engine::graph::Output;
+use engine::kv_cache::{KvLayout, PAGE};
+use engine::models::StepShape;
+use engine::plan::Plan;
+use engine::tensor::{Storage, TensorId};
+use engine::{Batch, Context, ContextParams, Model};
+use gpu_kernels::emu::{Emulator, Options};
+use quant::FormatId;
+
+/// One of each kind of layer.
+const MODELS: &[&str] =
+    &["llama-b", "gemma2-b", "gemma3-b", "qwen2moe-a", "qwen3-a", "gpt-oss-b", "phi3-a", "quantmix-a", "bert-cls-b"];
+
+fn emulator() -> Device {
+    Arc::new(Emulator::new(Options::default()))
+}
+
+fn cuda(model: &Model) -> Cuda {
+    Cuda::new(emulator(), Arc::new(Serial), model.weights().clone())
+}
+
+/// Runs a model's graph once over a sequence's first `n` tokens and reads every tensor that a node writes.
+fn every_tensor(model: &Model, backend: &mut dyn Backend, n: usize, merged: bool) -> Vec<(TensorId, Vec<f32>)> {
+    let bert = model.arch_name() == "bert";
+    let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: bert, taps: false };
+    let mut graph = model.graph(256, shape);
+    let written: Vec<TensorId> = graph
+        .nodes
+        .iter()
+        .flat_map(|node| node.outputs.clone())
+        .filter(|t| graph.tensor(*t).format == FormatId::F32)
+        .collect();
+    if !merged {
+        graph.outputs.extend(written.iter().map(|t| (Output::Tap, *t)));
+    }
+    let layout = KvLayout::new(model.hparams(), 256, FormatId::F32, FormatId::F32).unwrap();
+    backend.create_kv(&layout).unwrap();
+    let outputs: Vec<TensorId> = graph.outputs.iter().map(|(_, t)| *t).collect();
+    let plan = Arc::new(Plan::new(graph));
+    let id = backend.prepare(plan.clone()).unwrap();
+    let ids: Vec<i32> = (0..n as i32).collect();
+    let tokens: Vec<i32> = (0..n as i32).map(|i| 3 + 7 * i % 200).collect();
+    let pages: Vec<u32> = (0..n.div_ceil(PAGE) as u32).rev().collect();
+    let cells: Vec<u32> = (0..n).map(|i| pages[i / PAGE] * PAGE as u32 + (i % PAGE) as u32).collect();
+    let step = Step {
+        tokens: &tokens,
+        positions: &ids,
+        output_rows: &ids,
+        token_sequences: &vec![0; n],
+        cells: &cells,
+        sequences: &[StepSequence { first_page: 0, len: n as u32 }],
+        pages: &pages,
+        given: &[],
+    };
+    backend.run(id, &step).unwrap();
+    let read = |t: TensorId| {
+        let mut values = vec![f32::NAN; plan.graph.tensor(t).shape.elems()];
+        backend.read(id, t, &mut values).unwrap();
+        (t, values)
+    };
+    outputs.into_iter().map(read).collect()
+}
+
+/// Every node of a model's graph gives what the reference gives.
+#[test]
+fn every_tensor_matches_the_reference() {
+    let Some(dir) = common::goldens() else { return };
+    for name in MODELS {
+        let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
+        // Quantised activations add their rounding, and a router may turn on it.
+        let bound = if name.starts_with("quantmix") { 1e-2 } else { 1e-6 };
+        for n in [1, 20] {
+            let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false);
+            let got = every_tensor(&model, &mut cuda(&model), n, false);
+            let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: name.starts_with("bert"), taps: false };
+            let graph = model.graph(256, shape);
+            for ((t, got), (_, want)) in got.iter().zip(&want) {
+                let err = common::nmse(got, want);
+                let node = graph.nodes.iter().position(|node| node.outputs.contains(&graph.base(*t))).unwrap();
+                assert!(
+                    err <= bound,
+                    "{name}, {n} tokens: {t:?} {:?} of node {node} {}: nmse {err:.1e}",
+                    graph.tensor(*t).shape,
+                    graph.nodes[node].op.name()
+                );
+                assert!(matches!(graph.tensor(*t).storage, Storage::Activation | Storage::Reshape(_)));
+            }
+        }
+    }
+}
+
+/// Each merging rule by itself, and all together, change no bit.
+#[test]
+fn rules_change_no_bit() {
+    let Some(dir) = common::goldens() else { return };
+    for name in MODELS {
+        let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
+        for n in [1, 20] {
+            let run = |rules: RuleSet| every_tensor(&model, &mut cuda(&model).with_rules(rules), n, true);
+            let want = run(RuleSet::NONE);
+            for rule in RULES {
+                let rules = RuleSet::only(rule.name).unwrap();
+                assert!(run(rules) == want, "{name}, {n} tokens: rule {} gives other bits", rule.name);
+            }
+            assert!(run(RuleSet::ALL) == want, "{name}, {n} tokens: all rules together give other bits");
+        }
+    }
+}
+
+fn context(model: &Arc<Model>, n_seq: usize, kv: FormatId) -> Context {
+    let params =
+        ContextParams { n_ctx: 256, n_seq, type_k: kv, type_v: kv, n_ubatch: 64, ..ContextParams::default() };
+    Context::new(model.clone(), Box::new(cuda(model)), params).unwrap()
+}
+
+/// Logits of all positions of `tokens` in sequence `seq`, cut into batches of `cut`.
+fn logits(context: &mut Context, seq: usize, tokens: &[u32], cut: usize) -> Vec<f32> {
+    let mut all = Vec::new();
+    for piece in tokens.chunks(cut) {
+        let mut batch = Batch::default();
+        batch.extend(seq, piece, true);
+        let n = context.decode(&batch).unwrap();
+        (0..n).for_each(|i| all.extend_from_slice(context.output(i)));
+    }
+    all
+}
+
+/// A sequence's logits are the same bits alone, with others in the batch, and however its tokens are cut.
+#[test]
+fn a_sequence_does_not_see_company_or_cuts() {
+    let Some(dir) = common::goldens() else { return };
+    for (name, kv) in
+        [("qwen3moe-b", FormatId::F16), ("gpt-oss-b", FormatId::F32), ("quantmix-a", FormatId::F16)]
+    {
+        let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
+        let tokens: Vec<u32> = (0..21).map(|i| 3 + 11 * i % 250).collect();
+        let alone = logits(&mut context(&model, 1, kv), 0, &tokens, 21);
+        for cut in [1, 9] {
+            let got = logits(&mut context(&model, 1, kv), 0, &tokens, cut);
+            assert!(got == alone, "{name}, cache {kv}: cut by {cut}, the logits have other bits");
+        }
+        // Among four sequences, tokens turn about; the others have other tokens and lengths.
+        let mut many = context(&model, 4, kv);
+        logits(&mut many, 1, &[5, 6, 7], 3);
+        let mut got = Vec::new();
+        let n_vocab = model.hparams().n_vocab;
+        for (i, piece) in tokens.chunks(3).enumerate() {
+            let mut batch = Batch::default();
+            for &token in piece {
+                for seq in 0..4 {
+                    batch.extend(seq, &[if seq == 2 { token } else { (token + 13 * seq as u32) % 200 }], seq == 2);
+                }
+            }
+            let n = many.decode(&batch).unwrap();
+            assert_eq!(n, piece.len(), "batch {i}");
+            (0..n).for_each(|i| got.extend_from_slice(many.output(i)));
+        }
+        let first = got.iter().zip(&alone).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert!(
+            first.is_none(),
+            "{name}, cache {kv}: with others in the batch, position {} has other bits",
+            first.unwrap_or(0) / n_vocab
+        );
+    }
+}

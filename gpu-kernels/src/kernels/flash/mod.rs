@@ -1,0 +1,210 @@
+//! Softmax attention of query rows over the paged KV cache, on tensor cores (sm_80 and later; `flash_plain` before).
+//!
+//! `out[t][h] = Σ p[i] · v[i]`, `p = softmax(s)`, `s[i] = f(scale · q[t][h]·k[i])` over the positions i that token t sees: from
+//! `pos + 1 - window` (0 without a window) up to and including `pos` if causal, else to the sequence's end. With a
+//! soft cap, `f(x) = cap · tanh(x / cap)`; a head's slope adds `-slope · |pos - i|` (ALiBi); a head's sink is one more logit
+//! without a value. A token that sees nothing, and one whose sequence is [`NO_SEQUENCE`] (padding), gets zeros.
+//!
+//! * Shapes: `q` [n_tokens, n_head · head_dim_k], `out` [n_tokens, n_head · head_dim_v] f32; `k`, `v`: the layer's part of the
+//!   cache, [page][kv head][64 positions][head_dim] in the cache's format; `positions`, `token_sequences` `[n_tokens]` u32;
+//!   `sequences` of (first page, positions) u32 pairs; `pages` u32; `sinks`, `slopes` `[n_head]` f32 or absent. Head
+//!   dimensions are multiples of 8, at most 256, or (576, 512). Arrays are 16-byte aligned. Nothing overlaps. Everything
+//!   that changes from step to step is in device memory, so a captured launch can be replayed.
+//! * Entries: `flash_{decode,prefill}_{dim}_{class}`. `dim` 64, 128, 256, 576 holds the head (the rest is zeros). Class
+//!   `f16`: F16 cache, copied asynchronously, two stages. `wide`: F16 and block formats in any pair, widened to f16 on
+//!   the way into shared memory. `split`: any pair with F32 or BF16 in it; all operands (q, k, v, p) are kept as a sum of two
+//!   bf16, 16 bits of mantissa over f32's range, and multiplied as three products.
+//! * Geometry: rows of a tile are (token, head of a KV head's group), 16 to a fragment. Prefill: 8 warps with 16 rows each (head
+//!   256: two warps share 16 rows, 576: four), grid [tiles, kv heads], long rows first. Decode: 4 warps share one
+//!   token's 16 rows, grid [tokens · ⌈group/16⌉, kv heads, spans]. Warps that share rows split a block's
+//!   scores by position and the output by dimension.
+//! * Decode splits positions over CTAs where there are few (`split`): each writes its span's state into `scratch`, a second
+//!   launch merges them. CTAs beyond a sequence's positions leave at once.
+//! * Order of sums, the same in every kernel and geometry: positions are cut into spans of 256. Within a span, online
+//!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans are merged in order. A
+//!   block or span that a row does not see changes no bit of it. So a row depends on shapes, formats and its own positions
+//!   alone: decode and prefill agree bit for bit.
+//! * Bytes: decode reads the cache once per KV head. FLOPs: 4 · head_dim per row and position.
+//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. Class `split` is good to 1e-9, which its own
+//!   cases demand.
+//!
+//! Done for speed: (1) the row sum l is a product with a column of ones, so it needs neither unpacking nor shuffles,
+//! (2) rescaling is skipped where no row's maximum moved, (3) masks are applied only in blocks that some row does not see
+//! whole, (4) tiles are swizzled: no bank conflicts for ldmatrix or copies, (5) one barrier per block, so that one
+//! warp's softmax runs beside another's products.
+
+/// Calls a macro with each table of entries: the kernel's name, its own, the entries' first part, threads and CTAs per SM, then per row
+/// head dimension, class, how operands are kept, whether copied asynchronously, [steps of 16 along a key, columns of 8
+/// scores and of 8 outputs per warp], [warps that share rows, groups of rows].
+///
+/// The tiles of head 576 serve prefill too.
+macro_rules! for_each_table {
+    ($callback:ident) => {
+        $callback! { "flash" DECODE "flash_decode_" (128, 3)
+            64 "f16" F16 Half true [4 2 2] [4 1];
+            128 "f16" F16 Half true [8 2 4] [4 1];
+            64 "wide" Wide Half false [4 2 2] [4 1];
+            128 "wide" Wide Half false [8 2 4] [4 1];
+        }
+        $callback! { "flash" LARGE_DECODE "flash_decode_" (128, 2)
+            256 "f16" F16 Half true [16 1 8] [4 1];
+            576 "f16" F16 Half true [36 1 16] [4 1];
+            256 "wide" Wide Half false [16 1 8] [4 1];
+            576 "wide" Wide Half false [36 1 16] [4 1];
+        }
+        $callback! { "flash" PREFILL "flash_prefill_" (256, 1)
+            64 "f16" F16 Half true [4 8 8] [1 8];
+            128 "f16" F16 Half true [8 8 16] [1 8];
+            256 "f16" F16 Half true [16 2 16] [2 4];
+            64 "wide" Wide Half false [4 8 8] [1 8];
+            128 "wide" Wide Half false [8 8 16] [1 8];
+            256 "wide" Wide Half false [16 2 16] [2 4];
+        }
+        $callback! { "flash_split" SPLIT_DECODE "flash_decode_" (128, 2)
+            64 "split" Split Split false [4 1 2] [4 1];
+            128 "split" Split Split false [8 1 4] [4 1];
+            256 "split" Split Split false [16 1 16] [2 1];
+            576 "split" Split Split false [36 1 16] [4 1];
+        }
+        $callback! { "flash_split" SPLIT_PREFILL "flash_prefill_" (256, 1)
+            64 "split" Split Split false [4 4 8] [1 8];
+            128 "split" Split Split false [8 4 16] [1 8];
+            256 "split" Split Split false [16 1 16] [2 4];
+        }
+    };
+}
+
+#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
+mod attend;
+#[cfg(not(target_arch = "nvptx64"))]
+mod host;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod merge;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod plain;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod state;
+#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
+mod store;
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::*;
+
+/// Positions of a page of the cache: the engine's `PAGE`.
+pub const PAGE: usize = 64;
+/// Positions of a span.
+pub const SPAN: usize = 256;
+/// Entry of `token_sequences` for a token that is not there.
+pub const NO_SEQUENCE: u32 = u32::MAX;
+/// Rows of a fragment.
+const ROWS: usize = 16;
+
+/// Columns of the table of a tile's rows.
+const TABLE_COLUMNS: usize = 6;
+/// Warps of a CTA without tensor cores.
+const PLAIN_WARPS: u32 = 4;
+/// Most elements of a value row.
+const MAX_DIM_V: u32 = 512;
+/// Threads of a merging CTA.
+const MERGE_THREADS: u32 = 128;
+
+/// Bits of the argument `flags`: a token sees up to its own position.
+const CAUSAL: u32 = 1;
+/// Scores take a soft cap or slopes.
+const TRANSFORM: u32 = 2;
+/// A tile holds rows of one token only.
+const PER_TOKEN: u32 = 4;
+
+/// What of a tile is fixed per entry.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    /// Elements of a key row and of a value row in shared memory.
+    dims: [usize; 2],
+    /// Positions of a block.
+    block: usize,
+    /// 2 where operands are a sum of two.
+    planes: usize,
+    /// Warps that share rows.
+    sharers: usize,
+    /// Groups of [`ROWS`] rows.
+    row_groups: usize,
+    /// Whether the next block is copied while one is computed.
+    asynchronous: bool,
+}
+
+/// Offsets of a CTA's shared memory in 16-byte units, and the whole.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    k: usize,
+    v: usize,
+    q: usize,
+    p: usize,
+    maxima: usize,
+    rows: usize,
+    views: usize,
+    end: usize,
+}
+
+impl Tile {
+    const fn new(
+        planes: usize,
+        asynchronous: bool,
+        [key_steps, score_columns, out_columns]: [usize; 3],
+        [sharers, row_groups]: [usize; 2],
+    ) -> Tile {
+        Tile {
+            dims: [16 * key_steps, 8 * out_columns * sharers],
+            block: 8 * score_columns * sharers,
+            planes,
+            sharers,
+            row_groups,
+            asynchronous,
+        }
+    }
+
+    const fn rows(&self) -> usize {
+        ROWS * self.row_groups
+    }
+
+    /// Whether a warp keeps its queries in registers: where they and twice the outputs leave room for the rest.
+    const fn q_in_registers(&self) -> bool {
+        self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 150
+    }
+
+    #[cfg(not(target_arch = "nvptx64"))]
+    const fn smem_bytes(&self) -> u32 {
+        16 * self.layout().end as u32
+    }
+
+    const fn layout(&self) -> Layout {
+        let (k, stages) = (0, if self.asynchronous { 2 } else { 1 });
+        let v = k + stages * self.planes * self.block * self.dims[0] / 8;
+        let tiles = v + stages * self.planes * self.block * self.dims[1] / 8;
+        // Queries on their way to registers lie where keys and values will.
+        let queries = self.planes * self.rows() * self.dims[0] / 8;
+        assert!(!self.q_in_registers() || queries <= tiles);
+        let q = if self.q_in_registers() { 0 } else { tiles };
+        let p = if self.q_in_registers() { tiles } else { tiles + queries };
+        let shared = self.sharers > 1;
+        let maxima = p + if shared { self.planes * self.rows() * self.block / 8 } else { 0 };
+        let rows = maxima + if shared { self.sharers * self.rows() / 4 } else { 0 };
+        let views = rows + TABLE_COLUMNS * self.rows() / 4;
+        Layout { k, v, q, p, maxima, rows, views, end: views + 2 * self.sharers * self.row_groups }
+    }
+}
+
+/// First position that a token sees, and the one after the last; equal where it sees none.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+#[inline(always)]
+fn visible(pos: u32, len: u32, causal: bool, window: u32) -> (u32, u32) {
+    let high = if causal && pos < len { pos + 1 } else { len };
+    let low = if window > 0 && pos + 1 > window { pos + 1 - window } else { 0 };
+    if low < high { (low, high) } else { (0, 0) }
+}
+
+/// A head's sink in units of log2.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+#[inline(always)]
+fn sink(sinks: crate::device::Glb<f32>, head: u32) -> f32 {
+    if sinks.is_null() { f32::NEG_INFINITY } else { sinks.ld_nc(head) * crate::device::math::LOG2_E }
+}

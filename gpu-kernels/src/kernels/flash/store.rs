@@ -1,0 +1,244 @@
+//! Tiles in shared memory: what they hold ([`Class`]), where ([`Store`]), and how rows of the cache get there.
+
+use half::{bf16, f16};
+use quant::{BlockFormat, FormatId, formats};
+
+use crate::device::mma::{self, FragmentA, FragmentB, FragmentF32};
+use crate::device::{F32x4, Float, Glb, Smem, U32x4, async_copy, math, thread};
+
+/// How operands are kept: one word of two elements per plane.
+pub(super) trait Class {
+    const PLANES: usize;
+    /// Two ones.
+    const ONES: u32;
+    /// Two elements; the second word is for the second plane.
+    fn pack(low: f32, high: f32) -> [u32; 2];
+    /// `c += a · b`, planes given; of one plane only the first is looked at.
+    fn product(c: &mut FragmentF32, a: &[FragmentA; 2], b: [FragmentB; 2]);
+    /// `c += a · 1`.
+    fn sum(c: &mut FragmentF32, a: &[FragmentA; 2]);
+}
+
+/// f16.
+pub(super) struct Half;
+/// bf16, and bf16 of what is left.
+pub(super) struct Split;
+
+impl Class for Half {
+    const PLANES: usize = 1;
+    const ONES: u32 = 0x3c00_3c00;
+    #[inline(always)]
+    fn pack(low: f32, high: f32) -> [u32; 2] {
+        [math::pack_f16(low, high), 0]
+    }
+    #[inline(always)]
+    #[track_caller]
+    fn product(c: &mut FragmentF32, a: &[FragmentA; 2], b: [FragmentB; 2]) {
+        mma::mma_f16(c, a[0], b[0]);
+    }
+    #[inline(always)]
+    #[track_caller]
+    fn sum(c: &mut FragmentF32, a: &[FragmentA; 2]) {
+        mma::mma_f16(c, a[0], FragmentB([Self::ONES; 2]));
+    }
+}
+
+impl Class for Split {
+    const PLANES: usize = 2;
+    const ONES: u32 = 0x3f80_3f80;
+    #[inline(always)]
+    fn pack(low: f32, high: f32) -> [u32; 2] {
+        let first = math::pack_bf16(low, high);
+        let rest = |v: f32, bits: u32| v - f32::from_bits(bits);
+        [first, math::pack_bf16(rest(low, first << 16), rest(high, first & 0xffff_0000))]
+    }
+    #[inline(always)]
+    #[track_caller]
+    fn product(c: &mut FragmentF32, a: &[FragmentA; 2], b: [FragmentB; 2]) {
+        mma::mma_bf16(c, a[0], b[0]);
+        mma::mma_bf16(c, a[0], b[1]);
+        mma::mma_bf16(c, a[1], b[0]);
+    }
+    #[inline(always)]
+    #[track_caller]
+    fn sum(c: &mut FragmentF32, a: &[FragmentA; 2]) {
+        mma::mma_bf16(c, a[0], FragmentB([Self::ONES; 2]));
+        mma::mma_bf16(c, a[1], FragmentB([Self::ONES; 2]));
+    }
+}
+
+/// A tile of K or V in shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct Store {
+    pub(super) rows: Smem<U32x4>,
+    /// Where the tile starts, and 16-byte units from one plane to the next.
+    pub(super) start: u32,
+    pub(super) plane: u32,
+    /// Units of a row.
+    pub(super) units: u32,
+}
+
+impl Store {
+    /// The place of unit `c` of row `r`: neighbours in a column lie in different banks.
+    #[inline(always)]
+    pub(super) fn at(&self, r: u32, c: u32) -> u32 {
+        self.start + r * self.units + (c ^ (r & 7))
+    }
+
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    fn put<C: Class>(&self, r: u32, c: u32, values: [f32; 8]) {
+        let mut words = [[0; 4]; 2];
+        unroll!(I in 0..4 {
+            let [first, second] = C::pack(values[2 * I], values[2 * I + 1]);
+            words[0][I] = first;
+            words[1][I] = second;
+        });
+        self.rows.st(self.at(r, c), U32x4(words[0]));
+        if C::PLANES == 2 {
+            self.rows.st(self.plane + self.at(r, c), U32x4(words[1]));
+        }
+    }
+}
+
+/// Rows of floats, widened; rows from `n_valid` on become zero.
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
+#[track_caller]
+fn fill_floats<C: Class, T: Float>(
+    from: Glb<u8>,
+    to: Store,
+    n_rows: u32,
+    n_valid: u32,
+    head_dim: u32,
+    threads: u32,
+) {
+    let (units, per_unit) = (head_dim / 8, size_of::<T>() as u32 / 2);
+    let mut i = thread::thread_idx_x();
+    while i < n_rows * units {
+        let (r, c) = (i / units, i % units);
+        let mut values = [0.0; 8];
+        if r < n_valid {
+            if size_of::<T>() == 4 {
+                let F32x4(a) = from.cast::<F32x4>().ld_nc(i * per_unit);
+                let F32x4(b) = from.cast::<F32x4>().ld_nc(i * per_unit + 1);
+                values = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]];
+            } else {
+                let U32x4(words) = from.cast::<U32x4>().ld_nc(i);
+                unroll!(I in 0..4 {
+                    let [low, high] = T::pair(words[I]);
+                    values[2 * I] = low;
+                    values[2 * I + 1] = high;
+                });
+            }
+        }
+        to.put::<C>(r, c, values);
+        i += threads;
+    }
+}
+
+/// An element type that comes two to a word.
+trait Pair {
+    fn pair(word: u32) -> [f32; 2];
+}
+impl<T: Float> Pair for T {
+    #[inline(always)]
+    fn pair(word: u32) -> [f32; 2] {
+        // The low half first; a type of four bytes never comes here.
+        let half =
+            |bits: u32| bytemuck::pod_read_unaligned::<T>(&bits.to_le_bytes()[..size_of::<T>()]).to_f32();
+        [half(word & 0xffff), half(word >> 16)]
+    }
+}
+
+/// Rows of blocks, widened; rows from `n_valid` on become zero.
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
+#[track_caller]
+fn fill_blocks<C: Class, F: BlockFormat>(
+    from: Glb<u8>,
+    to: Store,
+    n_rows: u32,
+    n_valid: u32,
+    head_dim: u32,
+    threads: u32,
+) {
+    const { assert!(F::GROUPS == 1 && F::SCALE_ELEMS == 32) };
+    let groups = head_dim / 32;
+    let mut i = thread::thread_idx_x();
+    while i < n_rows * groups {
+        let (r, c) = (i / groups, i % groups * 4);
+        if r < n_valid {
+            let group = from.cast::<F>().view(i).unpack_group(0);
+            unroll!(U in 0..4 {
+                let mut values = [0.0; 8];
+                unroll!(I in 0..8 {
+                    let code = (group.codes[2 * U + I / 4] >> (8 * (I % 4)) & 0xff) as i32 - F::BIAS;
+                    // Two roundings: the format's exact decoded value.
+                    let scaled = math::mul(group.scale[0], code as f32);
+                    values[I] = if F::HAS_OFFSET { scaled + group.offset[0] } else { scaled };
+                });
+                to.put::<C>(r, c + U as u32, values);
+            });
+        } else {
+            unroll!(U in 0..4 {
+                to.put::<C>(r, c + U as u32, [0.0; 8]);
+            });
+        }
+        i += threads;
+    }
+}
+
+/// Rows of any format.
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
+#[track_caller]
+pub(super) fn fill<C: Class>(
+    format: u32,
+    from: Glb<u8>,
+    to: Store,
+    n_rows: u32,
+    n_valid: u32,
+    head_dim: u32,
+    threads: u32,
+) {
+    const Q4_0: u32 = FormatId::Q4_0 as u32;
+    const Q4_1: u32 = FormatId::Q4_1 as u32;
+    const Q5_0: u32 = FormatId::Q5_0 as u32;
+    const Q5_1: u32 = FormatId::Q5_1 as u32;
+    const Q8_0: u32 = FormatId::Q8_0 as u32;
+    const F32: u32 = FormatId::F32 as u32;
+    const BF16: u32 = FormatId::BF16 as u32;
+    match format {
+        Q4_0 => fill_blocks::<C, formats::q4_0::Block>(from, to, n_rows, n_valid, head_dim, threads),
+        Q4_1 => fill_blocks::<C, formats::q4_1::Block>(from, to, n_rows, n_valid, head_dim, threads),
+        Q5_0 => fill_blocks::<C, formats::q5_0::Block>(from, to, n_rows, n_valid, head_dim, threads),
+        Q5_1 => fill_blocks::<C, formats::q5_1::Block>(from, to, n_rows, n_valid, head_dim, threads),
+        Q8_0 => fill_blocks::<C, formats::q8_0::Block>(from, to, n_rows, n_valid, head_dim, threads),
+        // The class of one plane is launched without these two.
+        F32 if C::PLANES == 2 => fill_floats::<C, f32>(from, to, n_rows, n_valid, head_dim, threads),
+        BF16 if C::PLANES == 2 => fill_floats::<C, bf16>(from, to, n_rows, n_valid, head_dim, threads),
+        _ => fill_floats::<C, f16>(from, to, n_rows, n_valid, head_dim, threads),
+    }
+}
+
+/// Rows of f16 as they are, without waiting; rows from `n_valid` on become zero.
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
+#[track_caller]
+pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim: u32, threads: u32) {
+    // Computed anew for each block: see `attend::block`.
+    let (given, thread) = (head_dim / 8, math::fresh(thread::thread_idx_x()));
+    // The threads go through the tile together, and come out even. In a loop, for the addresses' sake.
+    let units = n_rows * to.units;
+    let units = if units > 2 * threads { math::opaque(units) } else { units };
+    let mut first = 0;
+    while first < units {
+        let i = first + thread;
+        let (r, c) = (i / to.units, i % to.units);
+        if c < given {
+            if r < n_valid {
+                async_copy::copy16(to.rows, to.at(r, c), from.cast(), r * given + c);
+            } else {
+                to.rows.st(to.at(r, c), U32x4([0; 4]));
+            }
+        }
+        first += threads;
+    }
+}

@@ -1,0 +1,846 @@
+//! Tiled quantised weights × many columns on int8 tensor cores: `y[c][r] = Σ w[r][i] · x[c][i]`, with what follows a
+//! product in the same launch.
+//!
+//! * Shapes: `w` [n_rows, k] in any block format that models use for weights (not Q8_1, Q8_K), tiled (`tile.rs`), 16-byte
+//!   aligned; activations [n_cols, k] as `quantise_act` writes them (`q`, `scales`) in the format's kind
+//!   (`BlockFormat::ACT`); `y` [n_cols, n_rows] f32. Nothing overlaps, except that `residual` may be `y`.
+//! * Parts: up to 3 matrices of one format that share the activations, each with its own rows and output.
+//! * Epilogue: `product.rs`, as every product's.
+//! * Mixture: columns are (token, slot) pairs, sorted by expert (`moe_sort`); the weights are [n_expert, n_rows, k], the
+//!   bias [n_expert, n_rows]; activations have a row per token or one per pair; `y` one per pair, in the unsorted order.
+//! * Result: as `mmvq`'s, bit for bit: per span of 256 weights `BlockFormat::dot_group`'s chain from 0 over its groups in
+//!   order of k; spans added in order. So it depends on k alone, not on the entry, the grid or n_cols.
+//! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
+//! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
+//!
+//! Two ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
+//!
+//! * *Wide*, 128 rows × 128 columns a CTA, for full machines. Spans pass through a pipeline in shared memory: raw tiles and
+//!   activations arrive by asynchronous copies one span ahead; half of the warps unpack the next span before they multiply
+//!   the present one, the other half after, so that a scheduler has both kinds of work at any time; one barrier per span.
+//!   A warp's tile is 64 × 32: two sets of 64 accumulators, the span's and the total, stay in registers.
+//! * *Narrow*, 32 rows × 16 or 32 columns a CTA, where that would leave SMs idle, as for 9 to 64 columns, bound by
+//!   memory: each of eight warps multiplies a span of its own straight from registers, with no barrier but one pair for
+//!   every eight spans, when their partial sums are added in order.
+//!
+//! On sm_90a `wgmma` could take the place of `mma` in the wide cut, and bulk copies that of its raw tiles: each is
+//! one contiguous piece. It would spare the loads of fragments, which are 5 % of the instructions; the float operations
+//! per group, which are 80 %, stay (`int8_tile.rs`).
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+pub(crate) use gpu::{NONE, Work, group, groups_of, units_of};
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::*;
+
+pub(crate) const THREADS: u32 = 256;
+pub(crate) const WARPS: u32 = THREADS / 32;
+
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod gpu {
+    use quant::BlockFormat;
+
+    use crate::device::{Glb, U32x2, U32x4, thread};
+    use crate::kernels::int8_tile::Native;
+    use crate::kernels::lookup::InMemory;
+    use crate::kernels::mmq_narrow::narrow;
+    #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
+    use crate::kernels::mmq_wide::wide;
+    use crate::kernels::product::{Gate, Part, choose_at};
+    use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block};
+
+    /// What the parts have in common.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    pub(super) struct Shape {
+        n_groups: u32,
+        n_cols: u32,
+        /// In a mixture: pairs that share a row of activations.
+        pairs_per_x: u32,
+    }
+
+    /// Where no column is.
+    pub(crate) const NONE: u32 = u32::MAX;
+
+    /// The columns of a CTA.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Columns {
+        order: Glb<u32>,
+        expert: u32,
+        first: u32,
+        /// How many; 0 in entries of a mixture's list that no columns fill.
+        pub(crate) n: u32,
+        pairs_per_x: u32,
+    }
+
+    impl Columns {
+        /// The CTA's tile of `cols` columns; with a list, its entry.
+        #[cfg_attr(target_arch = "nvptx64", inline(always))]
+        #[track_caller]
+        fn tile(shape: &Shape, order: Glb<u32>, tiles: Glb<U32x4>, cols: u32) -> Columns {
+            let x = thread::block_idx_x();
+            let [expert, first, n, _] = if tiles.is_null() {
+                let first = x * cols;
+                let rest = shape.n_cols - first;
+                [0, first, if rest < cols { rest } else { cols }, 0]
+            } else {
+                tiles.ld_nc(x).0
+            };
+            Columns { order, expert, first, n, pairs_per_x: shape.pairs_per_x }
+        }
+
+        /// Row of `y` of column `c`, which exists.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn output(&self, c: u32) -> u32 {
+            if self.order.is_null() { self.first + c } else { self.order.ld_nc(self.first + c) }
+        }
+
+        /// Row of the activations of column `c`; beyond the last column the last.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn input(&self, c: u32) -> u32 {
+            let output = self.output(if c < self.n { c } else { self.n - 1 });
+            if self.order.is_null() { output } else { output / self.pairs_per_x }
+        }
+    }
+
+    /// What a CTA does.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Work {
+        pub(crate) part: Part,
+        /// Of a gated pair.
+        pub(crate) up: Part,
+        pub(crate) gate: Gate,
+        /// The CTA's number among its part's.
+        pub(crate) cta: u32,
+        pub(crate) q: Glb<U32x4>,
+        pub(crate) scales: Glb<U32x2>,
+        pub(crate) n_groups: u32,
+        pub(crate) columns: Columns,
+    }
+
+    impl Work {
+        /// Where a row tile starts, in bytes.
+        #[inline(always)]
+        pub(crate) fn tile_at<F: Tiled>(&self, row_tile: u32) -> usize {
+            let n_tiles = self.part.n_rows.div_ceil(ROWS as u32) as usize;
+            let tile = self.columns.expert as usize * n_tiles + row_tile as usize;
+            tile * F::LAYOUT.tile_bytes(self.n_groups as usize * quant::format::GROUP)
+        }
+
+        /// Ends an output.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn finish(&self, output: u32, row: u32, sums: [f32; 2]) {
+            self.part.finish(self.gate, self.up, self.columns.expert, output, row, sums);
+        }
+    }
+
+    /// Groups of a span.
+    #[inline(always)]
+    pub(crate) fn groups_of(span: u32, n_groups: u32) -> u32 {
+        let rest = n_groups - span * SPAN_GROUPS as u32;
+        if rest < SPAN_GROUPS as u32 { rest } else { SPAN_GROUPS as u32 }
+    }
+
+    /// Units of a span of one row.
+    #[inline(always)]
+    pub(crate) fn units_of<F: BlockFormat + Tiled>(span: u32, n_groups: u32) -> u32 {
+        let blocks = groups_of(span, n_groups) as usize / F::GROUPS;
+        (blocks * F::LAYOUT.block_bytes).div_ceil(F::LAYOUT.unit_bytes) as u32
+    }
+
+    /// Group `g` of a span in registers; a constant. The host compiles it once per format, not once per call.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[cfg_attr(not(target_arch = "nvptx64"), inline(never))]
+    pub(crate) fn group<F: BlockFormat + Tiled>(words: &F::Words, g: usize) -> quant::Group {
+        block::<F>(words, g / F::GROUPS).unpack_group_by(g % F::GROUPS, InMemory)
+    }
+
+    /// Wider tiles, for GPUs without int8 tensor cores: the narrow cut on each piece of the tile, one after the other.
+    #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
+    #[inline(always)]
+    #[track_caller]
+    fn in_pieces<F: BlockFormat + Tiled>(work: &Work, row_tiles: u32) {
+        use crate::device::math::opaque;
+        use crate::kernels::int8_tile::Dp4a;
+
+        let row_tiles = opaque(row_tiles);
+        let n_tiles = work.part.n_rows.div_ceil(ROWS as u32);
+        let mut row_tile = work.cta * row_tiles;
+        while row_tile < (work.cta + 1) * row_tiles && row_tile < n_tiles {
+            let mut piece = *work;
+            while piece.columns.n != 0 {
+                let left = piece.columns.n;
+                piece.columns.n = if left < 16 { left } else { 16 };
+                narrow::<F, Dp4a, 16, 2>(&piece, row_tile);
+                piece.columns.first += piece.columns.n;
+                piece.columns.n = left - piece.columns.n;
+            }
+            row_tile += 1;
+        }
+    }
+
+    /// Entries: the arguments become [`Work`]; CTAs whose entry of the list is empty leave.
+    macro_rules! cut {
+        ($(#[$meta:meta])* $name:ident, $cols:literal, |$work:ident| $body:expr) => {
+            $(#[$meta])*
+            #[inline(always)]
+            pub(super) fn $name<F: BlockFormat + Tiled>(
+                p0: Part,
+                p1: Part,
+                p2: Part,
+                q: Glb<U32x4>,
+                scales: Glb<U32x2>,
+                order: Glb<u32>,
+                tiles: Glb<U32x4>,
+                gate: Gate,
+                shape: Shape,
+            ) {
+                let columns = Columns::tile(&shape, order, tiles, $cols);
+                if columns.n == 0 {
+                    return;
+                }
+                let part = choose_at(p0, p1, p2, thread::block_idx_y());
+                let cta = thread::block_idx_y() - part.first_cta;
+                let $work = &Work { part, up: p1, gate, cta, q, scales, n_groups: shape.n_groups, columns };
+                $body
+            }
+        };
+    }
+
+    cut!(n16, 16, |work| narrow::<F, Native, 16, 2>(work, work.cta));
+    #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
+    cut!(n32, 32, |work| narrow::<F, Native, 32, 4>(work, work.cta));
+    #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
+    cut!(n128, 128, |work| wide::<F>(work));
+
+    #[cfg(all(target_arch = "nvptx64", not(sm_ge_75)))]
+    pub(super) use {n32_in_pieces as n32, n128_in_pieces as n128};
+    #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
+    cut!(n32_in_pieces, 32, |work| in_pieces::<F>(work, 1));
+    #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
+    cut!(n128_in_pieces, 128, |work| in_pieces::<F>(work, if work.gate.is_some() { 2 } else { 4 }));
+}
+
+/// Entries of every format that models use for weights, and the functions that find them.
+macro_rules! entries {
+    ([] $($rows:tt)*) => { entries! { @used [] $($rows)* } };
+    // Formats of activations only.
+    (@used [$($used:tt)*] Q8_1 => $module:ident :: Block, $($rest:tt)*) => { entries! { @used [$($used)*] $($rest)* } };
+    (@used [$($used:tt)*] Q8_K => $module:ident :: Block, $($rest:tt)*) => { entries! { @used [$($used)*] $($rest)* } };
+    (@used [$($used:tt)*] $id:ident => $module:ident :: Block, $($rest:tt)*) => {
+        entries! { @used [$($used)* $id => $module,] $($rest)* }
+    };
+    (@used [$($id:ident => $module:ident,)*]) => {
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmq";
+            ENTRIES: threads(256, 1);
+            fn (
+                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
+                gate: Gate, shape: gpu::Shape,
+            );
+            $(
+                concat!("mmq_", stringify!($id), "_n16") => gpu::n16::<formats::$module::Block>;
+                concat!("mmq_", stringify!($id), "_n32") => gpu::n32::<formats::$module::Block>;
+                concat!("mmq_", stringify!($id), "_n128") => gpu::n128::<formats::$module::Block>;
+            )*
+        }
+
+        /// Entry of a format and its shared memory.
+        #[cfg(not(target_arch = "nvptx64"))]
+        fn entry(format: quant::FormatId, cut: Cut) -> Option<(&'static str, u32)> {
+            match format {
+                $(quant::FormatId::$id => Some(match cut {
+                    Cut::Narrow16 => {
+                        (concat!("mmq_", stringify!($id), "_n16"), narrow_bytes::<formats::$module::Block>(16))
+                    }
+                    Cut::Narrow32 => {
+                        (concat!("mmq_", stringify!($id), "_n32"), narrow_bytes::<formats::$module::Block>(32))
+                    }
+                    Cut::Wide => (concat!("mmq_", stringify!($id), "_n128"), wide_bytes::<formats::$module::Block>()),
+                }),)*
+                _ => None,
+            }
+        }
+
+        /// Formats with entries.
+        #[cfg(not(target_arch = "nvptx64"))]
+        const FORMATS: &[quant::FormatId] = &[$(quant::FormatId::$id,)*];
+    };
+}
+
+use quant::formats;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+use {
+    crate::device::{Glb, U32x2, U32x4},
+    crate::kernels::product::{Gate, Part},
+};
+#[cfg(not(target_arch = "nvptx64"))]
+use {crate::kernels::mmq_narrow::narrow_bytes, crate::kernels::mmq_wide::wide_bytes};
+quant::for_each_block_format!(entries![]);
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod host {
+    use alloc::{boxed::Box, vec, vec::Vec};
+
+    use quant::act::ActKind;
+    use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
+
+    use super::{FORMATS, THREADS, entry};
+    use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::mmq_wide::WIDE;
+    #[cfg(all(test, feature = "emu"))]
+    use crate::kernels::mmvq::reference_bits;
+    use crate::kernels::mmvq::{Weights, reference};
+    use crate::kernels::product::{self, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
+    use crate::kernels::{moe_sort, quantise_act};
+    use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+    use crate::tile::{self, ROWS};
+
+    /// How the work is cut into CTAs. Every cut gives the same bits.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Cut {
+        /// 32 rows, 16 columns.
+        Narrow16,
+        /// 32 rows, 32 columns.
+        Narrow32,
+        /// 128 rows (of a gated pair 64 of each), 128 columns. Takes some 200 KiB of shared memory.
+        Wide,
+    }
+
+    /// SMs that the choice of a cut counts on: an H100's. With another number a choice may be slower, never different in
+    /// its result.
+    const N_SM: usize = 132;
+    /// Cycles per span of a CTA, by instructions issued: of the wide cut, and of a narrow one of 32 columns.
+    const SPAN_CYCLES: [usize; 2] = [4400, 362];
+
+    impl Cut {
+        /// Columns of a CTA.
+        pub fn cols(self) -> usize {
+            match self {
+                Cut::Narrow16 => 16,
+                Cut::Narrow32 => 32,
+                Cut::Wide => WIDE,
+            }
+        }
+
+        /// The faster cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device that gives a CTA so
+        /// much shared memory.
+        pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, smem_per_cta_bytes: u32) -> Cut {
+            let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= smem_per_cta_bytes);
+            let waves =
+                |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
+            let [wide, narrow] = [waves(WIDE, WIDE) * SPAN_CYCLES[0], waves(ROWS, 32) * SPAN_CYCLES[1]];
+            if n_cols > 16 && wide <= narrow && fits(Cut::Wide) {
+                Cut::Wide
+            } else if n_cols > 16 && fits(Cut::Narrow32) {
+                Cut::Narrow32
+            } else {
+                Cut::Narrow16
+            }
+        }
+
+        /// The same for a mixture of `n_pairs` (token, slot) pairs.
+        pub fn choose_mixture(
+            format: FormatId,
+            n_rows: usize,
+            n_expert: usize,
+            n_pairs: usize,
+            smem_per_cta_bytes: u32,
+        ) -> Cut {
+            // As if all experts had equally many pairs: their rows are then rows of one matrix.
+            Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), smem_per_cta_bytes)
+        }
+    }
+
+    /// The columns of a mixture by expert, as `moe_sort` makes them, with tiles of the cut's columns.
+    #[derive(Clone, Copy, Debug)]
+    #[allow(missing_docs)] // the contract's names
+    pub struct Sorted {
+        pub order: DevicePtr,
+        pub tiles: DevicePtr,
+        pub n_expert: usize,
+    }
+
+    /// Arguments; see the contract.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Args<'a> {
+        /// As for every product; of a mixture's `ids` nothing is read here.
+        pub product: product::Args<'a>,
+        /// How to cut the work.
+        pub cut: Cut,
+        /// Of a mixture.
+        pub sorted: Option<Sorted>,
+    }
+
+    /// One launch for all parts.
+    pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
+        let kernel = Mmq::NAME;
+        let check = Check(kernel);
+        let &Args { ref product, cut, sorted } = args;
+        let (entry, smem_bytes) =
+            entry(product.format, cut).ok_or(LaunchError::Format { kernel, format: product.format })?;
+        check.multiple("k", product.k, info(product.format).elems, "a multiple of the format's block")?;
+        let n_groups = check.size("k", product.k)? / 32;
+        let n_cols = check.size("n_cols", product.n_cols)?;
+        // The kernel counts the activations' vectors in 32 bits.
+        check.size("n_cols * k / 16", product.n_cols.saturating_mul(product.k / 16))?;
+        for (what, at, align) in [("q", product.q, 16), ("scales", product.scales, 8)] {
+            check.aligned(what, at, align)?;
+        }
+        let (order, tiles, n_tiles, pairs_per_x) = match (product.mixture, sorted) {
+            (Some(mixture), Some(sorted)) => {
+                check.aligned("order", sorted.order, 4)?;
+                check.aligned("tiles", sorted.tiles, 16)?;
+                let n_pairs = check.size("n_pairs", mixture.n_pairs)? as usize;
+                check.size("n_expert", sorted.n_expert)?;
+                let n_tiles = moe_sort::max_tiles(n_pairs, sorted.n_expert, cut.cols());
+                (sorted.order, sorted.tiles, n_tiles, check.size("pairs_per_x", mixture.pairs_per_x)?)
+            }
+            (None, None) => (DevicePtr::NULL, DevicePtr::NULL, product.n_cols.div_ceil(cut.cols()), 1),
+            (mixture, _) => {
+                let (expected, got) = ("that of a mixture, if it is one", u64::from(mixture.is_some()));
+                return Err(LaunchError::Shape { kernel, what: "sorted", expected, got });
+            }
+        };
+        let rows_per_cta = match (cut, product.glu) {
+            (Cut::Narrow16 | Cut::Narrow32, _) => ROWS,
+            (Cut::Wide, Some(_)) => WIDE / 2,
+            (Cut::Wide, None) => WIDE,
+        };
+        let ctas = |rows: u32| rows.div_ceil(rows_per_cta as u32);
+        let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
+        let params = params.with(product.q).with(product.scales).with(order).with(tiles);
+        let params = with_gate(params, product.glu).with(n_groups).with(n_cols).with(pairs_per_x);
+        // Column tiles first: CTAs that run together share the weights, which pass from memory once.
+        let grid = [check.size("tiles", n_tiles)?, check.grid("row tiles", n_ctas as usize)?, 1];
+        Ok(Launch { entry, grid, cta: THREADS, cluster: 1, smem_bytes, params })
+    }
+
+    /// The row in the registry.
+    #[derive(Debug)]
+    pub struct Mmq;
+
+    /// One case.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Case {
+        /// Format of the weights.
+        pub format: FormatId,
+        /// The cut.
+        pub cut: Cut,
+        /// Rows of each part.
+        pub n_rows: &'static [usize],
+        /// Columns of the weights.
+        pub k: usize,
+        /// Columns; in a mixture tokens.
+        pub n_cols: usize,
+        /// Whether there are a bias and a residual.
+        pub added: bool,
+        /// Of a gated pair.
+        pub glu: Option<Glu>,
+        /// Of a mixture: experts, experts per token, whether activations have a row for each.
+        pub mixture: Option<(usize, usize, bool)>,
+    }
+
+    /// A case without extras.
+    pub(super) const fn plain(
+        format: FormatId,
+        cut: Cut,
+        n_rows: &'static [usize],
+        k: usize,
+        n_cols: usize,
+    ) -> Case {
+        Case { format, cut, n_rows, k, n_cols, added: false, glu: None, mixture: None }
+    }
+
+    /// Every format in the narrow cuts' tail of columns and rows and of a span, a few in the wide cut; the edges of tiles;
+    /// each extra once in either cut.
+    const CASES: &[Case] = &{
+        const EXTRA: &[Case] = &[
+            plain(FormatId::Q4_0, Cut::Narrow16, &[31], 32, 1),
+            plain(FormatId::Q8_0, Cut::Narrow16, &[33], 2336, 16),
+            plain(FormatId::Q5_1, Cut::Narrow32, &[32], 544, 31),
+            plain(FormatId::Q4_K, Cut::Narrow32, &[5], 2304, 33),
+            plain(FormatId::IQ3_XXS, Cut::Narrow32, &[40, 3, 64], 256, 9),
+            plain(FormatId::Q4_0, Cut::Wide, &[127], 32, 1),
+            plain(FormatId::Q8_0, Cut::Wide, &[129], 288, 127),
+            plain(FormatId::Q4_1, Cut::Wide, &[128], 800, 128),
+            plain(FormatId::Q4_K, Cut::Wide, &[1], 512, 129),
+            plain(FormatId::Q2_K, Cut::Wide, &[70], 256, 40),
+            plain(FormatId::Q6_K, Cut::Wide, &[20, 140, 1], 768, 20),
+            plain(FormatId::NVFP4, Cut::Wide, &[33], 320, 17),
+            plain(FormatId::IQ3_XXS, Cut::Wide, &[97], 512, 65),
+            Case { added: true, ..plain(FormatId::Q4_0, Cut::Narrow16, &[37, 8], 288, 12) },
+            Case { added: true, ..plain(FormatId::Q4_0, Cut::Wide, &[37, 130], 288, 12) },
+            Case {
+                added: true,
+                glu: Some(Glu::Silu),
+                ..plain(FormatId::Q8_0, Cut::Narrow32, &[40; 2], 1312, 20)
+            },
+            Case { added: true, glu: Some(Glu::Silu), ..plain(FormatId::Q8_0, Cut::Wide, &[70; 2], 544, 20) },
+            Case { glu: Some(Glu::Gelu), ..plain(FormatId::Q4_K, Cut::Narrow16, &[9; 2], 256, 3) },
+            Case {
+                added: true,
+                glu: Some(Glu::SwigluOai { alpha: 1.702, limit: 7.0 }),
+                ..plain(FormatId::MXFP4, Cut::Narrow32, &[33; 2], 256, 5)
+            },
+            Case { mixture: Some((5, 2, false)), ..plain(FormatId::Q4_0, Cut::Narrow16, &[35], 288, 30) },
+            Case {
+                added: true,
+                glu: Some(Glu::Silu),
+                mixture: Some((3, 2, false)),
+                ..plain(FormatId::Q4_K, Cut::Narrow32, &[33; 2], 512, 25)
+            },
+            Case {
+                added: true,
+                mixture: Some((3, 2, true)),
+                ..plain(FormatId::Q5_0, Cut::Wide, &[50], 64, 90)
+            },
+        ];
+        const N: usize = FORMATS.len();
+        let mut cases = [EXTRA[0]; N + EXTRA.len()];
+        let mut i = 0;
+        while i < cases.len() {
+            cases[i] = if i < N { plain(FORMATS[i], Cut::Narrow32, &[37], 768, 18) } else { EXTRA[i - N] };
+            i += 1;
+        }
+        cases
+    };
+
+    /// The shapes that prefill and batches of an 8B model have, and a mixture's.
+    pub const BENCH: &[Case] = &[
+        plain(FormatId::Q4_0, Cut::Wide, &[4096], 14336, 512),
+        plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 512),
+        plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 2048),
+        plain(FormatId::Q8_0, Cut::Wide, &[4096], 14336, 512),
+        plain(FormatId::Q4_K, Cut::Wide, &[4096], 14336, 512),
+        plain(FormatId::Q6_K, Cut::Wide, &[4096], 14336, 512),
+        plain(FormatId::IQ3_XXS, Cut::Wide, &[4096], 14336, 512),
+        plain(FormatId::Q4_0, Cut::Narrow16, &[4096], 14336, 16),
+        plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 32),
+        plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 64),
+        plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 512),
+        plain(FormatId::Q8_0, Cut::Narrow16, &[4096], 14336, 16),
+        plain(FormatId::Q4_K, Cut::Narrow16, &[4096], 14336, 16),
+        Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::Wide, &[14336; 2], 4096, 512) },
+        Case { mixture: Some((128, 8, false)), ..plain(FormatId::Q4_0, Cut::Narrow32, &[768], 2048, 512) },
+    ];
+
+    /// The rows of a matrix (or of an expert of one) times columns, each with a matrix of its own choice.
+    struct Product<'a, T> {
+        blocks: &'a [u8],
+        x: &'a [f32],
+        k: usize,
+        n_rows: usize,
+        /// Column and expert of each row of the output.
+        columns: &'a [(usize, usize)],
+        dots: core::marker::PhantomData<T>,
+    }
+
+    /// How an element of the output is computed.
+    trait Sum: Sized {
+        fn sum<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> Self;
+    }
+    impl Sum for f64 {
+        fn sum<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f64 {
+            reference(row, column)
+        }
+    }
+    #[cfg(all(test, feature = "emu"))]
+    impl Sum for f32 {
+        fn sum<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f32 {
+            reference_bits(row, column)
+        }
+    }
+
+    impl<T: Sum> Visitor for Product<'_, T> {
+        type Output = (ActKind, Vec<T>);
+
+        fn block<F: BlockFormat>(self) -> Self::Output {
+            let blocks: &[F] = bytemuck::cast_slice(self.blocks);
+            let mut groups = vec![ActGroup::ZERO; self.x.len() / 32];
+            ActGroup::quantise(F::ACT, self.x, &mut groups);
+            let columns: Vec<&[ActGroup]> = groups.chunks(self.k / 32).collect();
+            let rows: Vec<&[F]> = blocks.chunks(self.k / F::ELEMS).collect();
+            let output = |&(column, expert): &(usize, usize)| {
+                let rows = rows[expert * self.n_rows..][..self.n_rows].iter();
+                let column = columns[column];
+                rows.map(|row| T::sum(row, column)).collect::<Vec<T>>()
+            };
+            (F::ACT, self.columns.iter().flat_map(output).collect())
+        }
+
+        fn float<F: FloatFormat>(self) -> Self::Output {
+            unreachable!("{:?} has no blocks", F::ID)
+        }
+    }
+
+    /// A case's data.
+    struct Data {
+        ids: Vec<u32>,
+        x: Vec<f32>,
+        /// Blocks of each part.
+        weights: Vec<Vec<u8>>,
+        biases: Vec<Vec<f32>>,
+        residuals: Vec<Vec<f32>>,
+    }
+
+    impl Case {
+        fn n_expert(&self) -> usize {
+            self.mixture.map_or(1, |(n_expert, ..)| n_expert)
+        }
+
+        /// Rows of the output.
+        fn n_outputs(&self) -> usize {
+            self.n_cols * self.mixture.map_or(1, |(_, used, _)| used)
+        }
+
+        fn pairs_per_x(&self) -> usize {
+            match self.mixture {
+                Some((_, used, false)) => used,
+                _ => 1,
+            }
+        }
+
+        /// Parts that have an output.
+        fn n_written(&self) -> usize {
+            if self.glu.is_some() { 1 } else { self.n_rows.len() }
+        }
+
+        fn data(&self, random: &mut Random) -> Data {
+            let n_outputs = self.n_outputs();
+            let weights = self.n_rows.iter().map(|n_rows| {
+                let weights = with_format(self.format, Weights(random, self.n_expert() * n_rows * self.k));
+                weights.expect("cases name formats of weights").0
+            });
+            let weights = weights.collect();
+            let added = |n: usize, random: &mut Random| if self.added { random.values(n) } else { vec![] };
+            Data {
+                weights,
+                ids: (0..n_outputs).map(|_| random.below(self.n_expert() as u64) as u32).collect(),
+                x: random.values(n_outputs / self.pairs_per_x() * self.k),
+                biases: self.n_rows.iter().map(|n| added(self.n_expert() * n, random)).collect(),
+                residuals: self.n_rows.iter().map(|n| added(n_outputs * n, random)).collect(),
+            }
+        }
+
+        /// Each part's product, without what follows.
+        fn products<T: Sum>(&self, data: &Data) -> (ActKind, Vec<Vec<T>>) {
+            let pairs = data.ids.iter().enumerate();
+            let columns: Vec<_> = pairs.map(|(i, &id)| (i / self.pairs_per_x(), id as usize)).collect();
+            let mut kind = ActKind::Q8_0;
+            let products = data.weights.iter().zip(self.n_rows).map(|(blocks, &n_rows)| {
+                let product = Product::<T> {
+                    blocks,
+                    x: &data.x,
+                    k: self.k,
+                    n_rows,
+                    columns: &columns,
+                    dots: core::marker::PhantomData,
+                };
+                let (act, values) = with_format(self.format, product).expect("cases name formats of weights");
+                kind = act;
+                values
+            });
+            let products = products.collect();
+            (kind, products)
+        }
+
+        /// Buffers of a problem with these outputs: q, scales, order, tiles; of each part w, bias, residual; the outputs.
+        fn buffers(&self, data: &Data, kind: ActKind, outputs: Vec<Vec<f64>>) -> Vec<Buffer> {
+            let (q, scales) = quantise_act::reference(kind, &data.x);
+            let (order, tiles) =
+                crate::kernels::moe_sort::reference(&data.ids, self.n_expert(), self.cut.cols());
+            let mut buffers = vec![bytes_of(&q), bytes_of(&scales), bytes_of(&order), bytes_of(&tiles)];
+            for (i, &n_rows) in self.n_rows.iter().enumerate() {
+                let experts = data.weights[i].chunks(data.weights[i].len() / self.n_expert());
+                buffers
+                    .push(experts.flat_map(|rows| tile::pack(self.format, rows, n_rows, self.k)).collect());
+                buffers.extend([bytes_of(&data.biases[i]), bytes_of(&data.residuals[i])]);
+            }
+            let buffers = buffers.into_iter().map(Buffer::Input);
+            buffers.chain(outputs.into_iter().map(|values| Buffer::Output(Expected::F32(values)))).collect()
+        }
+
+        /// The first part's product in the contract's order, and the buffers of the problem.
+        #[cfg(all(test, feature = "emu"))]
+        pub(super) fn chained(&self, random: &mut Random) -> (Vec<f32>, Vec<Buffer>) {
+            let data = self.data(random);
+            let (kind, products) = self.products::<f32>(&data);
+            let outputs = products.iter().map(|values| vec![0.0; values.len()]).collect();
+            (products.into_iter().next().expect("a part"), self.buffers(&data, kind, outputs))
+        }
+
+        /// The launch on [`Case::buffers`].
+        pub(super) fn launch(&self, at: &[DevicePtr]) -> Result<Launch, LaunchError> {
+            let outputs = 4 + 3 * self.n_rows.len();
+            let added = |at| if self.added { at } else { DevicePtr::NULL };
+            let part = |(i, &n_rows): (usize, &usize)| {
+                let y = if i < self.n_written() { at[outputs + i] } else { DevicePtr::NULL };
+                Matrix {
+                    w: at[4 + 3 * i],
+                    bias: added(at[5 + 3 * i]),
+                    residual: added(at[6 + 3 * i]),
+                    y,
+                    n_rows,
+                }
+            };
+            let parts: Vec<Matrix> = self.n_rows.iter().enumerate().map(part).collect();
+            let (n_pairs, pairs_per_x) = (self.n_outputs(), self.pairs_per_x());
+            let product = product::Args {
+                format: self.format,
+                parts: &parts,
+                glu: self.glu,
+                q: at[0],
+                scales: at[1],
+                k: self.k,
+                n_cols: n_pairs / pairs_per_x,
+                mixture: self.mixture.map(|_| Mixture { ids: DevicePtr::NULL, n_pairs, pairs_per_x }),
+            };
+            let sorted = Sorted { order: at[2], tiles: at[3], n_expert: self.n_expert() };
+            launch(&Args { product, cut: self.cut, sorted: self.mixture.map(|_| sorted) })
+        }
+    }
+
+    impl Kernel for Mmq {
+        const NAME: &'static str = "mmq";
+        type Case = Case;
+        const CASES: &'static [Case] = CASES;
+        const NMSE_MAX: f64 = 1e-11;
+        #[cfg(feature = "emu")]
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
+
+        fn problem(case: &Case, random: &mut Random) -> Problem {
+            let case = *case;
+            let data = case.data(random);
+            let (kind, products) = case.products::<f64>(&data);
+            let up = case.glu.map(|glu| (glu, products[1].as_slice()));
+            let outputs = products[..case.n_written()].iter().enumerate().map(|(p, sums)| {
+                let n_rows = case.n_rows[p];
+                let at = |values: &[f32], i: usize| values.get(i).map_or(0.0, |&v| f64::from(v));
+                let in_bias = |i: usize| data.ids[i / n_rows] as usize * n_rows + i % n_rows;
+                let bias = |of: usize| {
+                    let biases = &data.biases;
+                    move |i| biases.get(of).map_or(0.0, |bias| at(bias, in_bias(i)))
+                };
+                epilogue_reference(sums, up, bias(p), bias(1), |i| at(&data.residuals[p], i))
+            });
+            let outputs = outputs.collect();
+            Problem {
+                buffers: case.buffers(&data, kind, outputs),
+                launches: Box::new(move |at| Ok(vec![case.launch(at)?])),
+            }
+        }
+
+        fn bytes(case: &Case) -> u64 {
+            let row = info(case.format);
+            let n_rows: usize = case.n_rows.iter().sum();
+            let weights = case.n_expert() * n_rows * case.k / row.elems * row.bytes;
+            let columns = case.n_outputs() / case.pairs_per_x();
+            let outputs = 4 * case.n_outputs() * case.n_rows[..case.n_written()].iter().sum::<usize>();
+            (weights + columns * case.k * 5 / 4 + outputs) as u64
+        }
+
+        fn flops(case: &Case) -> u64 {
+            2 * (case.n_rows.iter().sum::<usize>() * case.n_outputs() * case.k) as u64
+        }
+    }
+}
+
+#[cfg(all(test, feature = "emu"))]
+mod tests {
+    use alloc::{vec, vec::Vec};
+
+    use quant::FormatId;
+
+    use super::host::{Case, Cut, plain};
+    use super::{gpu, *};
+    use crate::case::{Buffer, Random};
+    use crate::driver::{Driver, MemKind, StreamId};
+    use crate::emu::{Emulator, Entry, Options};
+    use crate::launch::DevicePtr;
+
+    // What GPUs without int8 tensor cores run under these names.
+    kernels! {
+        in "mmq";
+        BY_DP4A: threads(256);
+        fn (
+            p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
+            gate: Gate, shape: gpu::Shape,
+        );
+        "mmq_Q4_K_n32" => gpu::n32_in_pieces::<formats::q4_k::Block>;
+        "mmq_Q6_K_n32" => gpu::n32_in_pieces::<formats::q6_k::Block>;
+        "mmq_Q2_K_n32" => gpu::n32_in_pieces::<formats::q2_k::Block>;
+        "mmq_Q8_0_n128" => gpu::n128_in_pieces::<formats::q8_0::Block>;
+    }
+
+    /// The bits of a case's first output as the contract orders the sums, and as an entry computes them.
+    fn bits(case: &Case, seed: u64, tables: &[&[Entry]]) -> (Vec<u32>, Vec<u32>) {
+        let (expected, buffers) = case.chained(&mut Random::new(seed));
+        let emulator = Emulator::new(Options::default());
+        let write = |bytes: &[u8]| {
+            let at = emulator.alloc(MemKind::Device, bytes.len().max(1) as u64).unwrap();
+            emulator.write(at, bytes, StreamId::DEFAULT).unwrap();
+            at
+        };
+        let mut at: Vec<DevicePtr> = vec![];
+        for buffer in &buffers {
+            at.push(match buffer {
+                Buffer::Input(bytes) | Buffer::Changed(bytes, _) => write(bytes),
+                Buffer::Output(_) => emulator.alloc(MemKind::Device, 4 * expected.len() as u64).unwrap(),
+            });
+        }
+        let launch = case.launch(&at).unwrap();
+        let entry =
+            tables.iter().flat_map(|table| table.iter()).find(|entry| entry.name == launch.entry).unwrap();
+        emulator.run(entry, &launch).unwrap();
+        let mut got = vec![0u8; 4 * expected.len()];
+        emulator.read(&mut got, *at.last().unwrap(), StreamId::DEFAULT).unwrap();
+        let got = got.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+        (expected.iter().map(|v| v.to_bits()).collect(), got.collect())
+    }
+
+    #[test]
+    fn bits_are_those_of_the_contract_in_every_cut() {
+        for format in FORMATS {
+            // More spans than a narrow round has for one, a short span for the other.
+            let ks = [2368, 320].map(|k: usize| k.next_multiple_of(quant::info(*format).elems));
+            for (cut, k) in [(Cut::Narrow16, ks[0]), (Cut::Narrow32, ks[1]), (Cut::Wide, ks[1])] {
+                let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &[ENTRIES]);
+                assert_eq!(expected, got, "{format} {cut:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn dp4a_gives_the_same_bits() {
+        for (format, cut, k) in [
+            (FormatId::Q4_K, Cut::Narrow32, 256),
+            (FormatId::Q6_K, Cut::Narrow32, 512),
+            (FormatId::Q2_K, Cut::Narrow32, 256),
+            (FormatId::Q8_0, Cut::Wide, 288),
+        ] {
+            let (expected, got) = bits(&plain(format, cut, &[40], k, 19), 3, &[BY_DP4A]);
+            assert_eq!(expected, got, "{format} {cut:?}");
+        }
+    }
+
+    #[test]
+    fn cuts_fit_the_work_and_the_device() {
+        let (h100, turing) = (227 * 1024, 64 * 1024);
+        let choose = |rows, cols, smem| Cut::choose(FormatId::Q8_0, rows, cols, smem);
+        assert_eq!(choose(4096, 512, h100), Cut::Wide);
+        assert_eq!(choose(4096, 512, turing), Cut::Narrow32);
+        assert_eq!(choose(4096, 512, 48 * 1024), Cut::Narrow16);
+        assert_eq!(choose(4096, 64, h100), Cut::Narrow32);
+        assert_eq!(choose(4096, 9, h100), Cut::Narrow16);
+        for format in FORMATS {
+            for (cut, most) in [(Cut::Narrow16, 48 << 10), (Cut::Narrow32, 64 << 10), (Cut::Wide, 227 << 10)]
+            {
+                assert!(entry(*format, cut).unwrap().1 <= most, "{format} {cut:?}");
+            }
+        }
+    }
+}

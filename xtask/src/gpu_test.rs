@@ -1,0 +1,59 @@
+//! `cargo xtask gpu-test`: a folder that tests and measures every kernel on a machine that has only NVIDIA's driver.
+//!
+//! The folder holds one program with the kernels of all tiers in it; `target/gpu-test-folder`, or where `--out` says. On a
+//! machine with a GPU the task also runs it, with the options that follow.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::error::TaskError;
+use crate::process;
+use crate::ptx_check;
+use crate::workspace::Workspace;
+
+/// Arguments.
+pub const ARGS: &str = "[--out DIR] [--only KERNEL] [--tier T] [--bench [FILTER]] [--json FILE]";
+/// One line of help.
+pub const HELP: &str = "make a folder that tests every kernel on a GPU; run it if there is one";
+const PROGRAM: &str = "gpu-test";
+/// The folder is carried to other machines.
+const MAX_BYTES: u64 = 40 << 20;
+
+/// Runs the task.
+pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
+    let (out, rest) = match args {
+        [flag, dir, rest @ ..] if flag == "--out" => (PathBuf::from(dir), rest),
+        [flag] if flag == "--out" => {
+            return Err(TaskError::Usage { what: "gpu-test: --out needs a value".into() });
+        }
+        _ => (workspace.target().join("gpu-test-folder"), args),
+    };
+    // Without kernels the program could test nothing; the build script alone would only warn.
+    ptx_check::compiler(workspace)?;
+    let commit = process::capture(
+        Command::new("git").args(["rev-parse", "--short", "HEAD"]).current_dir(workspace.root()),
+    );
+    let mut build = workspace.cargo();
+    build.args(["build", "--profile", "gpu-test", "-p", "benches", "--bin", PROGRAM]);
+    if let Ok(commit) = commit {
+        build.env("RUNIK_COMMIT", commit.trim());
+    }
+    process::run(&mut build)?;
+    std::fs::create_dir_all(&out).map_err(TaskError::path("create", &out))?;
+    let program = out.join(PROGRAM);
+    let built = workspace.target().join("gpu-test").join(PROGRAM);
+    let bytes = std::fs::copy(&built, &program).map_err(TaskError::path("copy to", &program))?;
+    println!("{} ({:.1} MiB)", program.display(), bytes as f64 / f64::from(1 << 20));
+    if bytes > MAX_BYTES {
+        return Err(TaskError::Output {
+            line: "cargo build -p benches".into(),
+            what: format!("{bytes} bytes, more than the {MAX_BYTES} that can be carried"),
+        });
+    }
+    // The driver is what makes the difference; the program says so itself if asked to run without.
+    if rest.is_empty() && !process::works(Command::new("nvidia-smi").arg("-L")) {
+        println!("no GPU here: run it on a machine that has one");
+        return Ok(());
+    }
+    process::run(Command::new(&program).args(rest))
+}
