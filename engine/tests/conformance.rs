@@ -432,8 +432,7 @@ fn attention() {
             for (n, with_sinks) in [(1, false), (2, true), (9, true), (150, false)] {
                 {
                     // f16 queries and weights on tensor cores, unless the cache has more than f16 holds.
-                    let gpu_bound =
-                        if matches!(kv, FormatId::F32 | FormatId::BF16) { 1e-8 } else { 4e-6 };
+                    let gpu_bound = if matches!(kv, FormatId::F32 | FormatId::BF16) { 1e-8 } else { 4e-6 };
                     check_with(1e-10, gpu_bound, || {
                         let mut c = Case::new(format!("attention {name} {kv} sinks {with_sinks}"), n);
                         let layer = KvLayer {

@@ -18,8 +18,17 @@ use gpu_kernels::emu::{Emulator, Options};
 use quant::FormatId;
 
 /// One of each kind of layer.
-const MODELS: &[&str] =
-    &["llama-b", "gemma2-b", "gemma3-b", "qwen2moe-a", "qwen3-a", "gpt-oss-b", "phi3-a", "quantmix-a", "bert-cls-b"];
+const MODELS: &[&str] = &[
+    "llama-b",
+    "gemma2-b",
+    "gemma3-b",
+    "qwen2moe-a",
+    "qwen3-a",
+    "gpt-oss-b",
+    "phi3-a",
+    "quantmix-a",
+    "bert-cls-b",
+];
 
 fn emulator() -> Device {
     Arc::new(Emulator::new(Options::default()))
@@ -30,7 +39,12 @@ fn cuda(model: &Model) -> Cuda {
 }
 
 /// Runs a model's graph once over a sequence's first `n` tokens and reads every tensor that a node writes.
-fn every_tensor(model: &Model, backend: &mut dyn Backend, n: usize, merged: bool) -> Vec<(TensorId, Vec<f32>)> {
+fn every_tensor(
+    model: &Model,
+    backend: &mut dyn Backend,
+    n: usize,
+    merged: bool,
+) -> Vec<(TensorId, Vec<f32>)> {
     let bert = model.arch_name() == "bert";
     let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: bert, taps: false };
     let mut graph = model.graph(256, shape);
@@ -82,11 +96,13 @@ fn every_tensor_matches_the_reference() {
         for n in [1, 20] {
             let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false);
             let got = every_tensor(&model, &mut cuda(&model), n, false);
-            let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: name.starts_with("bert"), taps: false };
+            let shape =
+                StepShape { n_tokens: n, n_outputs: n, embeddings: name.starts_with("bert"), taps: false };
             let graph = model.graph(256, shape);
             for ((t, got), (_, want)) in got.iter().zip(&want) {
                 let err = common::nmse(got, want);
-                let node = graph.nodes.iter().position(|node| node.outputs.contains(&graph.base(*t))).unwrap();
+                let node =
+                    graph.nodes.iter().position(|node| node.outputs.contains(&graph.base(*t))).unwrap();
                 assert!(
                     err <= bound,
                     "{name}, {n} tokens: {t:?} {:?} of node {node} {}: nmse {err:.1e}",
@@ -158,7 +174,11 @@ fn a_sequence_does_not_see_company_or_cuts() {
             let mut batch = Batch::default();
             for &token in piece {
                 for seq in 0..4 {
-                    batch.extend(seq, &[if seq == 2 { token } else { (token + 13 * seq as u32) % 200 }], seq == 2);
+                    batch.extend(
+                        seq,
+                        &[if seq == 2 { token } else { (token + 13 * seq as u32) % 200 }],
+                        seq == 2,
+                    );
                 }
             }
             let n = many.decode(&batch).unwrap();

@@ -1,10 +1,10 @@
 //! From actions to launches, once every address is known. Pure: the same action at the same addresses gives the same
 //! launches, whatever was run before.
 
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
-use alloc::format;
 
 use gpu_kernels::driver::DeviceInfo;
 use gpu_kernels::kernels::activation::Function;

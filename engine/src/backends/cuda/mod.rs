@@ -30,10 +30,10 @@ use gpu_kernels::modules::{FindModule, Modules};
 
 use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
-pub use needs::Needs;
 use inputs::{InputAddresses, InputLayout};
 pub use memory::Device;
 use memory::{Growing, Memory};
+pub use needs::Needs;
 use translate::{Addresses, Anywhere, WeightKey};
 use weights::DeviceWeights;
 pub use weights::Progress;
