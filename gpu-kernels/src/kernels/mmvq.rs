@@ -320,9 +320,9 @@ mod gpu {
                 });
 
                 const { assert!(SPAN_GROUPS == 8) };
-                // For older GPUs ptxas would schedule all groups at once and spill. A branch that always goes one way keeps
-                // it to one.
-                let groups_left = if cfg!(sm_ge_70) { groups } else { math::opaque(groups) };
+                // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
+                // way keeps it to one; other warps hide the latency.
+                let groups_left = math::opaque(groups);
                 let columns_left = if AT_ONCE == COLS { COLS as u32 } else { math::opaque(COLS as u32) };
                 let mut first = 0;
                 while first < columns_left {
