@@ -71,13 +71,13 @@ fn table(out_dir: &Path, modules: &[Module]) -> std::io::Result<String> {
         let Tier { name: tier, sm, exact, .. } = module.tier;
         let file = format!("{}.{tier}.ptx.deflate", module.name);
         std::fs::write(out_dir.join(&file), miniz_oxide::deflate::compress_to_vec(module.ptx.as_bytes(), 9))?;
-        let ptx_bytes = module.ptx.len();
+        let (ptx_bytes, kernel_file) = (module.ptx.len(), &module.name);
         for Part { name, ranges, kernels } in module.parts() {
             let ranges: Vec<(usize, usize)> = ranges.iter().map(|range| (range.start, range.end)).collect();
             // Writing to a string cannot fail.
             let _ = writeln!(
                 text,
-                "PtxModule {{ name: {name:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, kernels: &{kernels:?}, \
+                "PtxModule {{ file: {kernel_file:?}, name: {name:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, kernels: &{kernels:?}, \
                  file_bytes: {ptx_bytes}, ranges: &{ranges:?}, \
                  deflated: include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{file}\")) }},",
             );

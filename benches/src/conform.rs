@@ -263,10 +263,9 @@ pub fn child(device: u32, kernel: &str, args: &mut Args) -> Result<(), BenchErro
     Ok(())
 }
 
-/// Loads the kernel's modules of a tier twice and tells how long it took. One that does not load fails its cases later.
+/// Loads the modules of the kernel's file for a tier twice and tells how long it took. One that does not load fails its cases later.
 fn load(driver: &Hosted, kernel: &dyn AnyKernel, tier: &str) {
-    let entries = || kernel.entries().iter().flat_map(|table| table.iter());
-    let is_used = |module: &&PtxModule| module.tier == tier && entries().any(|entry| module.has(entry.name));
+    let is_used = |module: &&PtxModule| module.tier == tier && module.file == kernel.name();
     let modules: Vec<&PtxModule> = ptx::MODULES.iter().filter(is_used).collect();
     let (first, slowest) = load_all(driver, &modules);
     let (cached, _) = load_all(driver, &modules);

@@ -13,6 +13,7 @@ use clap_complete::Shell;
 use quant::FormatId;
 use regex_lite::Regex;
 
+use crate::device::GpuLayers;
 use crate::quantize::file_type::FileType;
 
 /// Run GGUF models.
@@ -73,12 +74,12 @@ pub struct EngineArgs {
     /// Threads [default: physical cores available]
     #[arg(short = 't', long, value_name = "N", value_parser = count)]
     pub threads: Option<usize>,
-    /// Where to compute: cpu, cuda, cuda:I or emu
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = Device::parse)]
+    /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = Device::parse)]
     pub device: Device,
-    /// Layers on the GPU: a number, auto or all (-ngl)
-    #[arg(long, value_name = "N")]
-    pub gpu_layers: Option<String>,
+    /// Layers on the GPU: a number, auto or all (-ngl) [default: auto]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = GpuLayers::parse)]
+    pub gpu_layers: Option<GpuLayers>,
     /// Fail unless a GPU computes
     #[arg(long)]
     pub require_gpu: bool,
@@ -294,12 +295,12 @@ pub struct BenchArgs {
     /// Tokens computed at once
     #[arg(short = 'b', long, alias = "ubatch-size", value_name = "N", default_value = "512", value_parser = count)]
     pub batch_size: usize,
-    /// Where to compute: cpu, cuda, cuda:I or emu
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = Device::parse)]
+    /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = Device::parse)]
     pub device: Device,
-    /// Layers on the GPU: a number, auto or all (-ngl)
-    #[arg(long, value_name = "N")]
-    pub gpu_layers: Option<String>,
+    /// Layers on the GPU: a number, auto or all (-ngl) [default: auto]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = GpuLayers::parse)]
+    pub gpu_layers: Option<GpuLayers>,
     /// Fail unless a GPU computes
     #[arg(long)]
     pub require_gpu: bool,
@@ -412,6 +413,8 @@ pub struct DoctorArgs {
 /// Where to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
+    /// The first NVIDIA GPU, else the host processor.
+    Auto,
     /// Host processor.
     Cpu,
     /// NVIDIA GPU of this index.
@@ -423,11 +426,12 @@ pub enum Device {
 impl Device {
     fn parse(text: &str) -> Result<Device, String> {
         match text.split_once(':') {
+            None if text == "auto" => Ok(Device::Auto),
             None if text == "cpu" => Ok(Device::Cpu),
             None if text == "emu" => Ok(Device::Emu),
             None if text == "cuda" => Ok(Device::Cuda(0)),
             Some(("cuda", i)) => i.parse().map(Device::Cuda).map_err(|_| format!("'{i}' is no device index")),
-            _ => Err("expected cpu, cuda, cuda:I or emu".into()),
+            _ => Err("expected auto, cpu, cuda, cuda:I or emu".into()),
         }
     }
 }

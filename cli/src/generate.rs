@@ -133,7 +133,9 @@ impl Session {
         let tokenizer = model.tokenizer();
 
         let started = Instant::now();
-        self.context.decode(&Batch::prompt(0, &prompt[known..]))?;
+        // Where only the likeliest token is asked for, the device picks it and the logits stay there.
+        let greedy = sampler.params().is_argmax() && !limits.logprobs;
+        self.decode(&Batch::prompt(0, &prompt[known..]), greedy)?;
         self.tokens.extend_from_slice(&prompt[known..]);
         let prompt_ms = ui::ms(started.elapsed());
         let mut answer = Answer {
@@ -151,8 +153,7 @@ impl Session {
                 answer.stop = Stop::Interrupted;
                 break;
             }
-            let logits = self.context.output(0);
-            let token = sampler.sample(logits);
+            let token = if greedy { self.context.token(0) } else { sampler.sample(self.context.output(0)) };
             let first = *first_token.get_or_insert_with(Instant::now);
             if answer.ttft_ms == 0.0 {
                 answer.ttft_ms = ui::ms(limits.since.elapsed());
@@ -163,7 +164,7 @@ impl Session {
                 break;
             }
             if limits.logprobs {
-                answer.logprobs.push(sampler::log_prob(logits, token));
+                answer.logprobs.push(sampler::log_prob(self.context.output(0), token));
             }
             sampler.accept(token);
             answer.tokens.push(token);
@@ -175,11 +176,22 @@ impl Session {
                 answer.stop = Stop::Context;
                 break;
             }
-            self.batch.clear();
-            self.batch.extend(0, &[token], true);
-            self.context.decode(&self.batch)?;
+            let mut batch = std::mem::take(&mut self.batch);
+            batch.clear();
+            batch.extend(0, &[token], true);
+            self.decode(&batch, greedy)?;
+            self.batch = batch;
             self.tokens.push(token);
         }
         Ok(answer)
+    }
+
+    fn decode(&mut self, batch: &Batch, greedy: bool) -> Result<()> {
+        if greedy {
+            self.context.decode_greedy(batch)?
+        } else {
+            self.context.decode(batch)?
+        };
+        Ok(())
     }
 }

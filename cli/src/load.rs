@@ -5,15 +5,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use engine::backend::Backend;
-use engine::backends::cpu::{Cpu, Isa};
 use engine::io::Mapped;
-use engine::pool::Pool;
 use engine::weights::ByteSource;
 use engine::{Context, ContextParams, Model};
 use quant::FormatId;
 
-use crate::args::{Device, EngineArgs};
+use crate::args::EngineArgs;
+use crate::device::Compute;
 use crate::exit::usage;
 use crate::{machine, ui};
 
@@ -135,7 +133,7 @@ impl EngineArgs {
     /// [`EngineArgs::open`] with what flags do not say: sequences, and whether it is for embeddings.
     pub fn open_with(&self, path: &Path, default_ctx: Option<usize>, base: ContextParams) -> Result<Loaded> {
         let started = Instant::now();
-        check_device(self.device, self.gpu_layers.as_deref(), self.require_gpu)?;
+        let compute = Compute::choose(self.device, self.gpu_layers, self.require_gpu)?;
         let model = Arc::new(Files::open(path)?.model()?);
         let threads = machine::threads(self.threads)?;
         let params = ContextParams {
@@ -145,7 +143,7 @@ impl EngineArgs {
             type_v: self.cache_type_v,
             ..base
         };
-        let (backend, context) = context(&model, params, threads)?;
+        let (backend, context) = context(&model, params, &compute, threads)?;
         let load_ms = ui::ms(started.elapsed());
         ui::detail(format!(
             "{} on {backend} with {threads} thread(s), context {} of {}, loaded in {load_ms:.0} ms",
@@ -158,10 +156,15 @@ impl EngineArgs {
 }
 
 /// The backend's name and a context on it.
-pub fn context(model: &Arc<Model>, params: ContextParams, threads: usize) -> Result<(&'static str, Context)> {
+pub fn context(
+    model: &Arc<Model>,
+    params: ContextParams,
+    compute: &Compute,
+    threads: usize,
+) -> Result<(&'static str, Context)> {
     check_cache(params.type_k, "-ctk")?;
     check_cache(params.type_v, "-ctv")?;
-    let backend = backend(model, threads)?;
+    let backend = compute.backend(model, &params, threads)?;
     let name = backend.info().name;
     Ok((name, Context::new(model.clone(), backend, params)?))
 }
@@ -171,19 +174,6 @@ fn check_cache(format: FormatId, flag: &str) -> Result<()> {
         Ok(_) => Ok(()),
         Err(e) => Err(usage(format!("{flag}: {e}"))),
     }
-}
-
-/// The CPU backend on a pool of threads. `RUNIK_ISA` names the instruction set, for tests on machines that have several.
-fn backend(model: &Model, threads: usize) -> Result<Box<dyn Backend>> {
-    let isa = match std::env::var("RUNIK_ISA").ok().filter(|name| !name.is_empty()) {
-        None => Isa::detect(),
-        Some(name) => Isa::from_name(&name).ok_or_else(|| {
-            let names: Vec<_> = Isa::available().map(Isa::name).collect();
-            usage(format!("RUNIK_ISA={name}: this machine has {}", names.join(", ")))
-        })?,
-    };
-    let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
-    Ok(Box::new(Cpu::new(model.weights().clone(), Arc::new(pool), isa)))
 }
 
 /// The context size in use: what the user says (0 = the model's), else the model's up to a bound.
@@ -200,25 +190,4 @@ pub fn context_size(asked: Option<usize>, model: &Model) -> Result<usize> {
         ));
     }
     Ok(size)
-}
-
-/// Refuses devices that this build lacks, and says what flags for GPUs come to.
-pub fn check_device(device: Device, gpu_layers: Option<&str>, require_gpu: bool) -> Result<()> {
-    match device {
-        Device::Cpu => {}
-        Device::Cuda(_) => return Err(usage("--device cuda: not built yet; this build computes on the cpu")),
-        Device::Emu => return Err(usage("--device emu: not built yet; this build computes on the cpu")),
-    }
-    if require_gpu {
-        bail!("--require-gpu: this build has no GPU backend");
-    }
-    if let Some(layers) = gpu_layers {
-        if !matches!(layers, "auto" | "all") && layers.parse::<i64>().is_err() {
-            return Err(usage(format!("--gpu-layers '{layers}': expected a number, auto or all")));
-        }
-        if layers != "0" {
-            ui::say(format!("-ngl {layers}: this build has no GPU backend; all layers are on the cpu"));
-        }
-    }
-    Ok(())
 }

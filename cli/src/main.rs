@@ -7,6 +7,7 @@
 mod args;
 mod chat;
 mod cmd;
+mod device;
 mod exit;
 mod generate;
 mod gpu;

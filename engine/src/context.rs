@@ -68,6 +68,7 @@ impl ContextParams {
             n_tokens: self.n_ubatch,
             n_outputs: MAX_OUTPUTS.min(self.n_ubatch),
             embeddings: self.embeddings,
+            greedy: false,
             taps: self.taps,
         }
     }
@@ -145,6 +146,8 @@ pub struct Context {
     step: StepBuffers,
     outputs: Vec<f32>,
     n_outputs: usize,
+    /// Whether the outputs are tokens, as bits, instead of rows of floats.
+    greedy: bool,
 }
 
 /// The step's inputs, kept between steps so that a step allocates nothing.
@@ -211,6 +214,7 @@ impl Context {
             step,
             outputs: Vec::new(),
             n_outputs: 0,
+            greedy: false,
         })
     }
 
@@ -254,6 +258,19 @@ impl Context {
 
     /// Runs a batch and returns how many outputs there are. On an error the sequences are as before.
     pub fn decode(&mut self, batch: &Batch) -> Result<usize, EngineError> {
+        self.greedy = false;
+        self.decode_batch(batch)
+    }
+
+    /// The same, but the backend picks the likeliest token of each output, and no logits leave the device:
+    /// [`Context::token`].
+    pub fn decode_greedy(&mut self, batch: &Batch) -> Result<usize, EngineError> {
+        assert!(!self.params.embeddings, "a context for logits");
+        self.greedy = true;
+        self.decode_batch(batch)
+    }
+
+    fn decode_batch(&mut self, batch: &Batch) -> Result<usize, EngineError> {
         self.check(batch)?;
         self.n_outputs = 0;
         for seq in 0..self.kv.n_seq() {
@@ -271,9 +288,15 @@ impl Context {
 
     /// Output row `i` of the last batch: logits, or hidden states.
     pub fn output(&self, i: usize) -> &[f32] {
-        assert!(i < self.n_outputs, "output {i} of {}", self.n_outputs);
+        assert!(i < self.n_outputs && !self.greedy, "output {i} of {}", self.n_outputs);
         let cols = self.output_cols();
         &self.outputs[i * cols..][..cols]
+    }
+
+    /// The likeliest token of output `i` of the last [`Context::decode_greedy`]; of equal ones the lowest.
+    pub fn token(&self, i: usize) -> u32 {
+        assert!(i < self.n_outputs && self.greedy, "token {i} of {}", self.n_outputs);
+        self.outputs[i].to_bits()
     }
 
     /// A named tensor of the last step; only with `taps`. `None` if the graph has no such name.
@@ -398,6 +421,7 @@ impl Context {
             n_tokens: tokens.len(),
             n_outputs: s.output_rows.len(),
             embeddings: self.params.embeddings,
+            greedy: self.greedy,
             taps: self.params.taps,
         };
         let (id, output) = self.prepared(shape)?;
@@ -415,7 +439,7 @@ impl Context {
         self.backend.run(id, &step)?;
         self.last_step = Some(shape);
         if let Some(output) = output {
-            let cols = self.output_cols();
+            let cols = if self.greedy { 1 } else { self.output_cols() };
             let (from, to) = (self.n_outputs * cols, (self.n_outputs + shape.n_outputs) * cols);
             if self.outputs.len() < to {
                 let more = to - self.outputs.len();
@@ -455,7 +479,11 @@ impl Context {
         let clock = self.clock;
         let prepared = self.plans.get_mut(&shape).expect("just inserted");
         prepared.last_used = clock;
-        let kind = if self.params.embeddings { Output::Embeddings } else { Output::Logits };
+        let kind = match shape {
+            StepShape { embeddings: true, .. } => Output::Embeddings,
+            StepShape { greedy: true, .. } => Output::Tokens,
+            _ => Output::Logits,
+        };
         Ok((prepared.id, prepared.plan.output(kind)))
     }
 }

@@ -25,6 +25,8 @@ pub struct Node {
 pub enum Output {
     /// f32 [n_outputs, n_vocab]
     Logits,
+    /// The likeliest token of each output, i32 [n_outputs]
+    Tokens,
     /// Final hidden states after the last norm, f32 [n_outputs, n_embd]
     Embeddings,
     /// A tensor kept for inspection; its name says which.
@@ -314,6 +316,13 @@ impl GraphBuilder {
         let (sx, sw) = (self.shape(x), self.shape(weights));
         assert_eq!(sx.rows(), sw.elems(), "moe_combine: x {sx:?}, weights {sw:?}");
         self.unary_node(Op::MoeCombine { x, weights }, Shape::new(&[sw.rows(), sx.cols()]))
+    }
+
+    /// [`Op::Argmax`]
+    pub fn argmax(&mut self, x: TensorId) -> TensorId {
+        let out = self.push(FormatId::I32, &[self.shape(x).rows()], Storage::Activation);
+        self.node(Op::Argmax { x }, alloc::vec![out]);
+        out
     }
 
     /// [`Op::RowGate`]

@@ -263,6 +263,11 @@ pub enum Op {
         /// f32 [n, n_used]
         weights: TensorId,
     },
+    /// Index of each row's largest element, the first of equal ones → i32 `[rows]`. NaN is below all.
+    Argmax {
+        /// f32 [.., cols]
+        x: TensorId,
+    },
     /// `sigmoid(gate[t]) · x[t]`: the shared expert's gate.
     RowGate {
         /// f32 [n, cols]
@@ -311,7 +316,7 @@ impl Op {
                 opt(sinks, &mut f);
             }
             Op::Binary { a, b, .. } => [*a, *b].into_iter().for_each(f),
-            Op::Unary { x, .. } | Op::Scale { x, .. } | Op::Softcap { x, .. } => f(*x),
+            Op::Unary { x, .. } | Op::Scale { x, .. } | Op::Softcap { x, .. } | Op::Argmax { x } => f(*x),
             Op::Glu { gate, up, .. } => [*gate, *up].into_iter().for_each(f),
             Op::MoeRoute { logits, .. } => f(*logits),
             Op::MoeCombine { x, weights } => [*x, *weights].into_iter().for_each(f),
@@ -338,6 +343,7 @@ impl Op {
             Op::Glu { .. } => "glu",
             Op::MoeRoute { .. } => "moe_route",
             Op::MoeCombine { .. } => "moe_combine",
+            Op::Argmax { .. } => "argmax",
             Op::RowGate { .. } => "row_gate",
         }
     }

@@ -4,17 +4,16 @@ use std::sync::Arc;
 
 use engine::backend::{Backend, Step, StepSequence};
 use engine::backends::cpu::{Cpu, Isa};
-use engine::backends::cuda::{Cuda, Device, RuleSet};
+use engine::backends::cuda::{Cuda, RuleSet, emulator};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::graph::{Graph, GraphBuilder, Output};
 use engine::kv_cache::{KvLayer, KvLayout, PAGE};
-use engine::op::{AttentionParams, Glu, MoeRouteParams, RopeMode, RopeParams, Unary};
+use engine::op::{AttentionParams, Glu, MoeRouteParams, Op, RopeMode, RopeParams, Unary};
 use engine::plan::Plan;
 use engine::pool::Pool;
 use engine::tensor::{Input, TensorId};
 use engine::weights::{ByteSource, Weights};
-use gpu_kernels::emu::{Emulator, Options};
 use quant::FormatId;
 
 /// Weights and a graph over them, filled as a case is built.
@@ -166,7 +165,8 @@ fn check_with(bound: f64, gpu_bound: f64, build: impl Fn() -> (Case, TensorId)) 
             assert!(*first == got, "{name} n={n}: {} with {threads} threads gives other bits", isa.name());
         }
     }
-    check_gpu(&name, gpu_bound, graph, &weights, n, &kv, &want);
+    let cpu = first.unwrap_or_default();
+    check_gpu(&name, gpu_bound, graph, &weights, n, &kv, [&want, &cpu]);
 }
 
 /// The GPU backend on the emulator: merged and unmerged, which must agree bit for bit.
@@ -177,12 +177,17 @@ fn check_gpu(
     weights: &Arc<Weights>,
     n: usize,
     kv: &Option<KvLayout>,
-    want: &[f32],
+    [want, cpu]: [&[f32]; 2],
 ) {
     let mut first: Option<Vec<f32>> = None;
-    for rules in [RuleSet::ALL, RuleSet::NONE] {
-        let device: Device = Arc::new(Emulator::new(Options::default()));
-        let mut cuda = Cuda::new(device, Arc::new(Serial), weights.clone()).with_rules(rules);
+    // One product of the same activations, rounded alike on both: only the order of its float sums differs.
+    let products =
+        graph.nodes.iter().filter(|node| matches!(node.op, Op::MatMul { .. } | Op::MatMulId { .. }));
+    let near_cpu = products.count() == 1;
+    // No rule merges anything with attention alone, and it is slow.
+    let alone = graph.nodes.iter().any(|node| matches!(node.op, Op::Attention { .. }));
+    for rules in &[RuleSet::ALL, RuleSet::NONE][usize::from(alone)..] {
+        let mut cuda = Cuda::new(emulator(), Arc::new(Serial), weights.clone()).with_rules(*rules);
         if let Some(layout) = kv {
             cuda.create_kv(layout).unwrap();
         }
@@ -193,6 +198,10 @@ fn check_gpu(
         let got = run(&mut cuda, graph.clone(), n, kv);
         let err = nmse(&got, want);
         assert!(err <= bound, "{name} n={n} on cuda, {rules:?}: nmse {err:.2e} > {bound:.0e}");
+        if near_cpu {
+            let err = nmse(&got, cpu);
+            assert!(err <= 1e-10, "{name} n={n} on cuda, {rules:?}: nmse {err:.2e} against the CPU");
+        }
         let first = first.get_or_insert_with(|| got.clone());
         assert!(*first == got, "{name} n={n} on cuda: merged and unmerged programs give other bits");
     }

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use engine::backend::{Backend, Step, StepSequence};
-use engine::backends::cuda::{Cuda, Device, RULES, RuleSet};
+use engine::backends::cuda::{Cuda, RULES, RuleSet, emulator};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::graph::Output;
@@ -14,7 +14,6 @@ use engine::models::StepShape;
 use engine::plan::Plan;
 use engine::tensor::{Storage, TensorId};
 use engine::{Batch, Context, ContextParams, Model};
-use gpu_kernels::emu::{Emulator, Options};
 use quant::FormatId;
 
 /// One of each kind of layer.
@@ -30,10 +29,6 @@ const MODELS: &[&str] = &[
     "bert-cls-b",
 ];
 
-fn emulator() -> Device {
-    Arc::new(Emulator::new(Options::default()))
-}
-
 fn cuda(model: &Model) -> Cuda {
     Cuda::new(emulator(), Arc::new(Serial), model.weights().clone())
 }
@@ -46,7 +41,7 @@ fn every_tensor(
     merged: bool,
 ) -> Vec<(TensorId, Vec<f32>)> {
     let bert = model.arch_name() == "bert";
-    let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: bert, taps: false };
+    let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: bert, greedy: false, taps: false };
     let mut graph = model.graph(256, shape);
     let written: Vec<TensorId> = graph
         .nodes
@@ -96,8 +91,13 @@ fn every_tensor_matches_the_reference() {
         for n in [1, 20] {
             let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false);
             let got = every_tensor(&model, &mut cuda(&model), n, false);
-            let shape =
-                StepShape { n_tokens: n, n_outputs: n, embeddings: name.starts_with("bert"), taps: false };
+            let shape = StepShape {
+                n_tokens: n,
+                n_outputs: n,
+                embeddings: name.starts_with("bert"),
+                greedy: false,
+                taps: false,
+            };
             let graph = model.graph(256, shape);
             for ((t, got), (_, want)) in got.iter().zip(&want) {
                 let err = common::nmse(got, want);
@@ -191,5 +191,23 @@ fn a_sequence_does_not_see_company_or_cuts() {
             "{name}, cache {kv}: with others in the batch, position {} has other bits",
             first.unwrap_or(0) / n_vocab
         );
+    }
+}
+
+/// The token that the device picks is the largest of the logits that it would have given.
+#[test]
+fn greedy_tokens_are_the_largest_logits() {
+    let Some(dir) = common::goldens() else { return };
+    let model = common::model(&dir.join("tiny/llama-b.gguf"));
+    let (mut logits, mut tokens) = (context(&model, 1, FormatId::F16), context(&model, 1, FormatId::F16));
+    let mut batch = Batch::prompt(0, &[1, 9, 5]);
+    batch.tokens[1].output = true;
+    for _ in 0..4 {
+        let n = logits.decode(&batch).unwrap();
+        assert_eq!(tokens.decode_greedy(&batch).unwrap(), n);
+        for i in 0..n {
+            assert_eq!(tokens.token(i), engine::sampler::argmax(logits.output(i)));
+        }
+        batch = Batch::prompt(0, &[tokens.token(n - 1)]);
     }
 }

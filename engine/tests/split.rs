@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
+use engine::backends::cuda::{Cuda, emulator};
 use engine::backends::split::{Placement, Split};
 use engine::executor::Serial;
 use engine::{Batch, Context, ContextParams, Model};
@@ -47,6 +48,23 @@ fn every_cut_gives_the_same_bits() {
             let split = Split::new(backends, placement.clone(), model.weights().clone());
             let got = outputs(&model, Box::new(split), bert);
             assert!(got == want, "{name}: {placement:?} gives other bits");
+        }
+    }
+}
+
+/// Layers on the CPU and the others on the emulated GPU: what either gives, up to rounding.
+#[test]
+fn cpu_and_gpu_share_a_model() {
+    let Some(dir) = common::goldens() else { return };
+    for name in ["llama-b", "gpt-oss-b"] {
+        let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
+        let want = outputs(&model, cpu(&model), false);
+        for n in 1..=model.hparams().n_layer() + 1 {
+            let gpu = Cuda::new(emulator(), Arc::new(Serial), model.weights().clone());
+            let placement = Placement::last_layers(model.hparams().n_layer(), n);
+            let split = Split::new(vec![cpu(&model), Box::new(gpu)], placement, model.weights().clone());
+            let err = common::nmse(&outputs(&model, Box::new(split), false), &want);
+            assert!(err <= 1e-5, "{name}: {n} layers on the GPU: nmse {err:.1e}");
         }
     }
 }

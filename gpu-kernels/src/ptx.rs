@@ -9,6 +9,8 @@ use alloc::vec::Vec;
 /// One module.
 #[derive(Clone, Copy, Debug)]
 pub struct PtxModule {
+    /// The kernel file.
+    pub file: &'static str,
     /// The kernel file, and the weight format if it is one format's part: `mmvq_Q4_0`.
     pub name: &'static str,
     /// The tier, as PTX spells it: `sm_80`.

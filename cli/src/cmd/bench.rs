@@ -15,8 +15,9 @@ use engine::{Batch, Context, ContextParams, Model};
 use serde_json::{Value, json};
 
 use crate::args::{BenchArgs, BenchOutput};
+use crate::device::Compute;
 use crate::exit::usage;
-use crate::load::{Files, check_device, context};
+use crate::load::{Files, context};
 use crate::quantize::file_type::FileType;
 use crate::{machine, ui};
 
@@ -77,7 +78,7 @@ fn stddev(values: &[f64]) -> f64 {
 
 /// `bench`.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    check_device(args.device, args.gpu_layers.as_deref(), args.require_gpu)?;
+    let compute = Compute::choose(args.device, args.gpu_layers, args.require_gpu)?;
     if args.repetitions == 0 {
         return Err(usage("-r 0: at least one repetition is needed"));
     }
@@ -98,23 +99,23 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let model = Arc::new(Files::open(&args.model)?.model()?);
     let most = threads.iter().copied().max().unwrap_or(1);
-    let peak = machine::read_bandwidth(most);
-    ui::say(format!(
-        "memory bandwidth: {:.1} GB/s read with {most} thread(s), measured; % of peak is of this",
-        peak / 1e9
-    ));
+    let (peak, how) = match compute.peak_bytes_per_s()? {
+        Some(peak) => (peak, "copied on the GPU, read and written".to_owned()),
+        None => (machine::read_bandwidth(most), format!("read with {most} thread(s)")),
+    };
+    ui::say(format!("memory bandwidth: {:.1} GB/s {how}, measured; % of peak is of this", peak / 1e9));
 
-    let report = Report { args, model: &model, peak, first_row: Cell::new(true) };
+    let report = Report { args, model: &model, gpu: compute.gpu_name(), peak, first_row: Cell::new(true) };
     report.begin()?;
     let n = tests.len();
     for (i, test) in tests.into_iter().enumerate() {
-        let measured = measure(&model, args, test)?;
+        let measured = measure(&model, args, &compute, test)?;
         report.row(&measured, i + 1 == n)?;
     }
     report.end()
 }
 
-fn measure(model: &Arc<Model>, args: &BenchArgs, test: Test) -> Result<Measured> {
+fn measure(model: &Arc<Model>, args: &BenchArgs, compute: &Compute, test: Test) -> Result<Measured> {
     let params = ContextParams {
         n_ctx: test.n_depth + test.n_tokens(),
         n_ubatch: args.batch_size.max(1),
@@ -123,7 +124,7 @@ fn measure(model: &Arc<Model>, args: &BenchArgs, test: Test) -> Result<Measured>
         ..ContextParams::default()
     };
     let n_ubatch = params.n_ubatch;
-    let (backend, mut context) = context(model, params, test.threads)?;
+    let (backend, mut context) = context(model, params, compute, test.threads)?;
     let at = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
     let mut rng = Rng::new(1);
     let n_vocab = model.hparams().n_vocab as u64;
@@ -179,6 +180,8 @@ fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> 
 struct Report<'a> {
     args: &'a BenchArgs,
     model: &'a Model,
+    /// Name of the GPU; empty on the CPU.
+    gpu: String,
     /// Bytes per second.
     peak: f64,
     /// Whether the CSV header is still to come.
@@ -270,7 +273,7 @@ impl Report<'_> {
             "build_commit": "unknown",
             "build_number": 0,
             "cpu_info": machine::cpu_name(),
-            "gpu_info": "",
+            "gpu_info": self.gpu,
             "backends": m.backend.to_uppercase(),
             "model_filename": self.args.model.display().to_string(),
             "model_type": self.model_type(),

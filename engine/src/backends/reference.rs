@@ -109,7 +109,13 @@ impl Backend for Reference {
 
     fn read(&mut self, plan: PlanId, tensor: TensorId, out: &mut [f32]) -> Result<(), EngineError> {
         let (plan, values) = &self.plans[&plan.0];
-        out.copy_from_slice(&values[plan.graph.base(tensor).0 as usize]);
+        let base = plan.graph.base(tensor);
+        let values = &values[base.0 as usize];
+        match plan.graph.tensor(base).format {
+            // Ids are kept as floats here, and read as the bits they have elsewhere.
+            FormatId::I32 => out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(*v as u32)),
+            _ => out.copy_from_slice(values),
+        }
         Ok(())
     }
 }
@@ -305,6 +311,10 @@ impl Run<'_> {
                     }));
                 }
                 one(out)
+            }
+            Op::Argmax { x } => {
+                let (x, cols) = self.rows(*x);
+                one(x.chunks_exact(cols).map(|row| crate::sampler::argmax(row) as f32).collect())
             }
             Op::RowGate { x, gate } => {
                 let (x, cols) = self.rows(*x);

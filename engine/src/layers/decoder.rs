@@ -206,5 +206,10 @@ pub fn decoder(b: &mut Build<'_>, d: &Decoder<'_>) {
     if hp.final_softcap != 0.0 {
         logits = b.g.softcap(logits, hp.final_softcap);
     }
+    if b.shape.greedy {
+        let tokens = b.g.argmax(logits);
+        b.g.output(Output::Tokens, tokens);
+        return;
+    }
     b.g.output(Output::Logits, logits);
 }

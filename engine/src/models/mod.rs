@@ -85,6 +85,8 @@ pub struct StepShape {
     pub n_outputs: usize,
     /// Whether hidden states are the output instead of logits.
     pub embeddings: bool,
+    /// Whether the likeliest tokens are the output instead of logits.
+    pub greedy: bool,
     /// Keep named intermediate tensors.
     pub taps: bool,
 }

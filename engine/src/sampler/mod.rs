@@ -50,6 +50,18 @@ impl Default for SamplerParams {
     }
 }
 
+impl SamplerParams {
+    fn has_penalties(&self) -> bool {
+        self.repeat_last_n > 0
+            && (self.repeat_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0)
+    }
+
+    /// Whether the choice is always the largest logit: what a backend can do where the logits are.
+    pub fn is_argmax(&self) -> bool {
+        self.temp <= 0.0 && !self.has_penalties()
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     id: u32,
@@ -99,15 +111,9 @@ impl Sampler {
         &self.params
     }
 
-    fn has_penalties(&self) -> bool {
-        let p = &self.params;
-        p.repeat_last_n > 0
-            && (p.repeat_penalty != 1.0 || p.frequency_penalty != 0.0 || p.presence_penalty != 0.0)
-    }
-
     /// Remembers a token of the prompt or of the answer for the penalties.
     pub fn accept(&mut self, token: u32) {
-        if !self.has_penalties() {
+        if !self.params.has_penalties() {
             return;
         }
         if self.recent.len() < self.params.repeat_last_n {
@@ -123,7 +129,7 @@ impl Sampler {
         assert!(!logits.is_empty(), "a vocabulary");
         self.candidates.clear();
         self.candidates.extend((0..).zip(logits).map(|(id, &logit)| Candidate { id, logit }));
-        if self.has_penalties() {
+        if self.params.has_penalties() {
             self.penalise();
         }
         // partial_cmp's order puts NaN last, so the least candidate is the greedy choice.

@@ -188,31 +188,59 @@ pub fn pack_bf16(low: f32, high: f32) -> u32 {
     }
 }
 
-/// Sum of `c` and the four products of unsigned bytes of `a` with signed bytes of `b`: `dp4a.u32.s32`, from sm_61 on;
-/// before, a byte at a time.
-#[inline(always)]
-pub fn dp4a_us(a: u32, b: u32, c: i32) -> i32 {
-    #[cfg(all(target_arch = "nvptx64", sm_ge_61))]
-    // SAFETY: arithmetic.
-    return unsafe { intrinsics::dp4a_us(a, b, c) };
-    #[cfg(not(all(target_arch = "nvptx64", sm_ge_61)))]
-    {
-        let product = |i: u32| (a >> (8 * i) & 0xff) as i32 * ((b << (24 - 8 * i)) as i32 >> 24);
-        c.wrapping_add(product(0)).wrapping_add(product(1)).wrapping_add(product(2)).wrapping_add(product(3))
+/// Four of `vmad`, which multiply a byte each: what `dp4a` replaced. Without byte extraction, which takes instructions and
+/// keeps registers busy.
+#[cfg(all(target_arch = "nvptx64", not(sm_ge_61)))]
+macro_rules! four_vmad {
+    ($of_a:literal, $a:expr, $b:expr, $c:expr) => {{
+        let mut sum = $c;
+        // SAFETY: arithmetic.
+        unsafe {
+            core::arch::asm!(
+                concat!("vmad.s32.", $of_a, ".s32 {0},{1}.b0,{2}.b0,{0};"),
+                concat!("vmad.s32.", $of_a, ".s32 {0},{1}.b1,{2}.b1,{0};"),
+                concat!("vmad.s32.", $of_a, ".s32 {0},{1}.b2,{2}.b2,{0};"),
+                concat!("vmad.s32.", $of_a, ".s32 {0},{1}.b3,{2}.b3,{0};"),
+                inout(reg32) sum, in(reg32) $a, in(reg32) $b,
+                options(pure, nomem, nostack, preserves_flags)
+            )
+        }
+        sum
+    }};
+}
+
+twin! {
+    /// Sum of `c` and the four products of unsigned bytes of `a` with signed bytes of `b`: `dp4a.u32.s32`, from sm_61 on;
+    /// before, `vmad` a byte at a time.
+    pub fn dp4a_us(a: u32, b: u32, c: i32) -> i32 {
+        ptx {
+            #[cfg(sm_ge_61)]
+            // SAFETY: arithmetic.
+            return unsafe { intrinsics::dp4a_us(a, b, c) };
+            #[cfg(not(sm_ge_61))]
+            four_vmad!("u32", a, b, c)
+        }
+        host {
+            let product = |i: u32| (a >> (8 * i) & 0xff) as i32 * ((b << (24 - 8 * i)) as i32 >> 24);
+            (0..4).fold(c, |sum, i| sum.wrapping_add(product(i)))
+        }
     }
 }
 
-/// Sum of `c` and the four products of signed bytes: `dp4a.s32.s32`, from sm_61 on; before, a byte at a time.
-#[inline(always)]
-pub fn dp4a(a: u32, b: u32, c: i32) -> i32 {
-    #[cfg(all(target_arch = "nvptx64", sm_ge_61))]
-    // SAFETY: arithmetic.
-    return unsafe { intrinsics::dp4a_ss(a, b, c) };
-    #[cfg(not(all(target_arch = "nvptx64", sm_ge_61)))]
-    {
-        let byte = |v: u32, i: u32| (v << (24 - 8 * i)) as i32 >> 24;
-        let product = |i: u32| byte(a, i) * byte(b, i);
-        c.wrapping_add(product(0)).wrapping_add(product(1)).wrapping_add(product(2)).wrapping_add(product(3))
+twin! {
+    /// Sum of `c` and the four products of signed bytes: `dp4a.s32.s32`, from sm_61 on; before, `vmad` a byte at a time.
+    pub fn dp4a(a: u32, b: u32, c: i32) -> i32 {
+        ptx {
+            #[cfg(sm_ge_61)]
+            // SAFETY: arithmetic.
+            return unsafe { intrinsics::dp4a_ss(a, b, c) };
+            #[cfg(not(sm_ge_61))]
+            four_vmad!("s32", a, b, c)
+        }
+        host {
+            let byte = |v: u32, i: u32| (v << (24 - 8 * i)) as i32 >> 24;
+            (0..4).fold(c, |sum, i| sum.wrapping_add(byte(a, i) * byte(b, i)))
+        }
     }
 }
 

@@ -172,6 +172,7 @@ mod host {
             Case { n_rows: 2, n: 150_001 },
         ];
         const NMSE_MAX: f64 = 0.0;
+        const BENCH: &'static [Case] = &[Case { n_rows: 1, n: 128_256 }, Case { n_rows: 64, n: 128_256 }];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::CHUNKS, super::gpu::ROWS];
 

@@ -348,6 +348,10 @@ mod host {
             Case { n_rows: 1, n: 30_011, smallest: false },
         ];
         const NMSE_MAX: f64 = 0.0;
+        const BENCH: &'static [Case] = &[
+            Case { n_rows: 1, n: 200_000, smallest: false },
+            Case { n_rows: 32, n: 200_000, smallest: false },
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] =
             &[super::gpu::HISTOGRAM, super::gpu::SCAN, super::gpu::SCATTER];

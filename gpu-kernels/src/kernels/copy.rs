@@ -537,6 +537,12 @@ mod host {
             Case { parts: 2, ..case(FormatId::F16, FormatId::F32, [1, 3, 40, 36], [0, 1, 3, 2]) },
         ];
         const NMSE_MAX: f64 = 0.0;
+        const BENCH: &'static [Case] = &[
+            case(FormatId::F32, FormatId::F16, [1, 1, 2048, 4096], DENSE),
+            case(FormatId::F16, FormatId::F16, [1, 1, 4096, 4096], [0, 1, 3, 2]),
+            case(FormatId::F32, FormatId::F32, [1, 1, 2048, 4096], [0, 1, 3, 2]),
+            case(FormatId::F32, FormatId::F16, [32, 512, 8, 128], [1, 0, 2, 3]),
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = super::ENTRIES;
 

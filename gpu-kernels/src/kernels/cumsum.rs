@@ -139,6 +139,7 @@ mod host {
             Case { n_rows: 1, n: 5001 },
         ];
         const NMSE_MAX: f64 = 1e-11;
+        const BENCH: &'static [Case] = &[Case { n_rows: 256, n: 16_384 }];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 

@@ -271,6 +271,12 @@ mod host {
             Case::Unary { function: Function::Softcap, n: 70, a: 2.0, b: 0.0 },
         ];
         const NMSE_MAX: f64 = 1e-12;
+        const BENCH: &'static [Case] = &[
+            binary(BinaryOp::Add, 1 << 23, 1, 1 << 23),
+            binary(BinaryOp::Mul, 1 << 23, 1, 4096),
+            unary(Function::Silu, 1 << 23),
+            unary(Function::GeluErf, 1 << 23),
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::BINARY, super::gpu::UNARY];
 

@@ -94,7 +94,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "get_rows";
-            ENTRIES: threads(128);
+            ENTRIES: threads(128, 4);
             fn (w: Glb<u8>, ids: Glb<u32>, y: Glb<f32>, n_ids: u32, k: u32);
             $(concat!("get_rows_", stringify!($id)) => gpu::blocks::<formats::$module::Block>;)*
             "get_rows_F32" => gpu::f32_spans;

@@ -220,6 +220,12 @@ mod host {
             case(SWIGLU_OAI, 4, 512, false, Output::Act(ActKind::Q8K)),
         ];
         const NMSE_MAX: f64 = 1e-12;
+        const BENCH: &'static [Case] = &[
+            case(SILU, 1, 14_336, false, Output::Act(ActKind::Q8K)),
+            case(SILU, 512, 14_336, false, Output::F32),
+            case(SILU, 512, 14_336, false, Output::Act(ActKind::Q8K)),
+            case(Kind::Plain(Function::GeluErf), 512, 14_336, false, Output::F32),
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 
@@ -234,20 +240,22 @@ mod host {
                 .map(|i| reference(kind, values[i], values[up_start + i]))
                 .collect();
             let buffers = vec![Buffer::Input(bytes_of(&values))];
-            output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
-                launch(&Args {
-                    kind,
-                    gate: at[0],
-                    gate_stride: stride,
-                    up: at[0].offset(4 * up_start as u64),
-                    up_stride: stride,
-                    output,
-                    y,
-                    scales,
-                    n_rows,
-                    n,
-                })
-            })
+            let problem =
+                output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
+                    launch(&Args {
+                        kind,
+                        gate: at[0],
+                        gate_stride: stride,
+                        up: at[0].offset(4 * up_start as u64),
+                        up_stride: stride,
+                        output,
+                        y,
+                        scales,
+                        n_rows,
+                        n,
+                    })
+                });
+            if random.is_timing() { output::last_launch(problem) } else { problem }
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -215,6 +215,7 @@ mod host {
             case(1, 8224, true, true, Output::Act(ActKind::Q8_1)),
         ];
         const NMSE_MAX: f64 = 1e-12;
+        const BENCH: &'static [Case] = &[case(4096, 1024, true, true, Output::F32)];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 
@@ -235,10 +236,12 @@ mod host {
                 })
             };
             let given = [optional(weight.as_deref()), optional(bias.as_deref())];
-            output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
-                let [weight, bias] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
-                launch(&Args { x: at[0], weight, bias, output, y, scales, n_rows, n, eps })
-            })
+            let problem =
+                output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
+                    let [weight, bias] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
+                    launch(&Args { x: at[0], weight, bias, output, y, scales, n_rows, n, eps })
+                });
+            if random.is_timing() { output::last_launch(problem) } else { problem }
         }
 
         fn bytes(case: &Case) -> u64 {

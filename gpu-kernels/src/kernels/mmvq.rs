@@ -37,6 +37,12 @@ const fn tiles_per_warp(span_bytes: usize, n_cols: usize) -> usize {
     if n_cols >= 4 && span_bytes <= 4 * 48 { 2 } else { 1 }
 }
 
+/// Columns for which a group is unpacked once. Without dp4a eight of them do not fit the registers.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+const fn columns_at_once(n_cols: usize) -> usize {
+    if cfg!(all(target_arch = "nvptx64", not(sm_ge_61))) && n_cols > 4 { 4 } else { n_cols }
+}
+
 /// Words of a group's scale and its companions in shared memory: what the halves do not share comes twice.
 const fn scale_words(scale_elems: usize) -> u32 {
     if scale_elems == 16 { 4 } else { 2 }
@@ -232,9 +238,14 @@ mod gpu {
         }
     }
 
-    /// The kernel; `TILES` row tiles per warp.
+    /// The kernel; `TILES` row tiles per warp, `AT_ONCE` of the `COLS` columns for each unpacking.
     #[inline(always)]
-    pub(super) fn mmvq<F: BlockFormat + Tiled, const COLS: usize, const TILES: usize>(
+    pub(super) fn mmvq<
+        F: BlockFormat + Tiled,
+        const COLS: usize,
+        const AT_ONCE: usize,
+        const TILES: usize,
+    >(
         p0: Part,
         p1: Part,
         p2: Part,
@@ -299,7 +310,7 @@ mod gpu {
                     let c = first_x + if c < last_column { c } else { last_column };
                     c * shape.n_groups + span * groups
                 };
-                let words = stage.fill::<F, COLS, _>(q, scales, n, column, || {
+                let mut words = stage.fill::<F, COLS, _>(q, scales, n, column, || {
                     core::array::from_fn::<F::Words, TILES, _>(|t| {
                         let tile = first_tile + t as u32;
                         let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
@@ -308,38 +319,55 @@ mod gpu {
                     })
                 });
 
-                let mut acc = [[0.0f32; COLS]; TILES];
                 const { assert!(SPAN_GROUPS == 8) };
-                unroll!(G in 0..8 {
-                    let weights: [Group; TILES] = core::array::from_fn(|t| {
-                        block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
-                    });
-                    let mut c = 0;
-                    while c < COLS {
-                        let at = (c * SPAN_GROUPS + G) as u32;
-                        let [U32x4(low), U32x4(high)] = [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
-                        let act = Staged::load::<F>(stage.scales, at);
-                        let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-                        let mut t = 0;
-                        while t < TILES {
-                            let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
-                            // Groups beyond a short span hold nothing; without a branch.
-                            let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
-                            acc[t][c] = if there { sum } else { acc[t][c] };
-                            t += 1;
+                // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
+                // way keeps it to one; other warps hide the latency.
+                let groups_left = math::opaque(groups);
+                let columns_left = if AT_ONCE == COLS { COLS as u32 } else { math::opaque(COLS as u32) };
+                let mut first = 0;
+                while first < columns_left {
+                    if AT_ONCE != COLS {
+                        // Nothing the compiler knows to be zero: else it would unpack before the loop, and spill.
+                        let zero = math::opaque(first) >> 31;
+                        words.iter_mut().for_each(|w| w.as_mut().iter_mut().for_each(|word| *word ^= zero));
+                    }
+                    let mut acc = [[0.0f32; AT_ONCE]; TILES];
+                    unroll!(G in 0..8 {
+                        if (G as u32) < groups_left {
+                            let weights: [Group; TILES] = core::array::from_fn(|t| {
+                                block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
+                            });
+                            let mut c = 0;
+                            while c < AT_ONCE {
+                                let at = (first + c as u32) * groups + G as u32;
+                                let [U32x4(low), U32x4(high)] =
+                                    [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
+                                let act = Staged::load::<F>(stage.scales, at);
+                                let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
+                                let mut t = 0;
+                                while t < TILES {
+                                    let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
+                                    // Groups beyond a short span hold nothing; without a branch.
+                                    let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
+                                    acc[t][c] = if there { sum } else { acc[t][c] };
+                                    t += 1;
+                                }
+                                c += 1;
+                            }
                         }
-                        c += 1;
+                    });
+                    let mut t = 0;
+                    while t < TILES {
+                        let mut c = 0;
+                        while c < AT_ONCE {
+                            let line = (t * COLS + c) as u32 + first;
+                            let output = line * ROWS as u32 + lane;
+                            partials.st((item - start) * outputs + output, acc[t][c]);
+                            c += 1;
+                        }
+                        t += 1;
                     }
-                });
-                let mut t = 0;
-                while t < TILES {
-                    let mut c = 0;
-                    while c < COLS {
-                        let output = ((t * COLS + c) * ROWS) as u32 + lane;
-                        partials.st((item - start) * outputs + output, acc[t][c]);
-                        c += 1;
-                    }
-                    t += 1;
+                    first += AT_ONCE as u32;
                 }
                 item += n_warps;
             }
@@ -475,6 +503,7 @@ macro_rules! entries {
         gpu::mmvq::<
             formats::$module::Block,
             $n,
+            { columns_at_once($n) },
             { tiles_per_warp(<formats::$module::Block as Tiled>::LAYOUT.span_bytes, $n) },
         >
     };

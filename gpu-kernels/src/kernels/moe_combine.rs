@@ -149,6 +149,10 @@ mod host {
             Case { n: 5, n_used: 4, cols: 128, add: true },
         ];
         const NMSE_MAX: f64 = 1e-12;
+        const BENCH: &'static [Case] = &[
+            Case { n: 1, n_used: 8, cols: 2048, add: true },
+            Case { n: 512, n_used: 8, cols: 2048, add: true },
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 

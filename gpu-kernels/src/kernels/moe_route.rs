@@ -251,6 +251,8 @@ mod host {
             case(2, 3, 3, [true, false], 1.0),
         ];
         const NMSE_MAX: f64 = 1e-12;
+        const BENCH: &'static [Case] =
+            &[case(1, 128, 8, [false, true], 1.0), case(4096, 128, 8, [false, true], 1.0)];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 

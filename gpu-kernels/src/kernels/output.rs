@@ -208,4 +208,16 @@ mod host {
             }),
         }
     }
+
+    /// A problem's last launch alone, for timing; its outputs are not checked, since what they compare with is not made.
+    pub(crate) fn last_launch(problem: Problem) -> Problem {
+        let unchecked = |buffer| match buffer {
+            Buffer::Output(expected) => Buffer::Output(Expected::Unchecked(expected.bytes())),
+            other => other,
+        };
+        Problem {
+            buffers: problem.buffers.into_iter().map(unchecked).collect(),
+            launches: Box::new(move |at| Ok((problem.launches)(at)?.pop().into_iter().collect())),
+        }
+    }
 }

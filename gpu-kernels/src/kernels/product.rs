@@ -84,20 +84,19 @@ mod device {
 
         #[inline(always)]
         fn apply(self, gate: f32, up: f32) -> f32 {
-            let sigmoid = |x: f32| math::rcp(1.0 + math::ex2(-x * math::LOG2_E));
             // The very operations of the kernel `glu`, so that a fused step gives the bits of separate ones. `mul`: the
             // residual's addition does not fuse with it.
             match self.kind {
-                1 => math::mul(gate * sigmoid(gate), up),
+                1 => math::mul(gate * math::sigmoid(gate), up),
                 2 => {
                     // 0.5 · (1 + tanh u) is sigmoid(2u), u = √(2/π) · x · (1 + 0.044715 x²).
                     let twice_u = 1.595_769_2 * gate * fma(0.044_715 * gate, gate, 1.0);
-                    math::mul(gate * sigmoid(twice_u), up)
+                    math::mul(gate * math::sigmoid(twice_u), up)
                 }
                 _ => {
                     let gate = math::fmin(gate, self.limit);
                     let up = math::fmin(math::fmax(up, -self.limit), self.limit);
-                    math::mul(gate * sigmoid(self.alpha * gate), up + 1.0)
+                    math::mul(gate * math::sigmoid(self.alpha * gate), up + 1.0)
                 }
             }
         }

@@ -293,6 +293,10 @@ mod host {
             Case { kind: ActKind::Q8K, n_cols: 1, k: 2304 },
         ];
         const NMSE_MAX: f64 = 0.0;
+        const BENCH: &'static [Case] = &[
+            Case { kind: ActKind::Q8_0, n_cols: 1024, k: 4096 },
+            Case { kind: ActKind::Q8K, n_cols: 1024, k: 4096 },
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 

@@ -344,6 +344,13 @@ mod host {
             case(1, 8448, RESIDUAL, Output::Act(ActKind::Q8K)),
         ];
         const NMSE_MAX: f64 = 1e-12;
+        const BENCH: &'static [Case] = &[
+            case(1, 4096, RESIDUAL, Output::Act(ActKind::Q8K)),
+            case(1024, 4096, WEIGHT, Output::F32),
+            case(1024, 4096, RESIDUAL, Output::Act(ActKind::Q8K)),
+            case(1024, 4096, RESIDUAL, Output::Act(ActKind::Q8_0)),
+            case(32_768, 128, WEIGHT, Output::F32),
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::CTA, super::gpu::WARP];
 
@@ -375,11 +382,13 @@ mod host {
                 buffers.push(Buffer::Output(Expected::Exact(bytes_of(&h))));
                 buffers.len() - 1
             });
-            output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
-                let [residual, weight, add] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
-                let h = h_at.map_or(DevicePtr::NULL, |i| at[i]);
-                launch(&Args { x: at[0], residual, h, weight, add, output, y, scales, n_rows, n, eps })
-            })
+            let problem =
+                output::problem(output, [n_rows, n], buffers, expected, move |at, output, [y, scales]| {
+                    let [residual, weight, add] = given.map(|i| i.map_or(DevicePtr::NULL, |i| at[i]));
+                    let h = h_at.map_or(DevicePtr::NULL, |i| at[i]);
+                    launch(&Args { x: at[0], residual, h, weight, add, output, y, scales, n_rows, n, eps })
+                });
+            if random.is_timing() { output::last_launch(problem) } else { problem }
         }
 
         fn bytes(case: &Case) -> u64 {

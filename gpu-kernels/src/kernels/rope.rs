@@ -519,6 +519,10 @@ mod host {
             case(Mode::Neox, [3, 2, 128], 1000, plain(128), false, INTERLEAVED),
         ];
         const NMSE_MAX: f64 = 1e-13;
+        const BENCH: &'static [Case] = &[
+            case(Mode::Norm, [512, 32, 128], 4095, plain(128), false, Sections::NONE),
+            case(Mode::Neox, [512, 32, 128], 4095, plain(128), false, Sections::NONE),
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::TABLE, super::gpu::ROPE];
 

@@ -553,6 +553,22 @@ mod host {
             },
         ];
         const NMSE_MAX: f64 = 0.0;
+        const BENCH: &'static [Case] = &[
+            Case {
+                n_rows: 1,
+                n_vocab: 128_256,
+                params: params(0.8, 40, 0.95, MIN_P),
+                mixed: false,
+                n_recent: 64,
+            },
+            Case {
+                n_rows: 1,
+                n_vocab: 128_256,
+                params: params(0.8, 0, 0.95, MIN_P),
+                mixed: false,
+                n_recent: 64,
+            },
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::DRAW, super::gpu::PENALISE];
 

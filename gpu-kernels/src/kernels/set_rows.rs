@@ -512,6 +512,11 @@ mod host {
             case(FormatId::IQ4_NL, 4, 160, Order::Same),
         ];
         const NMSE_MAX: f64 = 0.0;
+        const BENCH: &'static [Case] = &[
+            case(FormatId::F16, 4096, 1024, Order::Backwards),
+            case(FormatId::Q8_0, 4096, 1024, Order::Backwards),
+            case(FormatId::Q4_0, 4096, 1024, Order::Backwards),
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 

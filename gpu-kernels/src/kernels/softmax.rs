@@ -180,6 +180,8 @@ mod host {
             Case { n_heads: 2, n_rows: 3, n: 130, mask: true, slopes: false, sinks: true },
         ];
         const NMSE_MAX: f64 = 1e-11;
+        const BENCH: &'static [Case] =
+            &[Case { n_heads: 32, n_rows: 512, n: 512, mask: true, slopes: false, sinks: false }];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 

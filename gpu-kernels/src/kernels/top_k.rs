@@ -292,6 +292,10 @@ mod host {
             Case { n_rows: 1, n: 50_000, k: 7, smallest: true },
         ];
         const NMSE_MAX: f64 = 0.0;
+        const BENCH: &'static [Case] = &[
+            Case { n_rows: 1, n: 128_256, k: 40, smallest: false },
+            Case { n_rows: 64, n: 128_256, k: 40, smallest: false },
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::FLOATS, super::gpu::PACKED];
 

@@ -5,9 +5,13 @@ mod guests;
 
 use std::path::PathBuf;
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use guests::{DONE, FAILED, Guest, Running, Scratch, setup};
+use engine::backends::cuda::Cuda;
+use engine::executor::Serial;
+use gpu_kernels::emu::{Emulator, Options};
+use guests::{DONE, FAILED, Guest, Running, Scratch, hosted_on, setup};
 
 /// A broker process, the guest's RAM, and the socket between them.
 struct Broker {
@@ -38,6 +42,17 @@ impl Broker {
     }
 
     fn boot(&self, machine: &'static str, memory_mib: u32, image: &std::path::Path, words: &str) -> Running {
+        self.boot_with(machine, memory_mib, image, words, &[])
+    }
+
+    fn boot_with(
+        &self,
+        machine: &'static str,
+        memory_mib: u32,
+        image: &std::path::Path,
+        words: &str,
+        more: &[&str],
+    ) -> Running {
         let mut guest = Guest::new(machine, words);
         guest.memory_mib = memory_mib;
         let serial = format!("{},max_ports=1", guest.device("virtio-serial"));
@@ -47,7 +62,7 @@ impl Broker {
         );
         let socket = format!("socket,id=gpu,path={}", self.socket.0.display());
         guest = guest.arg(&["-object", &ram, "-machine", "memory-backend=ram", "-chardev", &socket]);
-        guest.arg(&["-device", &serial, "-device", "virtconsole,chardev=gpu"]).boot(image)
+        guest.arg(&["-device", &serial, "-device", "virtconsole,chardev=gpu"]).arg(more).boot(image)
     }
 }
 
@@ -80,6 +95,24 @@ fn the_way_to_the_device_and_back() {
         }
         assert!(!broker.socket.0.exists(), "the socket is gone with the broker");
     }
+}
+
+/// Greedy tokens of a guest on the broker's emulator are those of the engine on the emulator itself.
+#[test]
+fn tokens_are_the_hosted_engines() {
+    let Some(setup) = setup() else { return };
+    let model = setup.tiny.join("llama-b.gguf");
+    let words = "prompt=\"The quick\" predict=4 ctx=64 device=gpu exit";
+    let mut broker = Broker::start("tokens", 256);
+    let mut running =
+        broker.boot_with("q35", 256, &setup.image, words, &["-initrd", model.to_str().unwrap()]);
+    assert_eq!(running.end(), DONE, "{}", running.text());
+    assert!(broker.child.wait().unwrap().success());
+    let expected = hosted_on(&model, "The quick", 4, 64, |model| {
+        let device = Arc::new(Emulator::new(Options::default()));
+        Box::new(Cuda::new(device, Arc::new(Serial), model.weights().clone()))
+    });
+    assert_eq!(running.tokens(), expected, "{}", running.text());
 }
 
 /// A broker that dies: the guest says so within the patience of its session, and ends.

@@ -15,12 +15,17 @@ mod selftest;
 mod serve;
 
 use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::String;
 use alloc::sync::Arc;
+use core::error::Error;
 use core::panic::PanicInfo;
 
+use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
-use engine::{Context, ContextParams, Executor};
-use gpu_kernels::driver::{Driver, DriverError};
+use engine::backends::cuda::Cuda;
+use engine::{Context, ContextParams, Executor, Model};
+use gpu_kernels::driver::Driver;
 use uk_kernel::devices::Devices;
 use uk_kernel::exit::{Exit, exit};
 use uk_kernel::heap::Heap;
@@ -56,24 +61,17 @@ extern "C" fn main(eax: u32, ebx: u32) -> ! {
     exit(Exit::Done)
 }
 
-fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn core::error::Error>> {
+fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn Error>> {
     let options = &machine.options;
-    if options.device == Device::Gpu {
-        let info = gpu::open(machine, &mut devices)?.info();
-        return Err(Box::new(DriverError::NoDriver {
-            what: alloc::format!("the engine has no GPU back end yet for {}", info.name),
-        }));
-    }
     let model = Arc::new(model::load(options.model, &machine.modules, &mut devices)?);
-    let isa = Isa::detect();
-    let cpu = Cpu::new(model.weights().clone(), machine.cores.clone(), isa);
+    let (backend, name) = backend(machine, &mut devices, &model)?;
     let params = ContextParams {
         n_ctx: options.n_ctx.min(model.hparams().n_ctx_train),
         n_seq: options.n_seq,
         ..ContextParams::default()
     };
-    let mut context = Context::new(model.clone(), Box::new(cpu), params)?;
-    say!("{} on {} with {} core(s)", model.arch_name(), isa.name(), machine.cores.n_threads());
+    let mut context = Context::new(model.clone(), backend, params)?;
+    say!("{} on {name}", model.arch_name());
     if let Some(prompt) = &options.prompt {
         answer::answer(&mut context, prompt.as_bytes(), options.n_predict)?;
     }
@@ -83,7 +81,28 @@ fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn core::erro
     Ok(())
 }
 
-fn fail(error: &dyn core::error::Error) -> ! {
+/// What computes, and its name for the log.
+fn backend(
+    machine: &Machine,
+    devices: &mut Devices,
+    model: &Model,
+) -> Result<(Box<dyn Backend>, String), Box<dyn Error>> {
+    let (cores, weights) = (machine.cores.clone(), model.weights().clone());
+    let n = cores.n_threads();
+    Ok(match machine.options.device {
+        Device::Cpu => {
+            let isa = Isa::detect();
+            (Box::new(Cpu::new(weights, cores, isa)), format!("{} with {n} core(s)", isa.name()))
+        }
+        Device::Gpu => {
+            let driver = Arc::new(gpu::open(machine, devices)?);
+            let name = format!("{} behind a broker", driver.info().name);
+            (Box::new(Cuda::new(driver, cores, weights)), name)
+        }
+    })
+}
+
+fn fail(error: &dyn Error) -> ! {
     say!("error: {error}");
     exit(Exit::Failed)
 }

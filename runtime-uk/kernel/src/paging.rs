@@ -126,7 +126,7 @@ fn map(table: &mut Table, level: usize, largest: usize, mut from: u64, to: u64, 
     while from < to {
         let end = (from / size * size + size).min(to);
         let entry = &mut table.0[index(from, level)];
-        let whole = from % size == 0 && end - from == size;
+        let whole = from.is_multiple_of(size) && end - from == size;
         if level == 0 || (whole && level <= largest) {
             let large = if level > 0 { LARGE } else { 0 };
             *entry = if bits == 0 { 0 } else { from | bits | large };

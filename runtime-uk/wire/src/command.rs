@@ -365,7 +365,7 @@ impl Command {
             | Command::Read { from: address, to: data, .. }
             | Command::WriteHost { to: address, from: data }
             | Command::ReadHost { from: address, to: data } => {
-                drop(body.u64(address).u64(data.at).u64(data.bytes));
+                _ = body.u64(address).u64(data.at).u64(data.bytes);
             }
             Command::Copy { to, from, bytes, .. } => drop(body.u64(to).u64(from).u64(bytes)),
             Command::Fill { at, bytes, byte, .. } => drop(body.u64(at).u64(bytes).u8(byte)),
@@ -375,7 +375,7 @@ impl Command {
                 let length = launch.params.len as u16;
                 let body = body.u32(launch.kernel).u32(x).u32(y).u32(z).u32(launch.cta).u32(launch.cluster);
                 let body = body.u32(launch.smem_bytes).u16(length).u16(u16::from(launch.cooperative));
-                drop(body.bytes(launch.params.as_slice()));
+                _ = body.bytes(launch.params.as_slice());
             }
             Command::RecordAgain { event, .. } | Command::Wait { event, .. } => drop(body.u32(event)),
             Command::Elapsed { to, .. } => drop(body.u32(to)),

@@ -32,7 +32,7 @@ impl RingPlace {
         if !slots.is_power_of_two() || !(16..=MAX_BATCH_SLOTS).contains(&slots) {
             return Err(WireError::Field { what: "slots of a ring", got: slots.into() });
         }
-        if at % SLOT_BYTES as u64 != 0 || at.checked_add(RingPlace::bytes(slots) as u64).is_none() {
+        if !at.is_multiple_of(SLOT_BYTES as u64) || at.checked_add(RingPlace::bytes(slots) as u64).is_none() {
             return Err(WireError::Field { what: "place of a ring", got: at });
         }
         Ok(RingPlace { at, slots })

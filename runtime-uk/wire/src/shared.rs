@@ -47,7 +47,7 @@ impl Shared {
     }
 
     fn word(&self, at: u64) -> &AtomicU64 {
-        assert!(self.has(at, 8) && at % 8 == 0, "a word at {at:#x} of {:#x} bytes", self.bytes);
+        assert!(self.has(at, 8) && at.is_multiple_of(8), "a word at {at:#x} of {:#x} bytes", self.bytes);
         // SAFETY: in range and aligned by the assertion and by `new`'s contract; only atomic accesses are made.
         unsafe { AtomicU64::from_ptr(self.at.add(at as usize).cast()) }
     }

@@ -338,6 +338,14 @@ impl<'a> Run<'a> {
                 moe::combine(x, w, n_used, out);
                 Ok(())
             }
+            Op::Argmax { x } => {
+                let (cols, x, out) = (self.plan.shape(*x).cols(), self.slot(*x), self.slot(out()));
+                let ([x], [ids]) = self.memory.arena.views([x], [out]);
+                for (id, row) in ids.iter_mut().zip(x.chunks_exact(cols)) {
+                    *id = f32::from_bits(crate::sampler::argmax(row));
+                }
+                Ok(())
+            }
             Op::RowGate { x, gate } => {
                 let (gate, cols) = (self.slot(*gate), self.plan.shape(*x).cols());
                 let v = self.map(*x, out(), [gate]);

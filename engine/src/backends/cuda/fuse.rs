@@ -4,7 +4,7 @@
 use alloc::vec::Vec;
 
 use super::emit::product_glu;
-use super::program::{Action, Acts, Gate, Norm, Part, Place, Program, Store, Value};
+use super::program::{Action, Acts, Gate, Norm, NormKind, Part, Place, Program, Store, Value};
 use crate::op::Binary;
 
 /// A rule.
@@ -198,7 +198,9 @@ fn add_norm(program: &mut Program) {
         let Action::Binary { kind: Binary::Add, a, b, n, period, out } = program.actions[at - 1] else {
             continue;
         };
-        if out == h && n == period && norm.add.is_none() && n == norm.rows * norm.cols && a != b {
+        // The layer norm's kernel adds nothing before.
+        let adds = matches!(norm.kind, NormKind::Rms) && norm.add.is_none();
+        if adds && out == h && n == period && n == norm.rows * norm.cols && a != b {
             program.actions[at] = Action::Norm(Norm { x: a, add: Some((b, h)), ..norm });
             program.actions.remove(at - 1);
         }
@@ -291,5 +293,159 @@ fn rope_store(program: &mut Program) {
         for i in gone.into_iter().rev() {
             program.actions.remove(i);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backends::cuda::translate::{Anywhere, translate};
+    use crate::graph::{Graph, GraphBuilder, Output};
+    use crate::op::{AttentionParams, Glu, RopeMode, RopeParams, Unary};
+    use crate::plan;
+    use crate::tensor::Input;
+    use proptest::prelude::*;
+    use quant::FormatId;
+
+    const COLS: usize = 64;
+
+    /// A random graph of what decoders are made of, over a pool of streams [3, 64].
+    fn random_graph(steps: &[(u8, usize, usize)]) -> Graph {
+        let mut b = GraphBuilder::new(true);
+        let ids = b.input(Input::Tokens, 3);
+        let positions = b.input(Input::Positions, 3);
+        let table = b.weight(0, FormatId::Q8_0, &[50, COLS], 0);
+        let w = |b: &mut GraphBuilder, rows: usize| b.weight(1, FormatId::Q4_0, &[rows, COLS], 0);
+        let rope = RopeParams {
+            n_dims: 32,
+            freq_base: 1e4,
+            freq_scale: 1.0,
+            ext_factor: 0.0,
+            attn_factor: 1.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            n_ctx_orig: 64,
+        };
+        let angles = b.rope_table(positions, None, rope);
+        let mut pool = alloc::vec![b.get_rows(table, ids)];
+        for &(op, i, j) in steps {
+            let (x, y) = (pool[i % pool.len()], pool[j % pool.len()]);
+            let out = match op % 8 {
+                0 => b.add(x, y),
+                1 => {
+                    let vector = b.weight(2, FormatId::F32, &[COLS], 0);
+                    b.rms_norm(x, Some(vector), 1e-5)
+                }
+                2 => {
+                    let w = w(&mut b, COLS);
+                    b.matmul(x, w, None)
+                }
+                3 => {
+                    let (gate, up) = (w(&mut b, COLS), w(&mut b, COLS));
+                    let parts = b.matmul_many(x, &[(gate, None), (up, None)]);
+                    b.glu(Glu::Plain(Unary::Silu), parts[0], parts[1])
+                }
+                4 => b.glu(Glu::Plain(Unary::Gelu), x, y),
+                5 => {
+                    let rotated = |b: &mut GraphBuilder, x| {
+                        let x = b.reshape(x, &[3, 2, 32]);
+                        let x = b.rope(x, angles, RopeMode::Neox);
+                        b.reshape(x, &[3, COLS])
+                    };
+                    let (q, k) = (rotated(&mut b, x), rotated(&mut b, y));
+                    b.kv_store(k, y, 0);
+                    let params = AttentionParams {
+                        il: 0,
+                        n_head: 2,
+                        n_head_kv: 2,
+                        head_dim_k: 32,
+                        head_dim_v: 32,
+                        scale: 0.2,
+                        softcap: 0.0,
+                        window: 0,
+                        causal: true,
+                    };
+                    b.attention(q, None, params)
+                }
+                6 => {
+                    b.tap("kept", Some(i), x);
+                    b.unary(Unary::Relu, x)
+                }
+                _ => b.scale(x, 2.0),
+            };
+            pool.push(out);
+        }
+        let last = *pool.last().unwrap();
+        b.output(Output::Logits, last);
+        b.finish()
+    }
+
+    proptest! {
+        /// Runs merged programs symbolically, under every set of rules: every byte of the arena remembers which value
+        /// wrote it last; each read finds its value, nothing is read before it is written, no two writes of an action
+        /// overlap, and what is kept is there at the end.
+        #[test]
+        fn merged_programs_find_what_they_read(
+            steps in prop::collection::vec((any::<u8>(), 0usize..50, 0usize..50), 1..30),
+            rules in 0u32..1 << RULES.len(),
+        ) {
+            let graph = random_graph(&steps);
+            let (mut program, _) = translate(&graph, &Anywhere).unwrap();
+            RuleSet(rules).apply(&mut program);
+            let accesses = program.accesses();
+            let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
+            let places = plan::lay_out(&program.values, &accesses, &kept, 256);
+            let mut owner = alloc::vec![usize::MAX; places.arena_bytes];
+            let range = |v: usize| {
+                let slot = places.slots[v].expect("placed");
+                slot.offset..slot.offset + slot.len
+            };
+            for (access, action) in accesses.iter().zip(&program.actions) {
+                for &v in &access.reads {
+                    prop_assert!(owner[range(v)].iter().all(|o| *o == v), "{v} read by {action:?}");
+                }
+                for &v in &access.writes {
+                    owner[range(v)].fill(v);
+                }
+                for &v in &access.writes {
+                    prop_assert!(owner[range(v)].iter().all(|o| *o == v), "{v} written by {action:?}");
+                }
+                // What is read and not written over in place is still there.
+                for &v in &access.reads {
+                    let over = access.in_place.iter().any(|(r, w)| *r == v && range(*w) == range(v));
+                    prop_assert!(over || owner[range(v)].iter().all(|o| *o == v), "{v} lost in {action:?}");
+                }
+            }
+            for v in kept {
+                prop_assert!(owner[range(v)].iter().all(|o| *o == v), "kept {v}");
+            }
+        }
+    }
+
+    /// A decoder's layer comes down to the launches that its design has.
+    #[test]
+    fn a_layer_is_merged() {
+        let mut b = GraphBuilder::new(false);
+        let ids = b.input(Input::Tokens, 1);
+        let table = b.weight(0, FormatId::Q8_0, &[50, COLS], 0);
+        let vector = b.weight(1, FormatId::F32, &[COLS], 0);
+        let w = b.weight(2, FormatId::Q4_0, &[COLS, COLS], 0);
+        let x = b.get_rows(table, ids);
+        let h = b.rms_norm(x, Some(vector), 1e-5);
+        let parts = b.matmul_many(h, &[(w, None), (w, None)]);
+        let h = b.glu(Glu::Plain(Unary::Silu), parts[0], parts[1]);
+        let h = b.matmul(h, w, None);
+        let x = b.add(h, x);
+        let x = b.rms_norm(x, Some(vector), 1e-5);
+        b.output(Output::Embeddings, x);
+        let graph = b.finish();
+        let names = |rules: RuleSet| {
+            let (mut program, _) = translate(&graph, &Anywhere).unwrap();
+            rules.apply(&mut program);
+            program.actions.iter().map(Action::name).collect::<Vec<_>>()
+        };
+        let merged = ["get_rows", "norm", "product", "quantise", "product", "norm"];
+        assert_eq!(names(RuleSet::ALL), merged);
+        assert_eq!(names(RuleSet::NONE).len(), 9);
     }
 }

@@ -1,8 +1,8 @@
-//! Device memory that gives itself back.
+//! What a device lends, as values that give it back.
 
 use alloc::sync::Arc;
 
-use gpu_kernels::driver::{Driver, DriverError, MemKind};
+use gpu_kernels::driver::{Driver, DriverError, EventId, MemKind, StreamId};
 use gpu_kernels::launch::DevicePtr;
 
 /// A driver that several owners of memory share.
@@ -69,5 +69,49 @@ impl Growing {
     /// Where it starts; null before the first [`Growing::reserve`].
     pub fn at(&self) -> DevicePtr {
         self.memory.as_ref().map_or(DevicePtr::NULL, Memory::at)
+    }
+}
+
+/// A stream that gives itself back.
+pub struct Queue {
+    device: Device,
+    /// Its handle.
+    pub id: StreamId,
+}
+
+impl Queue {
+    /// A new one.
+    pub fn new(device: &Device) -> Result<Queue, DriverError> {
+        Ok(Queue { id: device.create_stream()?, device: device.clone() })
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // As with memory: a lost device has lost its streams. Work under way is waited for, since it uses memory that
+        // goes next.
+        let _ = self.device.synchronise(self.id);
+        let _ = self.device.release_stream(self.id);
+    }
+}
+
+/// A point of the default stream's work that gives itself back.
+pub struct Mark {
+    device: Device,
+    /// Its event.
+    pub id: EventId,
+}
+
+impl Mark {
+    /// This point.
+    pub fn new(device: &Device) -> Result<Mark, DriverError> {
+        Ok(Mark { id: device.record(StreamId::DEFAULT)?, device: device.clone() })
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        // As with memory.
+        let _ = self.device.release(self.id);
     }
 }

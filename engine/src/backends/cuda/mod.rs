@@ -32,7 +32,7 @@ use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
 use inputs::{InputAddresses, InputLayout};
 pub use memory::Device;
-use memory::{Growing, Memory};
+use memory::{Growing, Mark, Memory};
 pub use needs::Needs;
 use translate::{Addresses, Anywhere, WeightKey};
 use weights::DeviceWeights;
@@ -64,6 +64,8 @@ pub struct Cuda {
     constants: Constants,
     arena: Growing,
     inputs: Growing,
+    /// Pinned, for what is read back.
+    outputs: Growing,
     kv: Option<Kv>,
     kv_generation: u64,
     plans: BTreeMap<usize, Prepared>,
@@ -143,10 +145,12 @@ impl Ready {
             Captured::Next => match device.begin_capture(stream) {
                 Ok(()) => {
                     let launched = launch(self);
-                    let id = device.end_capture(stream)?;
-                    self.graph = Captured::Graph { device: device.clone(), id };
+                    // The capture ends in any case; what is incomplete is dropped.
+                    let captured = device.end_capture(stream);
+                    let graph = Captured::Graph { device: device.clone(), id: captured? };
                     launched?;
-                    device.launch_graph(id, stream)
+                    self.graph = graph;
+                    self.submit(device, stream)
                 }
                 Err(DriverError::Unsupported { .. }) => {
                     self.graph = Captured::Never;
@@ -183,6 +187,8 @@ struct Placed<'a> {
     weights: &'a DeviceWeights,
     inputs: InputAddresses,
     constants: RefCell<&'a mut Constants>,
+    /// Why a constant could not be placed: the device's fault, not the operation's.
+    failure: RefCell<Option<DriverError>>,
 }
 
 impl Addresses for Placed<'_> {
@@ -193,7 +199,11 @@ impl Addresses for Placed<'_> {
         self.inputs.input(input)
     }
     fn constant(&self, values: &[f32]) -> Result<DevicePtr, String> {
-        self.constants.borrow_mut().place(values).map_err(|e| e.to_string())
+        self.constants.borrow_mut().place(values).map_err(|error| {
+            let what = error.to_string();
+            *self.failure.borrow_mut() = Some(error);
+            what
+        })
     }
 }
 
@@ -211,6 +221,7 @@ impl Cuda {
             device,
             arena: Growing::new(MemKind::Device),
             inputs: Growing::new(MemKind::Device),
+            outputs: Growing::new(MemKind::Host),
             kv: None,
             kv_generation: 0,
             plans: BTreeMap::new(),
@@ -243,9 +254,12 @@ impl Cuda {
     fn ready(&mut self, plan: &Plan, layout: InputLayout, class: SizeClass) -> Result<Ready, EngineError> {
         let inputs = InputAddresses { block: self.inputs.at(), layout };
         let constants = RefCell::new(&mut self.constants);
-        let placed = Placed { weights: &self.weights, inputs, constants };
-        let (mut program, values) = translate::translate(&plan.graph, &placed)
-            .map_err(|(i, why)| unsupported(&plan.graph, i, why))?;
+        let placed = Placed { weights: &self.weights, inputs, constants, failure: RefCell::default() };
+        let (mut program, values) =
+            translate::translate(&plan.graph, &placed).map_err(|(i, why)| match placed.failure.take() {
+                Some(error) => error.into(),
+                None => unsupported(&plan.graph, i, why),
+            })?;
         self.rules.apply(&mut program);
         emit::add_scratch(&mut program, class, &self.info);
         let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
@@ -274,6 +288,39 @@ impl Cuda {
         let graph = Captured::NotYet;
         Ok(Ready { layout, launches, slots, generation: self.generation(), graph })
     }
+}
+
+/// Whether this build has kernels for real devices.
+pub fn has_kernels() -> bool {
+    !gpu_kernels::ptx::MODULES.is_empty()
+}
+
+/// The emulated device.
+#[cfg(feature = "emu")]
+pub fn emulator() -> Device {
+    use gpu_kernels::emu::{Emulator, Options};
+    Arc::new(Emulator::new(Options::default()))
+}
+
+/// Bytes a second that a device moves in its own memory, read and written counted: the best of a few copies, long enough
+/// that the caches do not matter.
+pub fn copy_bytes_per_s(device: &Device) -> Result<f64, DriverError> {
+    // A fraction of the smallest device's memory, a multiple of the largest L2.
+    let bytes = (device.free_bytes().unwrap_or(0) / 8).clamp(1 << 20, 1 << 29);
+    let (from, to) = (
+        Memory::new(device, MemKind::Device, bytes as usize)?,
+        Memory::new(device, MemKind::Device, bytes as usize)?,
+    );
+    device.fill(from.at(), 1, bytes, StreamId::DEFAULT)?;
+    let mut best = u64::MAX;
+    for _ in 0..5 {
+        let start = Mark::new(device)?;
+        device.copy(to.at(), from.at(), bytes, StreamId::DEFAULT)?;
+        let end = Mark::new(device)?;
+        device.synchronise(StreamId::DEFAULT)?;
+        best = best.min(device.elapsed_ns(start.id, end.id)?.max(1));
+    }
+    Ok(2.0 * bytes as f64 / (best as f64 / 1e9))
 }
 
 fn unsupported(graph: &Graph, node: usize, why: String) -> EngineError {
@@ -367,7 +414,12 @@ impl Backend for Cuda {
         let prepared = &self.plans[&plan.0];
         let slot = prepared.ready[&prepared.last].slots[&prepared.plan.graph.base(tensor)];
         let at = self.arena.at().offset(slot.offset as u64);
-        self.device.read(bytemuck::cast_slice_mut(out), at, StreamId::DEFAULT)?;
+        let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+        // Through pinned memory: the driver takes longer to copy to pages that may move.
+        self.outputs.reserve(&self.device, out.len())?;
+        self.device.copy(self.outputs.at(), at, out.len() as u64, StreamId::DEFAULT)?;
+        self.device.synchronise(StreamId::DEFAULT)?;
+        self.device.read_host(out, self.outputs.at())?;
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use alloc::{format, vec};
 
-use gpu_kernels::kernels::{rope, round_act};
+use gpu_kernels::kernels::{argmax, rope, round_act};
 use gpu_kernels::launch::DevicePtr;
 use quant::act::ActKind;
 use quant::{BlockFormat, FloatFormat, FormatId, Visitor};
@@ -422,6 +422,12 @@ impl<'a> Translator<'a> {
                 let cols = shape(*x).cols();
                 let (x, weights, out) = (self.place(*x), self.place(*weights), self.value(out()));
                 self.push(Action::MoeCombine { x, weights, n, n_used, cols, out });
+            }
+            Op::Argmax { x } => {
+                let (n, cols) = (shape(*x).rows(), shape(*x).cols());
+                let scratch = self.program.value(argmax::scratch_bytes(n, cols));
+                let (x, out) = (self.place(*x), self.value(out()));
+                self.push(Action::Argmax { x, n, cols, out, scratch });
             }
             Op::RowGate { x, gate } => {
                 let (n, cols) = (shape(*x).rows(), shape(*x).cols());

@@ -16,7 +16,7 @@ use gpu_kernels::launch::DevicePtr;
 use gpu_kernels::modules::Modules;
 use gpu_kernels::tile;
 
-use super::memory::{Device, Growing, Memory};
+use super::memory::{Device, Growing, Memory, Queue};
 use super::translate::{WeightForm, WeightKey};
 use crate::error::EngineError;
 use crate::executor::Executor;
@@ -104,9 +104,8 @@ impl DeviceWeights {
                 progress(state);
             })
         });
-        let finished = staging.finish(&self.device);
         result?;
-        finished?;
+        staging.finish(&self.device)?;
         self.device.synchronise(StreamId::DEFAULT)?;
         self.placed.extend(placed);
         self.memory.push(memory);
@@ -162,18 +161,18 @@ struct Staging {
 }
 
 struct StagingSlot {
+    /// First, so that it goes first: it waits for the work that uses the rest.
+    queue: Queue,
     host: Growing,
     device: Growing,
-    stream: StreamId,
 }
 
 impl Staging {
     fn new(device: &Device) -> Result<Staging, DriverError> {
         let mut staging = Staging { slots: Vec::new(), next: 0 };
         for _ in 0..2 {
-            let stream = device.create_stream()?;
             let (host, on_device) = (Growing::new(MemKind::Host), Growing::new(MemKind::Device));
-            staging.slots.push(StagingSlot { host, device: on_device, stream });
+            staging.slots.push(StagingSlot { queue: Queue::new(device)?, host, device: on_device });
         }
         Ok(staging)
     }
@@ -188,7 +187,7 @@ impl Staging {
         let slot = &mut self.slots[self.next];
         self.next = (self.next + 1) % 2;
         // What used the slot before is done with it.
-        device.synchronise(slot.stream)?;
+        device.synchronise(slot.queue.id)?;
         slot.host.reserve(device, piece.len())?;
         slot.device.reserve(device, piece.len())?;
         let (host, on_device) = (slot.host.at(), slot.device.at());
@@ -206,14 +205,12 @@ impl Staging {
             // Once more in one piece, for the error, or for good.
             device.write_host(host, piece)?;
         }
-        device.copy(on_device, host, piece.len() as u64, slot.stream)?;
-        Ok((on_device, slot.stream))
+        device.copy(on_device, host, piece.len() as u64, slot.queue.id)?;
+        Ok((on_device, slot.queue.id))
     }
 
-    /// Waits for everything and gives the streams back.
-    fn finish(self, device: &Device) -> Result<(), DriverError> {
-        let done: Result<(), DriverError> =
-            self.slots.iter().try_for_each(|slot| device.synchronise(slot.stream));
-        self.slots.iter().map(|slot| device.release_stream(slot.stream)).fold(done, Result::and)
+    /// Waits for everything, and says what went wrong in it.
+    fn finish(&self, device: &Device) -> Result<(), DriverError> {
+        self.slots.iter().try_for_each(|slot| device.synchronise(slot.queue.id))
     }
 }

@@ -57,14 +57,13 @@ struct Span {
     n: u32,
 }
 
-/// Columns of a table of the tile's rows in shared memory: sequence; position; first visible position and the one after
-/// the last; the same for rows of the sequence that is being walked, zero for others.
+/// Columns of a table of the tile's rows in shared memory: sequence; first visible position and the one after the last;
+/// the same for rows of the sequence that is being walked, zero for others.
 const SEQUENCE: u32 = 0;
-const POS: u32 = 1;
-const ROW_LOW: u32 = 2;
-const ROW_HIGH: u32 = 3;
-const LOW: u32 = 4;
-const HIGH: u32 = 5;
+const ROW_LOW: u32 = 1;
+const ROW_HIGH: u32 = 2;
+const LOW: u32 = 3;
+const HIGH: u32 = 4;
 /// Sequence of a row that does not exist.
 const ABSENT: u32 = NO_SEQUENCE - 1;
 
@@ -194,7 +193,7 @@ impl<
     #[track_caller]
     fn load(x: &Inputs, page: u32, block: u32, len: u32, stage: u32) {
         let first = block * Self::BLOCK;
-        let n_valid = if first < len { len - first } else { 0 };
+        let n_valid = len.saturating_sub(first);
         let row = (page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize) * PAGE
             + (first % PAGE as u32) as usize;
         // One after the other in a loop: the code of either is long, and so is the list of its addresses.
@@ -309,7 +308,7 @@ impl<
     #[inline(always)]
     fn probability_at(r: u32, c: u32) -> u32 {
         let units = Self::BLOCK / 8;
-        let turn = if units >= 8 { r & 7 } else { r / (8 / units) & (units - 1) };
+        let turn = if units >= 8 { r & 7 } else { (r / (8 / units)) & (units - 1) };
         Self::LAYOUT.p as u32 + r * units + (c ^ turn)
     }
 
@@ -381,8 +380,11 @@ impl<
         let group = x.n_head / x.n_head_kv;
         unroll!(R in 0..2 {
             let row = row + 8 * R as u32;
-            let head = thread::block_idx_y() * group + (Self::tile(x).first + row) % group;
-            let (slope, pos) = (x.slopes.ld_nc(head), Self::table(POS).ld(row) as f32);
+            // Rows that are not there take the tile's first.
+            let tile = Self::tile(x);
+            let flat = tile.first + if row < tile.n { row } else { 0 };
+            let slope = x.slopes.ld_nc(thread::block_idx_y() * group + flat % group);
+            let pos = x.positions.ld_nc(flat / group) as f32;
             let mut n = 0;
             while n < NS {
                 unroll!(I in 0..2 {
@@ -489,7 +491,9 @@ impl<
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     fn sequence(x: &Inputs, q: &[FragmentA; KS], sequence: u32, total: &mut Part<NO>) {
-        let lane = thread::lane_id();
+        // Computed anew for each sequence: see `block`.
+        let thread = math::fresh(thread::thread_idx_x());
+        let (lane, warp) = (thread % 32, thread / 32);
         let U32x2([first_page, len]) = x.sequences.ld_nc(sequence);
 
         // What the rows of the CTA see, together.
@@ -504,7 +508,7 @@ impl<
         }
         let (cta_low, cta_high) = (warp_min(cta_low), !warp_min(!cta_high));
         // What some row of the warp sees, and what all do; rows that are not there may see what they like.
-        let r = 16 * (thread::warp_id() / SHARERS as u32) + lane % 16;
+        let r = 16 * (warp / SHARERS as u32) + lane % 16;
         let (low, high) = (Self::table(LOW).ld(r), Self::table(HIGH).ld(r));
         let absent = Self::table(SEQUENCE).ld(r) == ABSENT;
         let some = [warp_min(if high > 0 { low } else { u32::MAX }), !warp_min(!high)];
@@ -516,7 +520,7 @@ impl<
             end = if end > first + Self::N_BLOCKS { first + Self::N_BLOCKS } else { end };
         }
         // Looked up in shared memory once per block: the outputs need the registers.
-        let walk = 2 * thread::warp_id();
+        let walk = 2 * warp;
         if lane == 0 {
             Self::views().st(walk, U32x4([some[0], some[1], all[0], all[1]]));
             Self::views().st(walk + 1, U32x4([first_page, len, end, 0]));
@@ -623,7 +627,7 @@ impl<
 
         // What each row sees.
         if tid < Self::TILE_ROWS {
-            let mut row = [ABSENT, 0, 0, 0];
+            let mut row = [ABSENT, 0, 0];
             if tid < span.n {
                 let token = (span.first + tid) / group;
                 let sequence = x.token_sequences.ld_nc(token);
@@ -632,12 +636,12 @@ impl<
                     let pos = x.positions.ld_nc(token);
                     let U32x2([_, len]) = x.sequences.ld_nc(sequence);
                     let (low, high) = super::visible(pos, len, x.flags & CAUSAL != 0, x.window);
-                    row = [sequence, pos, low, high];
+                    row = [sequence, low, high];
                 }
             }
-            unroll!(COLUMN in 0..4 {
-                Self::table(COLUMN as u32).st(tid, row[COLUMN]);
-            });
+            Self::table(SEQUENCE).st(tid, row[0]);
+            Self::table(ROW_LOW).st(tid, row[1]);
+            Self::table(ROW_HIGH).st(tid, row[2]);
         }
         if x.n_spans > 0 {
             // A token's rows see the same: without a position in this span the CTA has nothing to do.
@@ -697,7 +701,7 @@ impl<
             let sequence = Self::table(SEQUENCE).ld(first);
             if sequence != NO_SEQUENCE {
                 // What rows of other sequences see is not of this one.
-                let (end, tid) = (Self::next_run(&x, first), thread::thread_idx_x());
+                let (end, tid) = (Self::next_run(&x, first), math::fresh(thread::thread_idx_x()));
                 if tid < Self::TILE_ROWS {
                     let inside = tid >= first && tid < end;
                     let see = |column| if inside { Self::table(column).ld(tid) } else { 0 };

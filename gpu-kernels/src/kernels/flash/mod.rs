@@ -100,7 +100,7 @@ pub const NO_SEQUENCE: u32 = u32::MAX;
 const ROWS: usize = 16;
 
 /// Columns of the table of a tile's rows.
-const TABLE_COLUMNS: usize = 6;
+const TABLE_COLUMNS: usize = 5;
 /// Warps of a CTA without tensor cores.
 const PLAIN_WARPS: u32 = 4;
 /// Most elements of a value row.

@@ -165,45 +165,48 @@ fn plain(
         sums.st(d, 0.0);
         d += 32;
     }
+    warp::sync_warp();
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
     let mut block = low / 32;
     while block < high.div_ceil(32) {
         let position = 32 * block + lane;
-        let mut score = f32::NEG_INFINITY;
-        if position >= low && position < high {
-            let bytes = k.offset(cache_row(position) * row_bytes_k as usize);
-            let mut s = with_row!(format_k, bytes, |row| row.dot(q, head_dim_k)) * scale;
-            if softcap != 0.0 {
-                s = softcap * math::tanh(s);
-            }
-            score = math::fma(-slope, math::fabs(pos as f32 - position as f32), s) * math::LOG2_E;
+        let visible = position >= low && position < high;
+        // Lanes without a position work on one that is there: fewer branches than lanes that wait.
+        let bytes = k.offset(cache_row(if visible { position } else { low }) * row_bytes_k as usize);
+        let mut score = with_row!(format_k, bytes, |row| row.dot(q, head_dim_k)) * scale;
+        if softcap != 0.0 {
+            score = softcap * math::tanh(score);
         }
+        score = math::fma(-slope, math::fabs(pos as f32 - position as f32), score) * math::LOG2_E;
+        score = if visible { score } else { f32::NEG_INFINITY };
         // A block has a visible position, so the maximum is a number.
         let new = math::fmax(max, warp::max_f32(score));
         let rescale = math::ex2(max - new);
         let p = math::ex2(score - new);
         sum = math::fma(sum, rescale, warp::sum_f32(p));
         max = new;
-        let mut d = lane;
-        // Lanes without a dimension take part in the shuffles.
-        while d - lane < head_dim_v {
-            let there = d < head_dim_v;
-            let mut acc = if there { sums.ld(d) * rescale } else { 0.0 };
-            let mut i = 0;
-            while i < 32 {
+        let mut first = 0;
+        while first < head_dim_v {
+            let there = first + lane < head_dim_v;
+            let d = if there { first + lane } else { first };
+            let mut acc = sums.ld(d) * rescale;
+            let from = low.saturating_sub(32 * block);
+            let to = if high < 32 * block + 32 { high - 32 * block } else { 32 };
+            let mut i = from;
+            while i < to {
                 let weight = f32::from_bits(warp::shfl(p.to_bits(), i));
-                let position = 32 * block + i;
-                if there && position >= low && position < high {
-                    let bytes = v.offset(cache_row(position) * row_bytes_v as usize);
-                    acc = math::fma(weight, with_row!(format_v, bytes, |row| row.element(d)), acc);
-                }
+                let bytes = v.offset(cache_row(32 * block + i) * row_bytes_v as usize);
+                acc = math::fma(weight, with_row!(format_v, bytes, |row| row.element(d)), acc);
                 i += 1;
             }
+            // The neighbour that lane 0 has may be read by lanes without one of their own.
+            warp::sync_warp();
             if there {
                 sums.st(d, acc);
             }
-            d += 32;
+            first += 32;
         }
+        warp::sync_warp();
         block += 1;
     }
     let factor = state::normaliser(max, sum, super::sink(sinks, head));
@@ -217,7 +220,7 @@ fn plain(
 
 kernels! {
     in "flash_plain";
-    pub(super) ENTRIES: threads(128);
+    pub(super) ENTRIES: threads(128, 4);
     fn (
         q: Glb<f32>, k: Glb<u8>, v: Glb<u8>, out: Glb<f32>,
         positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>, pages: Glb<u32>,

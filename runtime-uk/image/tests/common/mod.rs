@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
 use engine::executor::Serial;
 use engine::sampler::argmax;
@@ -178,11 +179,24 @@ pub const FAULT: i32 = 7;
 
 /// Greedy tokens of the hosted engine, as `answer.rs` of the image makes them.
 pub fn hosted(path: &Path, prompt: &str, n_predict: usize, n_ctx: usize) -> Vec<u32> {
+    hosted_on(path, prompt, n_predict, n_ctx, |model| {
+        Box::new(Cpu::new(model.weights().clone(), Arc::new(Serial), Isa::detect()))
+    })
+}
+
+/// The same on any back end.
+pub fn hosted_on(
+    path: &Path,
+    prompt: &str,
+    n_predict: usize,
+    n_ctx: usize,
+    backend: impl FnOnce(&Model) -> Box<dyn Backend>,
+) -> Vec<u32> {
     let bytes: Arc<dyn ByteSource> = Arc::new(std::fs::read(path).unwrap());
     let model = Arc::new(Model::load(vec![bytes]).unwrap());
-    let cpu = Cpu::new(model.weights().clone(), Arc::new(Serial), Isa::detect());
+    let backend = backend(&model);
     let params = ContextParams { n_ctx, ..ContextParams::default() };
-    let mut context = Context::new(model.clone(), Box::new(cpu), params).unwrap();
+    let mut context = Context::new(model.clone(), backend, params).unwrap();
     let options = EncodeOptions { add_special: true, parse_special: true };
     let ids = model.tokenizer().encode(prompt.as_bytes(), options).unwrap();
     context.decode(&Batch::prompt(0, &ids)).unwrap();

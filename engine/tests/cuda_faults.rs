@@ -1,0 +1,79 @@
+//! What fails on the device reaches the caller as a typed error; the session goes on or ends, and nothing leaks.
+
+mod common;
+#[path = "common/faulty.rs"]
+mod faulty;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use engine::backends::cuda::Cuda;
+use engine::executor::Serial;
+use engine::{Batch, Context, ContextParams, EngineError, Model};
+use faulty::{Fault, Faulty};
+use gpu_kernels::driver::DriverError;
+
+const MODEL: &str = "tiny/quantmix-a.gguf";
+
+fn context(model: &Arc<Model>, device: &Arc<Faulty>) -> Result<Context, EngineError> {
+    let cuda = Cuda::new(device.clone(), Arc::new(Serial), model.weights().clone());
+    let params = ContextParams { n_ctx: 64, n_ubatch: 8, ..ContextParams::default() };
+    Context::new(model.clone(), Box::new(cuda), params)
+}
+
+/// A prompt and three tokens more: the last steps are captured and replayed.
+fn talk(context: &mut Context) -> Result<Vec<f32>, EngineError> {
+    let mut all = Vec::new();
+    for tokens in [&[1, 7, 5][..], &[4], &[9], &[2]] {
+        context.decode(&Batch::prompt(0, tokens))?;
+        all.extend_from_slice(context.output(0));
+    }
+    Ok(all)
+}
+
+/// Runs with a fault, then mended on the same context; returns the error, if there was one.
+fn with_fault(model: &Arc<Model>, fault: Fault, want: &[f32]) -> Option<DriverError> {
+    let device = Arc::new(Faulty::new(Some(fault)));
+    let error = match context(model, &device) {
+        Err(error) => Some(error),
+        Ok(mut context) => {
+            let first = talk(&mut context);
+            if !matches!(fault, Fault::Lost(_)) {
+                device.mend();
+                context.truncate(0, 0);
+                let again = talk(&mut context).unwrap_or_else(|e| panic!("{fault:?}: mended, but {e}"));
+                assert!(again == want, "{fault:?}: mended, but other bits");
+            }
+            first.err()
+        }
+    };
+    let alive = device.alive.load(Ordering::Relaxed);
+    assert_eq!(alive, 0, "{fault:?}: {alive} things were not given back");
+    error.map(|error| match error {
+        EngineError::Device(error) => error,
+        other => panic!("{fault:?}: {other}"),
+    })
+}
+
+#[test]
+fn faults_are_errors_and_leak_nothing() {
+    let Some(dir) = common::goldens() else { return };
+    let model = common::model(&dir.join(MODEL));
+    let device = Arc::new(Faulty::new(None));
+    let want = talk(&mut context(&model, &device).unwrap()).unwrap();
+    let [allocations, launches, calls] = device.counts();
+    assert!(allocations > 4 && launches > 20 && calls > 100, "{allocations} {launches} {calls}");
+    for n in 0..allocations {
+        let error = with_fault(&model, Fault::Allocation(n), &want);
+        assert!(matches!(error, Some(DriverError::OutOfMemory { .. })), "allocation {n}: {error:?}");
+    }
+    // The first and last few, and some between: loading, a first run, a capture.
+    for n in (0..launches).step_by(launches as usize / 12).chain(launches - 3..launches) {
+        let error = with_fault(&model, Fault::Launch(n), &want);
+        assert!(matches!(error, Some(DriverError::Launch { .. })), "launch {n}: {error:?}");
+    }
+    for n in (0..calls - 20).step_by(calls as usize / 25) {
+        let error = with_fault(&model, Fault::Lost(n), &want);
+        assert!(matches!(error, Some(DriverError::Lost { .. })), "lost at call {n}: {error:?}");
+    }
+}
