@@ -194,6 +194,9 @@ pub struct ServeArgs {
     /// Key that clients must send as a bearer token
     #[arg(long, value_name = "KEY")]
     pub api_key: Option<String>,
+    /// Seconds that a client may take to send a request, or to read what waits for it
+    #[arg(long, value_name = "N", default_value = "30", value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: u64,
     /// Compute embeddings too
     #[arg(long, alias = "embedding")]
     pub embeddings: bool,

@@ -1,8 +1,8 @@
 //! `serve`: the HTTP API of a model over TCP.
 //!
 //! One thread waits for sockets and runs the batches between; the engine's own threads compute. All of HTTP is in the
-//! crate `server`; here are sockets, the clock and Ctrl-C. The first Ctrl-C lets answers under way end, the second ends
-//! the process.
+//! crate `server`; here are sockets, the clock and signals. The first Ctrl-C or SIGTERM lets answers under way end,
+//! the second ends the process.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
@@ -20,11 +20,12 @@ use server::{ConnectionId, Limits, Server, ServerConfig, Templates};
 use crate::args::ServeArgs;
 use crate::chat::{Format, Message};
 use crate::exit::usage;
+use crate::load::{self, Loaded};
 use crate::{machine, ui};
 
 use super::run;
 
-/// Longest wait without looking at the clock and at Ctrl-C.
+/// Longest wait without looking at the clock and at signals.
 const WAIT: Duration = Duration::from_millis(200);
 
 /// Bytes read from a socket at once.
@@ -57,51 +58,48 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     if args.parallel == 0 {
         return Err(usage("-np 0: at least one request must be answered at a time"));
     }
-    let interrupt = ui::watch_interrupts()?;
+    let interrupt = ui::watch_terminations()?;
     // Before the model is loaded: a port in use should not take that long to find out.
-    let mut listener = listen(&args.host, args.port)?;
+    let listener = listen(&args.host, args.port)?;
     let address = listener.local_addr()?;
     if !address.ip().is_loopback() && args.api_key.is_none() {
         ui::say(format!("anybody who reaches {address} can use this server; set --api-key"));
     }
-    let base = ContextParams { n_seq: args.parallel, ..ContextParams::default() };
-    let loaded = args.engine.open_with(&args.model, None, base.clone())?;
+    let loaded = args.engine.open_with(&args.model, None, |model| match model.hparams().causal {
+        true => ContextParams { n_seq: args.parallel, ..ContextParams::default() },
+        false => for_embeddings(),
+    })?;
     let model = loaded.model.clone();
     let (scheduler, embedder) = if model.hparams().causal {
-        let n_ctx = loaded.context.n_ctx();
-        let embedder = args.embeddings.then(|| embedder(args, &model, n_ctx)).transpose()?;
+        let embedder = args.embeddings.then(|| embedder(args, &loaded)).transpose()?;
         (Some(Scheduler::new(&model, loaded.context, args.parallel, args.engine.batch_size)), embedder)
     } else {
-        let n_ctx = loaded.context.n_ctx();
-        drop(loaded.context);
-        (None, Some(embedder(args, &model, n_ctx)?))
+        (None, Some(loaded.context))
     };
     let format =
         run::choose_format(args.chat_template.as_deref(), args.chat_template_file.as_deref(), &model)?;
     let config = config(args, &model, scheduler.as_ref().map_or(0, Scheduler::n_ctx));
     ui::say(format!("serving {} at http://{address}", config.model_name));
     let server = Server::new(&model, scheduler, embedder, Box::new(Chat(format)), config);
-    Host::new(server, &mut listener)?.run(&mut listener, interrupt)
+    Host::new(server, listener)?.run(interrupt)
 }
 
-/// A context for embeddings beside the one that generates; it shares the weights.
-fn embedder(args: &ServeArgs, model: &std::sync::Arc<Model>, n_ctx: usize) -> Result<engine::Context> {
-    let params = ContextParams {
-        n_ctx,
-        // Without a causal mask a text must fit one step.
-        n_ubatch: if model.hparams().causal { args.engine.batch_size.max(1) } else { n_ctx },
-        type_k: args.engine.cache_type_k,
-        type_v: args.engine.cache_type_v,
-        embeddings: true,
-        ..ContextParams::default()
-    };
-    Ok(crate::load::context(model, params, machine::threads(args.engine.threads)?)?.1)
+fn for_embeddings() -> ContextParams {
+    ContextParams { embeddings: true, ..ContextParams::default() }
+}
+
+/// A context for embeddings beside the one that generates; on the CPU they share the weights.
+fn embedder(args: &ServeArgs, loaded: &Loaded) -> Result<engine::Context> {
+    let params = args.engine.params(&loaded.model, loaded.context.n_ctx(), for_embeddings());
+    let threads = machine::threads(args.engine.threads)?;
+    Ok(load::context(&loaded.model, params, &loaded.compute, threads)?.1)
 }
 
 fn config(args: &ServeArgs, model: &Model, n_ctx: usize) -> ServerConfig {
     let file_name = || args.model.file_stem().map(|n| n.to_string_lossy().into_owned());
     let name = args.alias.clone().or_else(file_name).unwrap_or_else(|| model.arch_name().into());
     let entropy = run::seed(&crate::args::SamplingArgs { seed: -1, ..args.sampling.clone() });
+    let timeout_ms = args.timeout.saturating_mul(1000);
     let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     ServerConfig {
         model_name: name,
@@ -111,7 +109,7 @@ fn config(args: &ServeArgs, model: &Model, n_ctx: usize) -> ServerConfig {
         max_tokens: usize::try_from(args.predict).ok().filter(|&n| n > 0),
         api_key: args.api_key.clone(),
         epoch_s: epoch.as_secs(),
-        limits: Limits::default(),
+        limits: Limits { request_ms: timeout_ms, write_ms: timeout_ms, ..Limits::default() },
     }
 }
 
@@ -129,6 +127,8 @@ fn listen(host: &str, port: u16) -> Result<TcpListener> {
 struct Host<'m> {
     server: Server<'m>,
     poll: Poll,
+    /// None once no new client is taken.
+    listener: Option<TcpListener>,
     sockets: BTreeMap<ConnectionId, TcpStream>,
     /// Ended by us, not yet closed by the client.
     lingering: Vec<(TcpStream, Instant)>,
@@ -137,12 +137,13 @@ struct Host<'m> {
 }
 
 impl<'m> Host<'m> {
-    fn new(server: Server<'m>, listener: &mut TcpListener) -> Result<Host<'m>> {
+    fn new(server: Server<'m>, mut listener: TcpListener) -> Result<Host<'m>> {
         let poll = Poll::new()?;
-        poll.registry().register(listener, LISTENER, Interest::READABLE)?;
+        poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
         Ok(Host {
             server,
             poll,
+            listener: Some(listener),
             sockets: BTreeMap::new(),
             lingering: Vec::new(),
             started: Instant::now(),
@@ -151,9 +152,8 @@ impl<'m> Host<'m> {
     }
 
     /// Serves until `interrupt` and the end of what is under way then.
-    fn run(mut self, listener: &mut TcpListener, interrupt: &AtomicBool) -> Result<()> {
+    fn run(mut self, interrupt: &AtomicBool) -> Result<()> {
         let mut events = Events::with_capacity(EVENTS);
-        let mut draining = false;
         // Whether a socket may have more than was read in its turn.
         let mut more = false;
         loop {
@@ -162,15 +162,12 @@ impl<'m> Host<'m> {
                 Err(e) if e.kind() != ErrorKind::Interrupted => return Err(e).context("waiting for sockets"),
                 _ => {}
             }
-            if interrupt.load(Ordering::Relaxed) && !draining {
-                draining = true;
-                ui::say("no new requests; answers under way end first (Ctrl-C again: at once)");
-                self.poll.registry().deregister(listener)?;
+            // Whoever connects behind it is refused, and may find another server.
+            if interrupt.load(Ordering::Relaxed) && self.listener.take().is_some() {
+                ui::say("no new requests; answers under way end first (a second signal: at once)");
                 self.server.drain();
             }
-            if !draining {
-                self.accept(listener)?;
-            }
+            self.accept()?;
             more = self.read_all();
             if self.server.has_work() {
                 let started = self.started;
@@ -179,14 +176,14 @@ impl<'m> Host<'m> {
             self.server.tick(millis(self.started));
             self.write_all();
             self.let_go();
-            if draining && self.sockets.is_empty() && self.lingering.is_empty() {
+            if self.listener.is_none() && self.sockets.is_empty() && self.lingering.is_empty() {
                 return Ok(());
             }
         }
     }
 
-    fn accept(&mut self, listener: &TcpListener) -> Result<()> {
-        loop {
+    fn accept(&mut self) -> Result<()> {
+        while let Some(listener) = &self.listener {
             let mut socket = match listener.accept() {
                 Ok((socket, _)) => socket,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
@@ -204,6 +201,7 @@ impl<'m> Host<'m> {
             self.poll.registry().register(&mut socket, Token(id as usize), interest)?;
             self.sockets.insert(id, socket);
         }
+        Ok(())
     }
 
     /// Reads what there is, a bounded amount from each; whether some may have more.

@@ -87,6 +87,8 @@ pub struct StepCount {
     pub prefill: usize,
     /// Tokens of answers.
     pub decode: usize,
+    /// New tokens of answers.
+    pub predicted: usize,
 }
 
 struct Active<'m> {
@@ -183,11 +185,17 @@ impl<'m> Scheduler<'m> {
             let Some((id, job)) = self.queue.pop_front() else { break };
             self.admit(id, job);
         }
-        let count = self.fill_batch();
+        let mut count = self.fill_batch();
         if self.batch.tokens.is_empty() {
             return count;
         }
-        if let Err(error) = self.context.decode(&self.batch) {
+        let greedy = self.rows.iter().all(|&i| self.active[i].job.is_greedy());
+        let result = match greedy {
+            // The device picks the tokens and the logits stay there.
+            true => self.context.decode_greedy(&self.batch),
+            false => self.context.decode(&self.batch),
+        };
+        if let Err(error) = result {
             // The sequences are as before, but would fail again: the jobs end, the server goes on.
             events.extend(self.active.drain(..).map(|a| Event {
                 job: a.id,
@@ -204,10 +212,13 @@ impl<'m> Scheduler<'m> {
         for (row, &i) in self.rows.iter().enumerate() {
             let active = &mut self.active[i];
             let full = self.tokens[active.seq].len() >= n_ctx;
-            events.push(active.take(self.context.output(row), self.model, full));
-            if events.last().is_some_and(|e| e.end.is_some()) {
-                active.next = None;
-            }
+            let picked = match greedy {
+                true => Picked::Token(self.context.token(row)),
+                false => Picked::Logits(self.context.output(row)),
+            };
+            let before = active.n_answer;
+            events.push(active.take(picked, self.model, full));
+            count.predicted += active.n_answer - before;
         }
         let ended = |id| events.iter().any(|e| e.job == id && e.end.is_some());
         self.active.retain(|a| !ended(a.id));
@@ -268,19 +279,40 @@ impl<'m> Scheduler<'m> {
                 self.rows.push(i);
             }
         }
-        StepCount { prefill: self.batch.tokens.len() - decode, decode }
+        StepCount { prefill: self.batch.tokens.len() - decode, decode, predicted: 0 }
+    }
+}
+
+/// What a step gives a job.
+enum Picked<'a> {
+    /// The likeliest token.
+    Token(u32),
+    /// All logits.
+    Logits(&'a [f32]),
+}
+
+impl Job {
+    /// Whether the likeliest token is all that is wanted of a step.
+    fn is_greedy(&self) -> bool {
+        self.sampling.is_argmax() && self.logprobs.is_none()
     }
 }
 
 impl Active<'_> {
-    /// Samples a token and says what that comes to. `full`: the sequence has no room for it.
-    fn take(&mut self, logits: &[f32], model: &Model, full: bool) -> Event {
-        let token = self.sampler.sample(logits);
+    /// Takes a token and says what that comes to. `full`: the sequence has no room for it.
+    fn take(&mut self, picked: Picked<'_>, model: &Model, full: bool) -> Event {
+        let token = match picked {
+            Picked::Token(token) => token,
+            Picked::Logits(logits) => self.sampler.sample(logits),
+        };
         if model.tokenizer().is_eog(token) && !self.job.ignore_eos {
             let text = self.rest();
             return self.event(text, None, Some(Finish::Stop));
         }
-        let logprob = self.job.logprobs.map(|n| token_logprob(logits, token, n));
+        let logprob = match picked {
+            Picked::Token(_) => None,
+            Picked::Logits(logits) => self.job.logprobs.map(|n| token_logprob(logits, token, n)),
+        };
         self.sampler.accept(token);
         self.n_answer += 1;
         self.next = Some(token);

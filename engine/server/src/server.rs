@@ -256,6 +256,7 @@ impl<'m> Server<'m> {
             let count = scheduler.step(&mut events);
             self.metrics.steps += 1;
             self.metrics.prompt_tokens += count.prefill as u64;
+            self.metrics.predicted_tokens += count.predicted as u64;
         }
         self.embed_one(clock);
         let now = clock();
@@ -736,7 +737,6 @@ impl<'m> Server<'m> {
         }
         self.write(id, now_ms, |out| out.extend_from_slice(&new));
         if let Some(end) = end {
-            self.metrics.predicted_tokens += end.completion_tokens as u64;
             self.metrics.cached_tokens += end.cached_tokens as u64;
             self.metrics.completed += 1;
             self.metrics.latency_ms += now_ms.saturating_sub(began_ms);
