@@ -1,25 +1,12 @@
 //! The HTTP reader on good, bad and random bytes: what it finds does not depend on how the bytes were cut.
 
-use proptest::prelude::*;
-use server::http::{Incoming, Reader, json_depth};
+#[path = "../fuzz/harness.rs"]
+#[allow(dead_code)] // the reader's part is used here
+mod harness;
 
-/// Requests (as method, path, body) and the status that ended them, if one did.
-fn read(pieces: &[&[u8]]) -> (Vec<(String, String, Vec<u8>)>, Option<u16>) {
-    let mut reader = Reader::new(256, 64);
-    let mut found = Vec::new();
-    for piece in pieces {
-        reader.push(piece);
-        loop {
-            match reader.poll() {
-                Ok(None) => break,
-                Ok(Some(Incoming::Continue)) => {}
-                Ok(Some(Incoming::Request(r))) => found.push((r.method, r.path, r.body)),
-                Err(e) => return (found, Some(e.status)),
-            }
-        }
-    }
-    (found, None)
-}
+use harness::read;
+use proptest::prelude::*;
+use server::http::json_depth;
 
 const CORPUS: &[(&str, usize, Option<u16>)] = &[
     ("GET /health HTTP/1.1\r\nHost: a\r\n\r\n", 1, None),
@@ -61,7 +48,7 @@ fn corpus_gives_what_it_should_wherever_it_is_cut() {
 #[test]
 fn chunks_are_joined() {
     let (found, _) = read(&[CORPUS[3].0.as_bytes()]);
-    assert_eq!(found[0].2, b"abc0123456789");
+    assert_eq!(found[0].body, b"abc0123456789");
 }
 
 #[test]
