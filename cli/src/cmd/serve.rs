@@ -218,11 +218,7 @@ impl<'m> Host<'m> {
                     break;
                 }
                 match socket.read(&mut self.buffer) {
-                    // A client that has closed its side waits for nothing.
-                    Ok(0) => {
-                        gone.push(id);
-                        break;
-                    }
+                    Ok(0) => self.server.end_of_input(id),
                     Ok(n) => self.server.receive(id, &self.buffer[..n], now),
                     Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                     Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -233,11 +229,7 @@ impl<'m> Host<'m> {
                 }
             }
         }
-        // What was answered at once may still arrive: a client may close its side right after its request.
-        for id in gone {
-            self.write(id);
-            self.hang_up(id);
-        }
+        gone.into_iter().for_each(|id| self.hang_up(id));
         more
     }
 

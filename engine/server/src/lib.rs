@@ -15,6 +15,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod api;
+pub mod chat;
 pub mod error;
 pub mod http;
 mod metrics;

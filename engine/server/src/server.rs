@@ -224,6 +224,15 @@ impl<'m> Server<'m> {
         self.connections.get(&id).is_none_or(|c| c.closing && c.out.is_empty())
     }
 
+    /// The client has closed its side, so it waits for nothing: its work stops. What is said already may still be sent.
+    pub fn end_of_input(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.closing = true;
+        if let Some(exchange) = connection.exchange.take() {
+            self.abandon(id, exchange);
+        }
+    }
+
     /// The connection is gone, whoever ended it. Its work stops at once.
     pub fn close(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.remove(&id) else { return };
