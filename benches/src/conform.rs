@@ -83,6 +83,8 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
         if options.only.as_deref().is_some_and(|only| only != kernel.name()) {
             continue;
         }
+        let has = |tier: &&&str| ptx::MODULES.iter().any(|m| m.tier == **tier && m.sm >= kernel.sm_min());
+        let tiers: Vec<&str> = tiers.iter().filter(has).copied().collect();
         let results = kernel_in_children(device, *kernel, &tiers, &cache)?;
         for tier in &tiers {
             let Some(result) = results.get(tier) else { continue };
@@ -137,7 +139,7 @@ fn kernel_in_children(
 ) -> Result<BTreeMap<&'static str, Result1>, BenchError> {
     let program = std::env::current_exe().map_err(BenchError::io("find this program"))?;
     let mut results: BTreeMap<&str, Result1> = tiers.iter().map(|tier| (*tier, Result1::default())).collect();
-    // The next check, counted over cases and, within a case, tiers.
+    // The next check, counted over cases and, within a case, tiers. Without tiers there is none.
     let (mut next, n_checks) = (0, kernel.n_cases() * tiers.len());
     while next < n_checks {
         let mut command = Command::new(&program);

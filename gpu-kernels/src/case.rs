@@ -26,6 +26,8 @@ pub trait Kernel: 'static {
     const NMSE_MAX: f64;
     /// Shapes to time: those of models.
     const BENCH: &'static [Self::Case] = &[];
+    /// Compute capability, times ten, of the oldest tier that has the entries.
+    const SM_MIN: u32 = 0;
     /// The entries, for the emulator.
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]];
@@ -66,6 +68,8 @@ pub trait AnyKernel: Sync {
     fn bytes(&self, i: usize) -> u64;
     /// [`Kernel::flops`] of case `i`.
     fn flops(&self, i: usize) -> u64;
+    /// [`Kernel::SM_MIN`].
+    fn sm_min(&self) -> u32;
     /// [`Kernel::ENTRIES`].
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]];
@@ -82,6 +86,9 @@ impl<K: Kernel + Sync> AnyKernel for K {
     }
     fn nmse_max(&self) -> f64 {
         K::NMSE_MAX
+    }
+    fn sm_min(&self) -> u32 {
+        K::SM_MIN
     }
     fn n_cases(&self) -> usize {
         K::CASES.len()

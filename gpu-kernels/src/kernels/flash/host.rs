@@ -746,6 +746,7 @@ impl Kernel for Flash {
     ];
     const BENCH: &'static [Case] = BENCH;
     const NMSE_MAX: f64 = 2e-6;
+    const SM_MIN: u32 = 80;
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
         &[super::attend::DECODE, super::attend::LARGE_DECODE, super::attend::PREFILL, super::merge::ENTRIES];
@@ -804,6 +805,7 @@ impl Kernel for FlashSplit {
         },
     ];
     const NMSE_MAX: f64 = 1e-9;
+    const SM_MIN: u32 = 80;
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
         &[super::attend::SPLIT_DECODE, super::attend::SPLIT_PREFILL];
