@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use engine::backend::{Backend, Step, StepSequence};
-use engine::backends::cuda::{Cuda, RULES, RuleSet, emulator};
+use engine::backends::cuda::{Cuda, RULES, RuleSet};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::graph::Output;
@@ -30,7 +30,7 @@ const MODELS: &[&str] = &[
 ];
 
 fn cuda(model: &Model) -> Cuda {
-    Cuda::new(emulator(), Arc::new(Serial), model.weights().clone())
+    Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), model.weights().clone())
 }
 
 /// Runs a model's graph once over a sequence's first `n` tokens and reads every tensor that a node writes.
