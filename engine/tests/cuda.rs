@@ -86,8 +86,12 @@ fn every_tensor_matches_the_reference() {
     let Some(dir) = common::goldens() else { return };
     for name in MODELS {
         let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
-        // Quantised activations add their rounding, and a router may turn on it.
-        let bound = if name.starts_with("quantmix") { 1e-2 } else { 1e-6 };
+        // Quantised activations add their rounding, and a router may turn on it, as on the last bit of an f16 product.
+        let bound = match name.rsplit_once('-').map(|(arch, _)| arch) {
+            Some("quantmix") => 1e-2,
+            Some("qwen2moe" | "gpt-oss") => 1e-5,
+            _ => 1e-6,
+        };
         for n in [1, 20] {
             let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false);
             let got = every_tensor(&model, &mut cuda(&model), n, false);
