@@ -67,12 +67,13 @@ struct Shape {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
+    use bytemuck::Zeroable;
     use quant::act::ActKind;
     use quant::{BlockFormat, Group};
 
     use super::{Shape, scale_words, stage_bytes};
     use crate::device::math::{self, dp4a_us, fma};
-    use crate::device::{Glb, Smem, U32x2, U32x4, sync, thread, warp};
+    use crate::device::{Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
     use crate::kernels::lookup::{SharedBook, book_bytes};
     use crate::kernels::product::{Gate, Part, choose};
     use crate::kernels::quantise_act::ActScale;
@@ -173,18 +174,17 @@ mod gpu {
             }
         }
 
-        /// Fills it with `n` groups from group `first` of each column, a column `stride` groups after the other; the
-        /// span's other groups become zeros. The warp calls together, and `between` runs while the loads are under way.
+        /// Fills it with `n` groups from group `column(c)` of each column c; the span's other groups become zeros. The
+        /// warp calls together.
         #[inline(always)]
         #[track_caller]
-        fn fill<F: BlockFormat, const COLS: usize, T>(
+        fn fill<F: BlockFormat, const COLS: usize>(
             self,
             q: Glb<U32x4>,
             scales: Glb<U32x2>,
             n: u32,
             column: impl Fn(u32) -> u32,
-            between: impl FnOnce() -> T,
-        ) -> T {
+        ) {
             let lane = thread::lane_id();
             let groups = SPAN_GROUPS as u32;
             let (n_vectors, n_scales) = (COLS as u32 * 2 * groups, COLS as u32 * groups);
@@ -208,7 +208,6 @@ mod gpu {
                 }
                 i += 1;
             }
-            let result = between();
             // All lanes have read what was here before.
             warp::sync_warp();
             let mut i = 0;
@@ -234,7 +233,6 @@ mod gpu {
                 i += 1;
             }
             warp::sync_warp();
-            result
         }
     }
 
@@ -263,6 +261,10 @@ mod gpu {
         // In a mixture a column is a (token, slot) pair.
         let pair = thread::block_idx_y();
         let mixture = !ids.is_null();
+        if mixture {
+            // Which weights these are an earlier launch says.
+            grid::wait_for_earlier();
+        }
         let expert = if mixture { ids.ld_nc(pair) } else { 0 };
         let first_x = if mixture { pair / shape.pairs_per_x } else { 0 };
         let last_column = shape.n_cols - 1;
@@ -289,35 +291,64 @@ mod gpu {
 
         // An item is a span of one matrix; gate and up alternate.
         let n_items = if gated_pair { 2 * n_spans } else { n_spans };
+        let item_of = |item: u32| if gated_pair { (item / 2, item % 2 == 1) } else { (item, false) };
+        let groups_of = |span: u32| {
+            if F::ELEMS == crate::tile::SPAN || span + 1 < n_spans {
+                groups
+            } else {
+                shape.n_groups - span * groups
+            }
+        };
+        // Where a tile's part of an item lies; tiles beyond the last do the last one's work again.
+        let span_of = |item: u32, t: usize| {
+            let (span, second) = item_of(item);
+            let tile = first_tile + t as u32;
+            let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
+            let at = matrix + tile as usize * tile_bytes + F::LAYOUT.span_offset(span as usize);
+            (if second { p1.w } else { part.w }).offset(at)
+        };
+        let units_of = |item: u32| {
+            if F::ELEMS == crate::tile::SPAN || groups_of(item_of(item).0) == groups {
+                F::LAYOUT.span_units() as u32
+            } else {
+                F::LAYOUT.tail_units(k) as u32
+            }
+        };
+        let load = |item: u32| {
+            let words =
+                core::array::from_fn::<F::Words, TILES, _>(|t| load_span::<F>(span_of(item, t), units_of(item)));
+            // The warp's next item comes to L2 meanwhile.
+            let next = item + n_warps;
+            if next < n_items && lane == 0 {
+                let bytes = units_of(next) * (ROWS * F::LAYOUT.unit_bytes) as u32;
+                let mut t = 0;
+                while t < TILES {
+                    span_of(next, t).prefetch(bytes);
+                    t += 1;
+                }
+            }
+            words
+        };
+
         let mut start = 0;
+        let mut item = warp_id;
+        let mut words = [F::Words::zeroed(); TILES];
+        if item < n_items {
+            words = load(item);
+        }
+        if !mixture {
+            grid::wait_for_earlier();
+        }
         loop {
             let end = if start + shape.window < n_items { start + shape.window } else { n_items };
-            let mut item = start + warp_id;
             while item < end {
-                let (span, second) = if gated_pair { (item / 2, item % 2 == 1) } else { (item, false) };
-                let w = if second { p1.w } else { part.w };
-                let n = if F::ELEMS == crate::tile::SPAN || span + 1 < n_spans {
-                    groups
-                } else {
-                    shape.n_groups - span * groups
-                };
-                let units = if F::ELEMS == crate::tile::SPAN || n == groups {
-                    F::LAYOUT.span_units() as u32
-                } else {
-                    F::LAYOUT.tail_units(k) as u32
-                };
+                let (span, _) = item_of(item);
+                let n = groups_of(span);
                 let column = |c: u32| {
                     let c = first_x + if c < last_column { c } else { last_column };
                     c * shape.n_groups + span * groups
                 };
-                let mut words = stage.fill::<F, COLS, _>(q, scales, n, column, || {
-                    core::array::from_fn::<F::Words, TILES, _>(|t| {
-                        let tile = first_tile + t as u32;
-                        let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
-                        let at = matrix + tile as usize * tile_bytes + F::LAYOUT.span_offset(span as usize);
-                        load_span::<F>(w.offset(at), units)
-                    })
-                });
+                stage.fill::<F, COLS>(q, scales, n, column);
 
                 const { assert!(SPAN_GROUPS == 8) };
                 // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
@@ -370,6 +401,9 @@ mod gpu {
                     first += AT_ONCE as u32;
                 }
                 item += n_warps;
+                if item < end {
+                    words = load(item);
+                }
             }
             sync::sync_threads();
 
@@ -415,6 +449,10 @@ mod gpu {
             // The partial sums are free again.
             sync::sync_threads();
             start = end;
+            item = start + warp_id;
+            if item < n_items {
+                words = load(item);
+            }
         }
     }
 }
@@ -425,7 +463,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            FEW: threads(512);
+            FEW: threads(512), early;
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
                 concat!("mmvq_", stringify!($id), "_n1") => entries!(@entry $module, 1);
@@ -436,7 +474,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            MORE: threads(256);
+            MORE: threads(256), early;
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
                 concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
