@@ -14,7 +14,8 @@
 //!   add them in order. Warps per CTA by shape ([`warps`]).
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
-//! Done for speed: (1) a span's weights come by 128-bit coalesced loads, all issued before the first is used, past L1;
+//! Done for speed: (1) a span's weights come by 128-bit coalesced loads, all issued before the first is used, past L1,
+//! the first of them before the kernel waits for earlier launches; the span after that comes to L2 meanwhile;
 //! (2) a warp stages its span's activations in shared memory, whose loads are broadcasts; with (1) in flight together,
 //! so that a span costs one latency; (3) the integer sum starts at the bits of 1.5·2^23 less the bias's part, so that it
 //! is a float after one subtraction, without a conversion or a correction per row.
@@ -35,6 +36,12 @@ const SMEM_BYTES: u32 = 48 * 1024;
 /// (48 words per tile at most) allow.
 const fn tiles_per_warp(span_bytes: usize, n_cols: usize) -> usize {
     if n_cols >= 4 && span_bytes <= 4 * 48 { 2 } else { 1 }
+}
+
+/// Whether a warp loads its next item before it is done with all of this one: where there are registers for it.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+const fn ahead(n_cols: usize) -> bool {
+    n_cols <= 2
 }
 
 /// Columns for which a group is unpacked once. Without dp4a eight of them do not fit the registers.
@@ -71,7 +78,7 @@ mod gpu {
     use quant::act::ActKind;
     use quant::{BlockFormat, Group};
 
-    use super::{Shape, scale_words, stage_bytes};
+    use super::{Shape, ahead, scale_words, stage_bytes};
     use crate::device::math::{self, dp4a_us, fma};
     use crate::device::{Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
     use crate::kernels::lookup::{SharedBook, book_bytes};
@@ -314,26 +321,31 @@ mod gpu {
                 F::LAYOUT.tail_units(k) as u32
             }
         };
-        let load = |item: u32| {
-            let words =
-                core::array::from_fn::<F::Words, TILES, _>(|t| load_span::<F>(span_of(item, t), units_of(item)));
-            // The warp's next item comes to L2 meanwhile.
-            let next = item + n_warps;
-            if next < n_items && lane == 0 {
-                let bytes = units_of(next) * (ROWS * F::LAYOUT.unit_bytes) as u32;
+        let prefetch = |item: u32| {
+            if item < n_items && lane == 0 {
+                let bytes = units_of(item) * (ROWS * F::LAYOUT.unit_bytes) as u32;
                 let mut t = 0;
                 while t < TILES {
-                    span_of(next, t).prefetch(bytes);
+                    span_of(item, t).prefetch(bytes);
                     t += 1;
                 }
             }
+        };
+        let load = |item: u32| {
+            let words = core::array::from_fn::<F::Words, TILES, _>(|t| {
+                load_span::<F>(span_of(item, t), units_of(item))
+            });
+            // The warp's next item comes to L2 meanwhile.
+            prefetch(item + n_warps);
             words
         };
 
         let mut start = 0;
         let mut item = warp_id;
         let mut words = [F::Words::zeroed(); TILES];
-        if item < n_items {
+        if !ahead(COLS) {
+            prefetch(item);
+        } else if item < n_items {
             words = load(item);
         }
         if !mixture {
@@ -348,6 +360,9 @@ mod gpu {
                     let c = first_x + if c < last_column { c } else { last_column };
                     c * shape.n_groups + span * groups
                 };
+                if !ahead(COLS) {
+                    words = load(item);
+                }
                 stage.fill::<F, COLS>(q, scales, n, column);
 
                 const { assert!(SPAN_GROUPS == 8) };
@@ -401,7 +416,7 @@ mod gpu {
                     first += AT_ONCE as u32;
                 }
                 item += n_warps;
-                if item < end {
+                if ahead(COLS) && item < end {
                     words = load(item);
                 }
             }
@@ -450,7 +465,7 @@ mod gpu {
             sync::sync_threads();
             start = end;
             item = start + warp_id;
-            if item < n_items {
+            if ahead(COLS) && item < n_items {
                 words = load(item);
             }
         }
