@@ -3,7 +3,8 @@
 //!
 //! * Shapes: `w` [n_rows, k] in any block format, tiled (`tile.rs`), 16-byte aligned; activations [n_cols, k] as
 //!   `quantise_act` writes them (`q`, `scales`) in the format's kind (`BlockFormat::ACT`); `y` [n_cols, n_rows] f32.
-//!   Nothing overlaps, except that `residual` may be `y`.
+//!   Nothing overlaps, except that `residual` may be `y`. One column (in a mixture any) may also come as f32 in `q`,
+//!   without `scales`: the kernel quantises it span by span on its way to shared memory, to the same bits.
 //! * Several matrices, bias, gate and up, residual, mixtures of experts: `product.rs`. In a mixture every pair is a column
 //!   of its own.
 //! * Result: for every output the sum over a span of 256 weights is `BlockFormat::dot_group`'s chain from 0 over its groups in
@@ -80,10 +81,11 @@ mod gpu {
 
     use super::{Shape, ahead, scale_words, stage_bytes};
     use crate::device::math::{self, dp4a_us, fma};
-    use crate::device::{Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
+    use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
     use crate::kernels::lookup::{SharedBook, book_bytes};
     use crate::kernels::product::{Gate, Part, choose};
     use crate::kernels::quantise_act::ActScale;
+    use crate::kernels::quantise_act::gpu::{Target, span_to};
     use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block, load_span};
 
     /// The f32 1.5·2^23: its bits plus an integer below 2^22 in size are the bits of the sum.
@@ -167,7 +169,7 @@ mod gpu {
     /// A warp's copy of a span's activations in shared memory.
     #[derive(Clone, Copy)]
     struct Stage {
-        codes: Smem<U32x4>,
+        codes: Smem<u32>,
         scales: Smem<u32>,
     }
 
@@ -176,9 +178,39 @@ mod gpu {
         fn at<F: BlockFormat, const COLS: usize>(offset: u32) -> Stage {
             let groups = (COLS * SPAN_GROUPS) as u32;
             Stage {
-                codes: Smem::dynamic(offset, 2 * groups),
+                codes: Smem::dynamic(offset, 8 * groups),
                 scales: Smem::dynamic(offset + 32 * groups, scale_words(F::SCALE_ELEMS) * groups),
             }
+        }
+
+        /// Sets the scale of group `group` of the stage.
+        #[inline(always)]
+        #[track_caller]
+        fn set_scale<F: BlockFormat>(self, group: u32, act: ActScale) {
+            let staged = Staged::prepare::<F>(act);
+            if F::SCALE_ELEMS == 16 {
+                self.scales.cast::<U32x4>().st(group, U32x4(staged));
+            } else {
+                self.scales.cast::<U32x2>().st(group, U32x2([staged[0], staged[1]]));
+            }
+        }
+
+        /// Fills it with `n` groups of one column from group `first` on of `x`, quantised here; the span's other groups
+        /// become zeros. The warp calls together.
+        #[inline(always)]
+        #[track_caller]
+        fn quantise<F: BlockFormat>(self, x: Glb<F32x4>, n: u32, first: u32) {
+            let mut v = [[0.0; 4]; 2];
+            unroll!(H in 0..2 {
+                let i = 32 * H as u32 + thread::lane_id();
+                if i < 8 * n {
+                    v[H] = x.ld_nc(8 * first + i).0;
+                }
+            });
+            // All lanes have read what was here before.
+            warp::sync_warp();
+            span_to(F::ACT, v, Staging::<F> { stage: self, format: core::marker::PhantomData }, 0);
+            warp::sync_warp();
         }
 
         /// Fills it with `n` groups from group `column(c)` of each column c; the span's other groups become zeros. The
@@ -221,7 +253,7 @@ mod gpu {
             while 32 * i < n_vectors as usize {
                 let at = lane + 32 * i as u32;
                 if at < n_vectors {
-                    self.codes.st(at, codes[i]);
+                    self.codes.cast::<U32x4>().st(at, codes[i]);
                 }
                 i += 1;
             }
@@ -230,16 +262,37 @@ mod gpu {
                 let at = lane + 32 * i as u32;
                 if at < n_scales {
                     let U32x2([d, extra]) = acts[i];
-                    let staged = Staged::prepare::<F>(ActScale { d: f32::from_bits(d), extra });
-                    if F::SCALE_ELEMS == 16 {
-                        self.scales.cast::<U32x4>().st(at, U32x4(staged));
-                    } else {
-                        self.scales.cast::<U32x2>().st(at, U32x2([staged[0], staged[1]]));
-                    }
+                    self.set_scale::<F>(at, ActScale { d: f32::from_bits(d), extra });
                 }
                 i += 1;
             }
             warp::sync_warp();
+        }
+    }
+
+    /// A stage as what quantised values are written to.
+    struct Staging<F> {
+        stage: Stage,
+        format: core::marker::PhantomData<F>,
+    }
+    impl<F> Clone for Staging<F> {
+        #[inline(always)]
+        fn clone(&self) -> Self {
+            *self
+        }
+    }
+    impl<F> Copy for Staging<F> {}
+
+    impl<F: BlockFormat> Target for Staging<F> {
+        #[inline(always)]
+        #[track_caller]
+        fn codes(self, i: u32, word: u32) {
+            self.stage.codes.st(i, word);
+        }
+        #[inline(always)]
+        #[track_caller]
+        fn scale(self, group: u32, scale: ActScale) {
+            self.stage.set_scale::<F>(group, scale);
         }
     }
 
@@ -363,7 +416,11 @@ mod gpu {
                 if !ahead(COLS) {
                     words = load(item);
                 }
-                stage.fill::<F, COLS>(q, scales, n, column);
+                if COLS == 1 && scales.is_null() {
+                    stage.quantise::<F>(q.cast(), n, column(0));
+                } else {
+                    stage.fill::<F, COLS>(q, scales, n, column);
+                }
 
                 const { assert!(SPAN_GROUPS == 8) };
                 // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
@@ -386,8 +443,8 @@ mod gpu {
                             let mut c = 0;
                             while c < AT_ONCE {
                                 let at = (first + c as u32) * groups + G as u32;
-                                let [U32x4(low), U32x4(high)] =
-                                    [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
+                                let codes = stage.codes.cast::<U32x4>();
+                                let [U32x4(low), U32x4(high)] = [codes.ld(2 * at), codes.ld(2 * at + 1)];
                                 let act = Staged::load::<F>(stage.scales, at);
                                 let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
                                 let mut t = 0;
@@ -529,6 +586,7 @@ macro_rules! entries {
         const CASES: &[host::Case] = &[
             $(
                 host::Case { rows: &[37], k: 512, ..host::Case::of(quant::FormatId::$id) },
+                host::Case { rows: &[6], k: 512, floats: true, ..host::Case::of(quant::FormatId::$id) },
                 host::Case { rows: &[5], k: 256, n_cols: 8, ..host::Case::of(quant::FormatId::$id) },
             )*
             host::Case { rows: &[4], k: 32, n_cols: 2, ..host::Case::of(quant::FormatId::Q4_0) },
@@ -537,6 +595,9 @@ macro_rules! entries {
             host::Case { rows: &[1], k: 768, n_cols: 5, ..host::Case::of(quant::FormatId::Q6_K) },
             host::Case { rows: &[96], k: 2304, n_cols: 7, ..host::Case::of(quant::FormatId::IQ3_XXS) },
             host::Case { rows: &[64], k: 576, n_cols: 8, ..host::Case::of(quant::FormatId::Q5_1) },
+            host::Case { rows: &[35], k: 576, floats: true, ..host::Case::of(quant::FormatId::Q4_1) },
+            host::Case { rows: &[33, 33], k: 2080, glu: Some(Glu::Silu), floats: true, ..host::Case::of(quant::FormatId::Q8_0) },
+            host::Case { rows: &[33], k: 768, n_cols: 2, mixture: Some((4, 2, true)), floats: true, ..host::Case::of(quant::FormatId::Q4_K) },
             // More spans than fit the partial sums at a time.
             host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, ..host::Case::of(quant::FormatId::Q4_1) },
             host::Case { rows: &[40, 8, 33], k: 288, extras: true, ..host::Case::of(quant::FormatId::Q5_0) },
@@ -638,6 +699,9 @@ mod host {
             let got = args.n_cols as u64;
             return Err(LaunchError::Shape { kernel, what: "n_cols", expected: "1 to 8", got });
         }
+        if args.scales == DevicePtr::NULL && columns != 1 {
+            return Err(check.shape("n_cols of f32", "1", columns));
+        }
         let entry = super::entry(args.format, columns);
         let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
             entry.ok_or(LaunchError::Format { kernel, format: args.format })?;
@@ -703,12 +767,14 @@ mod host {
         pub extras: bool,
         /// Experts, experts used, and whether each slot has activations of its own.
         pub mixture: Option<(usize, usize, bool)>,
+        /// Whether the activations come as floats.
+        pub floats: bool,
     }
 
     impl Case {
         /// One row of 256, one column.
         pub const fn of(format: FormatId) -> Case {
-            Case { format, rows: &[1], k: 256, n_cols: 1, glu: None, extras: false, mixture: None }
+            Case { format, rows: &[1], k: 256, n_cols: 1, glu: None, extras: false, mixture: None, floats: false }
         }
     }
 
@@ -793,6 +859,8 @@ mod host {
         bench(FormatId::IQ4_XS, 4096, 14336, 1),
         Case { rows: &[14336, 14336], k: 4096, glu: Some(Glu::Silu), ..Case::of(FormatId::Q4_0) },
         Case { rows: &[4096, 1024, 1024], k: 4096, ..Case::of(FormatId::Q4_0) },
+        Case { floats: true, ..bench(FormatId::Q4_0, 4096, 14336, 1) },
+        Case { floats: true, ..bench(FormatId::Q4_0, 4096, 4096, 1) },
         Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_0) },
         Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_K) },
     ];
@@ -864,7 +932,7 @@ mod host {
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { format, rows, k, n_cols, glu, extras, mixture } = *case;
+            let Case { format, rows, k, n_cols, glu, extras, mixture, floats } = *case;
             let (n_expert, n_used, per_slot) = mixture.unwrap_or((1, 1, false));
             let n_pairs = n_cols * n_used;
             let n_x = if per_slot { n_pairs } else { n_cols };
@@ -926,6 +994,7 @@ mod host {
                 Buffer::Input(bytes_of(&q)),
                 Buffer::Input(bytes_of(&scales)),
                 Buffer::Input(bytes_of(&ids)),
+                Buffer::Input(bytes_of(&x)),
             ]);
             Problem {
                 buffers,
@@ -942,7 +1011,7 @@ mod host {
                     let rest = &at[n_inputs + outputs..];
                     let pairs_per_x = if per_slot { 1 } else { n_used };
                     let mixture = mixture.map(|_| Mixture { ids: rest[2], n_pairs, pairs_per_x });
-                    let (q, scales) = (rest[0], rest[1]);
+                    let (q, scales) = if floats { (rest[3], DevicePtr::NULL) } else { (rest[0], rest[1]) };
                     Ok(vec![launch(&Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture })?])
                 }),
             }
@@ -1026,6 +1095,7 @@ mod host {
                 Args { k: 40, ..args },
                 Args { format: FormatId::F16, ..args },
                 Args { q: DevicePtr(8), ..args },
+                Args { scales: DevicePtr::NULL, n_cols: 2, ..args },
                 Args { parts: &[], ..args },
                 Args { parts: &parts, ..args },
                 Args { glu: Some(Glu::Silu), ..args },

@@ -170,7 +170,8 @@ mod host {
         pub parts: &'a [Matrix],
         /// What combines gate and up.
         pub glu: Option<Glu>,
-        /// Codes and scales of the activations, in the format's kind.
+        /// Codes and scales of the activations, in the format's kind. Without scales (null) `q` is f32, where the kernel
+        /// takes that.
         pub q: DevicePtr,
         /// As `q`.
         pub scales: DevicePtr,

@@ -12,7 +12,8 @@
 //! * The order of the sum depends on n alone.
 //!
 //! Done for speed: (1) 16-byte loads, (2) one barrier per row, none for heads, (3) rows up to 8192 are read once and stay
-//! in registers, (4) the product that follows finds its activations quantised.
+//! in registers, (4) the product that follows finds its activations quantised, (5) the weights are on their way before
+//! the kernel waits for the launch before it.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
@@ -29,9 +30,9 @@ mod gpu {
     use half::{bf16, f16};
 
     use super::Shared;
-    use crate::device::{F32x4, Glb, U32x2, math, thread, warp};
+    use crate::device::{F32x4, Glb, U32x2, grid, math, thread, warp};
     use crate::kernels::output::SPAN4;
-    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read};
+    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read, read_early};
     use crate::kernels::reduce;
 
     /// One row's arrays.
@@ -124,8 +125,10 @@ mod gpu {
         let (first, step, spans) = (thread::warp_id(), thread::block_dim_x() / 32, n4.div_ceil(SPAN4));
 
         // Sum of squares. Each warp keeps its first span; more than one it has only in rows beyond 8192.
-        // All loads before the store of h, which waits for the first of them.
-        let (w, a) = (read(weight, first, n4, 1.0), read(row.add, first, n4, 0.0));
+        // All loads before the store of h, which waits for the first of them; the weights before all else.
+        let w = read_early(weight, first, n4, 1.0);
+        grid::wait_for_earlier();
+        let a = read(row.add, first, n4, 0.0);
         let v = row.sum(first);
         let mut squares = [0.0f32; 4];
         add_squares(&mut squares, v);
@@ -164,6 +167,8 @@ mod gpu {
         eps: f32,
     ) {
         let index = thread::index_1d() / 32;
+        let w = read_early(weight, 0, n4, 1.0);
+        grid::wait_for_earlier();
         // A whole warp leaves.
         if index >= n_rows {
             return;
@@ -171,7 +176,7 @@ mod gpu {
         let start = index * n4;
         let of_row = |array: Glb<F32x4>| if array.is_null() { array } else { array.offset(start as usize) };
         let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
-        let (w, a) = (read(weight, 0, n4, 1.0), read(row.add, 0, n4, 0.0));
+        let a = read(row.add, 0, n4, 0.0);
         let v = row.sum(0);
         let mut squares = [0.0f32; 4];
         add_squares(&mut squares, v);
@@ -181,7 +186,7 @@ mod gpu {
 
     kernels! {
         in "rms_norm";
-        pub(super) CTA: threads(1024);
+        pub(super) CTA: threads(1024), early;
         fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
             scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);
         "rms_norm_f32" => row_per_cta::<f32>;
@@ -194,7 +199,7 @@ mod gpu {
 
     kernels! {
         in "rms_norm";
-        pub(super) WARP: threads(256);
+        pub(super) WARP: threads(256), early;
         fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
             scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);
         "rms_norm_head_f32" => row_per_warp::<f32>;

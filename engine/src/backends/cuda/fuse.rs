@@ -4,7 +4,9 @@
 use alloc::vec::Vec;
 
 use super::emit::product_glu;
-use super::program::{Action, Acts, Gate, Norm, NormKind, Part, Place, Program, Store, Value};
+use super::program::{
+    Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Store, Value,
+};
 use crate::op::Binary;
 
 /// A rule.
@@ -23,6 +25,7 @@ pub const RULES: &[Rule] = &[
     Rule { name: "norm_quantise", apply: norm_quantise },
     Rule { name: "gate_quantise", apply: gate_quantise },
     Rule { name: "rope_store", apply: rope_store },
+    Rule { name: "quantise_product", apply: quantise_product },
 ];
 
 /// Which rules are applied, in the order of [`RULES`].
@@ -250,6 +253,44 @@ fn gate_quantise(program: &mut Program) {
         }
         _ => false,
     });
+}
+
+/// `a = quantise(x); y = a·wᵀ` becomes one action where there is one token: each of the kernel's CTAs quantises what it
+/// needs, which takes less time than a launch. After the rules that quantise where `x` is written, which is once.
+fn quantise_product(program: &mut Program) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        let Action::Quantise { x, acts, .. } = program.actions[at] else {
+            at += 1;
+            continue;
+        };
+        let takes_floats = |action: &Action| match action {
+            Action::Product(p) => p.n == 1 && p.x == Factor::Acts(acts),
+            Action::ExpertProduct(p) => p.n == 1 && p.x == Factor::Acts(acts),
+            _ => false,
+        };
+        let reads = |action: &Action| {
+            let mut reads = false;
+            action.for_each_read(&mut |v| reads |= v == acts.q || v == acts.scales);
+            reads
+        };
+        if !program.actions.iter().filter(|a| reads(a)).all(takes_floats) {
+            at += 1;
+            continue;
+        }
+        for action in &mut program.actions {
+            match action {
+                Action::Product(Product { x: factor, .. })
+                | Action::ExpertProduct(ExpertProduct { x: factor, .. })
+                    if *factor == Factor::Acts(acts) =>
+                {
+                    *factor = Factor::Floats(x);
+                }
+                _ => {}
+            }
+        }
+        program.actions.remove(at);
+    }
 }
 
 /// `q' = rope(q); k' = rope(k); store(k', v)` becomes one action, where only the store reads `k'`.

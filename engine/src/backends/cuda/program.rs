@@ -63,7 +63,7 @@ pub struct Acts {
 /// The right-hand side of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Factor {
-    /// f32; products with float weights.
+    /// f32; products with float weights, and with block formats where the kernel quantises one token's on the way.
     Floats(Place),
     /// Rounded to the weights' format, in the tiles of `round_act`; products with F16 or BF16 weights and many tokens.
     Rounded(Value),
