@@ -239,7 +239,8 @@ impl Driver for RemoteDriver {
     fn resident_ctas(&self, module: ModuleId, launch: &Launch) -> Result<u32, DriverError> {
         known(module)?;
         let state = &mut *self.state.lock();
-        let launch = RemoteDriver::command_launch(state, launch, StreamId::DEFAULT, command::How::Cooperative)?;
+        let launch =
+            RemoteDriver::command_launch(state, launch, StreamId::DEFAULT, command::How::Cooperative)?;
         state.session.call("resident_ctas", Command::ResidentCtas(launch)).map(|n| n as u32)
     }
 

@@ -26,7 +26,7 @@ smem! {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
+pub(crate) mod gpu {
     use half::{bf16, f16};
 
     use super::Shared;
@@ -69,24 +69,23 @@ mod gpu {
         fn sum_again(self, span: u32) -> [[f32; 4]; 2] {
             read(if self.residual.is_null() { self.x } else { self.h }, span, self.n4, 0.0)
         }
+    }
 
-        #[inline(always)]
-        #[track_caller]
-        fn normalise(
-            self,
-            v: [[f32; 4]; 2],
-            weight: [[f32; 4]; 2],
-            add: [[f32; 4]; 2],
-            scale: f32,
-        ) -> [[f32; 4]; 2] {
-            let mut y = v;
-            unroll!(H in 0..2 {
-                unroll!(J in 0..4 {
-                    y[H][J] = math::fma(math::mul(v[H][J], scale), weight[H][J], add[H][J]);
-                });
+    /// `v · scale · weight + add`.
+    #[inline(always)]
+    pub(crate) fn normalise(
+        v: [[f32; 4]; 2],
+        weight: [[f32; 4]; 2],
+        add: [[f32; 4]; 2],
+        scale: f32,
+    ) -> [[f32; 4]; 2] {
+        let mut y = v;
+        unroll!(H in 0..2 {
+            unroll!(J in 0..4 {
+                y[H][J] = math::fma(math::mul(v[H][J], scale), weight[H][J], add[H][J]);
             });
-            y
-        }
+        });
+        y
     }
 
     /// Adds the squares to a partial sum per component.
@@ -100,7 +99,22 @@ mod gpu {
     }
 
     #[inline(always)]
-    fn scale_of(sum: f32, n4: u32, eps: f32) -> f32 {
+    fn total(squares: [f32; 4]) -> f32 {
+        (squares[0] + squares[1]) + (squares[2] + squares[3])
+    }
+
+    /// This lane's part of the sum of squares of a span. A row's sum is that over its spans' sums as
+    /// `reduce::cta_sum` adds those of warps, as long as there are no more than 32.
+    #[inline(always)]
+    pub(crate) fn squares(v: [[f32; 4]; 2]) -> f32 {
+        let mut squares = [0.0; 4];
+        add_squares(&mut squares, v);
+        total(squares)
+    }
+
+    /// What the row is multiplied by, from its sum of squares.
+    #[inline(always)]
+    pub(crate) fn scale_of(sum: f32, n4: u32, eps: f32) -> f32 {
         math::rsqrt(sum / (4 * n4) as f32 + eps)
     }
 
@@ -137,17 +151,17 @@ mod gpu {
             add_squares(&mut squares, row.sum(span));
             span += step;
         }
-        let sum = reduce::cta_sum((squares[0] + squares[1]) + (squares[2] + squares[3]), Shared::partial());
+        let sum = reduce::cta_sum(total(squares), Shared::partial());
         let scale = scale_of(sum, n4, eps);
 
         // Each thread writes what it alone has read, so `y` may be `x`.
         let end = start + n4;
-        T::store(row.normalise(v, w, a, scale), y, scales, start + first * SPAN4, end);
+        T::store(normalise(v, w, a, scale), y, scales, start + first * SPAN4, end);
         let mut span = first + step;
         while span < spans {
             let (w, a) = (read(weight, span, n4, 1.0), read(row.add, span, n4, 0.0));
             let v = row.sum_again(span);
-            T::store(row.normalise(v, w, a, scale), y, scales, start + span * SPAN4, end);
+            T::store(normalise(v, w, a, scale), y, scales, start + span * SPAN4, end);
             span += step;
         }
     }
@@ -178,10 +192,8 @@ mod gpu {
         let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
         let a = read(row.add, 0, n4, 0.0);
         let v = row.sum(0);
-        let mut squares = [0.0f32; 4];
-        add_squares(&mut squares, v);
-        let sum = warp::sum_f32((squares[0] + squares[1]) + (squares[2] + squares[3]));
-        T::store(row.normalise(v, w, a, scale_of(sum, n4, eps)), y, scales, start, start + n4);
+        let sum = warp::sum_f32(squares(v));
+        T::store(normalise(v, w, a, scale_of(sum, n4, eps)), y, scales, start, start + n4);
     }
 
     kernels! {

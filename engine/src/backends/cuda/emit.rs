@@ -464,11 +464,11 @@ impl Emit<'_> {
         let format = parts[0].w.format;
         let rows = matrices.iter().map(|m| m.n_rows).sum();
         match self.integers(x, format) {
-            Some((q, scales)) => {
+            Some((q, scales, norm)) => {
                 let (parts, mixture) = (&matrices[..], None);
                 let product = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
                 if n <= MMVQ_MAX_COLS {
-                    return Ok(mmvq::launch(&product)?);
+                    return Ok(mmvq::launch_normed(&product, norm)?);
                 }
                 let cut = Cut::choose(format, rows, n, self.device.smem_per_cta_bytes);
                 Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
@@ -477,11 +477,16 @@ impl Emit<'_> {
         }
     }
 
-    /// Activations for the integer kernels, codes and scales or floats without: `None` if the weights are floats.
-    fn integers(&self, x: Factor, format: FormatId) -> Option<(DevicePtr, DevicePtr)> {
+    /// Activations for the integer kernels, codes and scales or floats without, and their norm: `None` if the weights
+    /// are floats.
+    fn integers(&self, x: Factor, format: FormatId) -> Option<(DevicePtr, DevicePtr, Option<mmvq::Norm>)> {
         match x {
-            Factor::Acts(acts) => Some((self.value(acts.q), self.value(acts.scales))),
-            Factor::Floats(x) if act_kind(format).is_some() => Some((self.place(x), DevicePtr::NULL)),
+            Factor::Acts(acts) => Some((self.value(acts.q), self.value(acts.scales), None)),
+            Factor::Floats(x) if act_kind(format).is_some() => Some((self.place(x), DevicePtr::NULL, None)),
+            Factor::Normed(x, weight, eps) => {
+                let norm = mmvq::Norm { weight: self.place(weight), eps };
+                Some((self.place(x), DevicePtr::NULL, Some(norm)))
+            }
             Factor::Floats(_) | Factor::Rounded(_) => None,
         }
     }
@@ -512,11 +517,11 @@ impl Emit<'_> {
                 n_sm: self.device.n_sm,
                 smem_per_cta_bytes: self.device.smem_per_cta_bytes,
             })?),
-            Factor::Floats(_) | Factor::Rounded(_) | Factor::Acts(_) => {
+            _ => {
                 let x = match x {
                     Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
                     Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
-                    Factor::Acts(_) => {
+                    Factor::Acts(_) | Factor::Normed(..) => {
                         return Err(Refusal::Words(String::from("quantised activations of float weights")));
                     }
                 };
@@ -543,9 +548,11 @@ impl Emit<'_> {
         let pairs_per_x = if p.per_used { 1 } else { p.n_used };
         let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
         let (parts, n_cols, k) = (&matrices[..], n_pairs / pairs_per_x, p.k);
-        if let Some((q, scales)) = self.integers(p.x, format) {
+        if let Some((q, scales, norm)) = self.integers(p.x, format) {
             let product = product::Args { format, parts, glu, q, scales, k, n_cols, mixture };
-            let Some(Sorted { order, tiles, cut }) = p.sorted else { return one(mmvq::launch(&product)) };
+            let Some(Sorted { order, tiles, cut }) = p.sorted else {
+                return one(mmvq::launch_normed(&product, norm));
+            };
             let sorted = mmq::Sorted {
                 order: self.value(order),
                 tiles: self.value(tiles),
@@ -562,7 +569,7 @@ impl Emit<'_> {
                 let x = mmvf::Activations::Plain(self.place(x));
                 one(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture }))
             }
-            Factor::Rounded(_) | Factor::Acts(_) => {
+            Factor::Rounded(_) | Factor::Acts(_) | Factor::Normed(..) => {
                 Err(Refusal::Words(String::from("rounded activations of a mixture with float weights")))
             }
         }

@@ -52,8 +52,7 @@ impl Module {
         };
         let text = module.text();
         let waits = text.contains("griddepcontrol.wait");
-        let text =
-            CString::new(text).map_err(|_| refuse(ffi::ERROR_INVALID_VALUE, "a zero byte"))?;
+        let text = CString::new(text).map_err(|_| refuse(ffi::ERROR_INVALID_VALUE, "a zero byte"))?;
         let mut log = std::vec![0u8; JIT_LOG_BYTES];
         let mut options =
             [ffi::JIT_ERROR_LOG_BUFFER, ffi::JIT_ERROR_LOG_BUFFER_SIZE_BYTES, ffi::JIT_OPTIMIZATION_LEVEL];
