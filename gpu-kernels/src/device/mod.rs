@@ -15,6 +15,7 @@ pub mod atomic;
 #[cfg(target_arch = "nvptx64")]
 mod canary;
 pub mod gmem;
+pub mod grid;
 #[cfg(target_arch = "nvptx64")]
 pub(crate) mod intrinsics;
 pub mod math;

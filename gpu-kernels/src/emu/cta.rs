@@ -61,6 +61,8 @@ pub(super) struct Thread {
     pub(super) open: Vec<Copy16>,
     /// Groups of copies under way, oldest first.
     pub(super) groups: VecDeque<Vec<Copy16>>,
+    /// Whether it has waited for earlier launches.
+    pub(super) waited: bool,
 }
 
 /// A barrier object in shared memory.
@@ -394,6 +396,11 @@ fn schedule(cta: &Rc<Cta>, entry: &Entry, launch: &Launch, seed: u64) {
                 Ok(CoroutineResult::Yield(Wait::Failed)) => return,
                 Ok(CoroutineResult::Yield(wait)) => waits[t] = Some(wait),
                 Ok(CoroutineResult::Return(())) => {
+                    if !cta.thread(t, |thread| thread.waited) {
+                        let [x, y, z] = cta.idx;
+                        let who = format!("(CTA {x},{y},{z}, thread {t})");
+                        return cta.find(format!("ended without waiting for earlier launches {who}"));
+                    }
                     alive[t] = false;
                     if let Some(done) = coroutines[t].take() {
                         stacks().push(done.into_stack());

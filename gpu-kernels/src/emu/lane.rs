@@ -113,6 +113,11 @@ pub fn remaining(elems: u32, skipped: u32) -> u32 {
     })
 }
 
+/// Earlier launches have ended, as they always have here; from now on the thread may touch what they touched.
+pub fn wait_for_earlier() {
+    cta().thread(me(), |thread| thread.waited = true);
+}
+
 /// Waits at barrier `id` for `count` threads, or for all.
 #[track_caller]
 pub fn barrier(id: u32, count: Option<u32>) {
@@ -201,6 +206,14 @@ pub fn atomic_shared(address: u32, f: impl Fn(u32) -> u32) -> u32 {
 
 /// A checked access to global memory: where it goes.
 fn touch(address: u64, size: u64, align: u64, kind: Kind) -> Result<CtaPlace, String> {
+    if !cta().thread(me(), |thread| thread.waited) {
+        return Err(format!("global memory: {kind:?} at {address:#x} before waiting for earlier launches"));
+    }
+    touch_early(address, size, align, kind)
+}
+
+/// [`touch`] of what no launch of a step writes.
+fn touch_early(address: u64, size: u64, align: u64, kind: Kind) -> Result<CtaPlace, String> {
     let (cta, me) = (cta(), me());
     let place = cta
         .place(address, size)
@@ -229,6 +242,25 @@ pub fn load_global<T: Pod>(address: u64) -> T {
     let mut value = T::zeroed();
     place.allocation.load(place.offset, bytemuck::bytes_of_mut(&mut value));
     value
+}
+
+/// A load from global memory of what no launch of a step writes.
+#[track_caller]
+pub fn load_global_early<T: Pod>(address: u64) -> T {
+    let size = size_of::<T>() as u64;
+    let place = checked(touch_early(address, size, size, Kind::Read), Location::caller());
+    let mut value = T::zeroed();
+    place.allocation.load(place.offset, bytemuck::bytes_of_mut(&mut value));
+    value
+}
+
+/// A prefetch: the range must be memory; nothing is read.
+#[track_caller]
+pub fn prefetch_global(address: u64, size: u64) {
+    let there = cta().place(address, size).map(drop);
+    let refused =
+        || format!("global memory: a prefetch of {size} bytes at {address:#x} is not within an allocation");
+    checked(there.ok_or_else(refused), Location::caller());
 }
 
 /// A store to global memory.

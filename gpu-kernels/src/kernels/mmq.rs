@@ -389,6 +389,9 @@ mod host {
         check.size("n_cols * k / 16", product.n_cols.saturating_mul(product.k / 16))?;
         for (what, at, align) in [("q", product.q, 16), ("scales", product.scales, 8)] {
             check.aligned(what, at, align)?;
+            if at == DevicePtr::NULL {
+                return Err(check.shape(what, "an array", 0));
+            }
         }
         let (order, tiles, n_tiles, pairs_per_x) = match (product.mixture, sorted) {
             (Some(mixture), Some(sorted)) => {

@@ -19,6 +19,8 @@ mod mmq_narrow;
 mod mmq_wide;
 pub mod mmvf;
 pub mod mmvq;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod mmvq_column;
 pub mod moe_combine;
 pub mod moe_route;
 pub mod moe_sort;
