@@ -26,6 +26,8 @@ pub trait Kernel: 'static {
     const NMSE_MAX: f64;
     /// Shapes to time: those of models.
     const BENCH: &'static [Self::Case] = &[];
+    /// The one tier that has the entries; else every tier has them.
+    const TIER: Option<&'static str> = None;
     /// The entries, for the emulator.
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]];
@@ -66,6 +68,8 @@ pub trait AnyKernel: Sync {
     fn bytes(&self, i: usize) -> u64;
     /// [`Kernel::flops`] of case `i`.
     fn flops(&self, i: usize) -> u64;
+    /// [`Kernel::TIER`].
+    fn tier(&self) -> Option<&'static str>;
     /// [`Kernel::ENTRIES`].
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]];
@@ -106,6 +110,9 @@ impl<K: Kernel + Sync> AnyKernel for K {
     }
     fn flops(&self, i: usize) -> u64 {
         K::flops(case::<K>(i))
+    }
+    fn tier(&self) -> Option<&'static str> {
+        K::TIER
     }
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]] {

@@ -81,7 +81,7 @@ fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> R
             built_entries.insert(built);
         }
     }
-    for kernel in KERNELS {
+    for kernel in KERNELS.iter().filter(|kernel| kernel.tier().is_none_or(|only| only == tier.name)) {
         if let Some(entry) = entries(*kernel).find(|entry| !built_entries.contains(entry.name)) {
             let name = kernel.name();
             return lint(
