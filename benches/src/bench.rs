@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use gpu_kernels::case::AnyKernel;
 use gpu_kernels::driver::{DeviceInfo, Driver};
 use gpu_kernels::modules::Modules;
+use gpu_kernels::ptx;
 use gpu_kernels::registry::KERNELS;
 use serde_json::{Value, json};
 
@@ -65,6 +66,12 @@ pub fn run(driver: &dyn Driver, options: &Options) -> Result<(), BenchError> {
     let (mut rows, mut failed) = (Vec::new(), 0);
     for kernel in KERNELS {
         if options.only.as_deref().is_some_and(|only| only != kernel.name()) {
+            continue;
+        }
+        if let Some(only) = kernel.tier()
+            && (options.tier.is_some_and(|tier| tier != only) || !ptx::runs(only, info.sm))
+        {
+            println!("{:<14} skipped: its kernels are {only}'s alone", kernel.name());
             continue;
         }
         for i in kernel.n_cases()..kernel.n_cases() + kernel.n_bench() {

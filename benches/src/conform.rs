@@ -65,8 +65,7 @@ struct Result1 {
 pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
     let info = hosted::devices()?.get(device as usize).cloned();
     let info = info.ok_or_else(|| BenchError::Usage(format!("there is no device {device}")))?;
-    let runs =
-        |tier: &&str| ptx::MODULES.iter().any(|module| module.tier == *tier && module.runs_on(info.sm));
+    let runs = |tier: &&str| ptx::runs(tier, info.sm);
     let wanted = |tier: &&str| options.tier.is_none_or(|only| only == *tier);
     let tiers: Vec<&str> = tiers().into_iter().filter(runs).filter(wanted).collect();
     if tiers.is_empty() {
@@ -83,6 +82,13 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
         if options.only.as_deref().is_some_and(|only| only != kernel.name()) {
             continue;
         }
+        let tiers: Vec<&str> =
+            tiers.iter().copied().filter(|tier| kernel.tier().is_none_or(|only| only == *tier)).collect();
+        if tiers.is_empty() {
+            let only = kernel.tier().unwrap_or_default();
+            println!("{:<16} {only:<8} skipped: this device does not run it, or --tier names another", kernel.name());
+            continue;
+        }
         let results = kernel_in_children(device, *kernel, &tiers, &cache)?;
         for tier in &tiers {
             let Some(result) = results.get(tier) else { continue };
@@ -96,7 +102,7 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
     }
     // Only our own files; a leftover is a nuisance, not an error.
     let _ = std::fs::remove_dir_all(&cache);
-    if options.only.is_some() && all.is_empty() {
+    if options.only.as_deref().is_some_and(|only| registry::find(only).is_none()) {
         return Err(BenchError::Usage(format!("no kernel is called {:?}", options.only)));
     }
     println!("{failed} failed");
