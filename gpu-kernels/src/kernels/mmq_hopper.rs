@@ -120,6 +120,10 @@ mod device {
     /// Threads and warps of the consumers.
     const CONSUMERS: u32 = THREADS - 128;
     const CONSUMER_WARPS: u32 = CONSUMERS / 32;
+    /// Registers of a producer and of a consumer thread: of the 168 that each of three warpgroups starts with.
+    const PRODUCER_REGISTERS: u32 = 104;
+    const CONSUMER_REGISTERS: u32 = 200;
+    const _: () = assert!(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
     /// Columns whose products a warpgroup starts at a time.
     const HALF: u32 = TILE as u32 / 2;
     /// 16-byte chunks of a stage of codes, and of a row in it.
@@ -352,27 +356,55 @@ mod device {
             }
         }
 
-        /// Starts the products of a group with 64 columns.
+        /// Starts the product of step `step` from the place on (a group, or one half of it) with 64 columns.
         #[inline(always)]
         #[track_caller]
         fn start(&self, sums: &mut Sums<32>, at: &At, half: u32, step: u32) {
+            let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
             wgmma::fence();
-            let a = at.a.skip((at.place.slot * steps::<F>() + step) * STAGE_CHUNKS + 2 * at.j);
-            let b = at.b.skip(at.place.slot * STAGE_CHUNKS + half * HALF * ROW_CHUNKS + 2 * at.j);
+            let a = at.a.skip((at.place.slot * steps::<F>() + step) * STAGE_CHUNKS + 2 * j);
+            let b = at.b.skip(at.place.slot * STAGE_CHUNKS + half * HALF * ROW_CHUNKS + 2 * j);
             S8N64::shared::<false>(sums, a, b);
             wgmma::commit();
+        }
+
+        /// Adds the products of `STEPS` steps. While the sums of 64 columns are added, the tensor cores make those of the
+        /// others; none is under way at the end, since ptxas follows them through straight code only.
+        #[inline(always)]
+        #[track_caller]
+        fn add_products<const STEPS: usize>(&self, acc: &mut [[f32; 32]; 2], at: &At) {
+            let mut sums = [Sums::<32>::zero(); 2];
+            self.start(&mut sums[0], at, 0, 0);
+            self.start(&mut sums[1], at, 1, 0);
+            unroll!(S in 0..4 {
+                if S < STEPS {
+                    sums[0].wait::<1>();
+                    self.fold(&mut acc[0], &sums[0], at, 0, S as u32);
+                    if S + 1 < STEPS {
+                        self.start(&mut sums[0], at, 0, S as u32 + 1);
+                        sums[1].wait::<1>();
+                    } else {
+                        sums[1].wait::<0>();
+                    }
+                    self.fold(&mut acc[1], &sums[1], at, 1, S as u32);
+                    if S + 1 < STEPS {
+                        self.start(&mut sums[1], at, 1, S as u32 + 1);
+                    }
+                }
+            });
         }
 
         /// Scales the sums of a product and adds them.
         #[inline(always)]
         #[track_caller]
-        fn fold(&self, acc: &mut [f32; 32], sums: &Sums<32>, at: &At, half: u32, step: usize) {
+        fn fold(&self, acc: &mut [f32; 32], sums: &Sums<32>, at: &At, half: u32, step: u32) {
             let t = thread::lane_id() % 4;
             let n_scales = steps::<F>();
-            let last = step as u32 + 1 == n_scales;
-            let rows = at.rows(self.row_floats.skip(at.place.slot * Self::ROW_FLOATS));
-            let row = |plane: u32| rows.ld(plane * (PLANE / 2)).0;
-            let scale = row(step as u32);
+            let (j, step) = (at.j + step / n_scales, step % n_scales);
+            let last = step + 1 == n_scales;
+            let rows = self.row_floats.skip(at.place.slot * Self::ROW_FLOATS).cast::<F32x2>();
+            let row = |plane: u32| rows.ld(plane * (PLANE / 2) + j * (TILE as u32 / 2) + at.row).0;
+            let scale = row(step);
             let mut offsets = [[0.0; 2]; 2];
             if F::HAS_OFFSET && last {
                 offsets[0] = row(n_scales);
@@ -381,7 +413,7 @@ mod device {
                 }
             }
             let columns = self.column_floats.skip(at.place.slot * Self::COLUMN_FLOATS).cast::<F32x4>();
-            let at_column = (at.j * TILE as u32 + half * HALF) / 4 + t;
+            let at_column = (j * TILE as u32 + half * HALF) / 4 + t;
             unroll!(Q in 0..4 {
                 let column = |plane: u32| columns.ld(plane * (PLANE / 4) + at_column + 4 * Q as u32).0;
                 let d = column(0);
@@ -444,51 +476,37 @@ mod device {
                 j: 0,
             };
             let mut acc = [[0.0f32; 32]; 2];
-            let mut sums = [Sums::<32>::zero(); 2];
-            self.full(0).wait(0);
-            self.start(&mut sums[0], &at, 0, 0);
-            self.start(&mut sums[1], &at, 1, 0);
-            let n_groups = work.n_groups;
-            let mut g = 0;
-            while g < n_groups {
-                // The group after this one; after the last the last again, for nothing.
-                let mut next = at;
-                if g + 1 < n_groups {
-                    next.j += 1;
-                    if next.j == STAGE_GROUPS as u32 {
-                        next.j = 0;
-                        next.place = at.place.next::<F>();
+            let n_stages = work.n_groups.div_ceil(STAGE_GROUPS as u32);
+            let mut h = 0;
+            while h < n_stages {
+                self.full(at.place.slot).wait(at.place.parity);
+                let there = groups_of_stage(h, work.n_groups);
+                at.j = 0;
+                if there == STAGE_GROUPS as u32 {
+                    while at.j < STAGE_GROUPS as u32 {
+                        self.add_products::<4>(&mut acc, &at);
+                        at.j += 4 / steps::<F>();
                     }
-                }
-                if halved::<F>() {
-                    unroll!(H in 0..2 {
-                        sums[H].wait::<1>();
-                        self.fold(&mut acc[H], &sums[H], &at, H as u32, 0);
-                        self.start(&mut sums[H], &at, H as u32, 1);
-                    });
-                }
-                unroll!(H in 0..2 {
-                    sums[H].wait::<1>();
-                    self.fold(&mut acc[H], &sums[H], &at, H as u32, if halved::<F>() { 1 } else { 0 });
-                    if H == 0 && next.j == 0 {
-                        self.full(next.place.slot).wait(next.place.parity);
-                    }
-                    if H == 1 && at.j + 1 == STAGE_GROUPS as u32 {
-                        warp::sync_warp();
-                        if lane == 0 {
-                            self.empty(at.place.slot).arrive();
+                } else {
+                    while at.j < there {
+                        if halved::<F>() {
+                            self.add_products::<2>(&mut acc, &at);
+                        } else {
+                            self.add_products::<1>(&mut acc, &at);
                         }
+                        at.j += 1;
                     }
-                    self.start(&mut sums[H], &next, H as u32, 0);
-                });
-                g += 1;
-                if g.is_multiple_of(SPAN_GROUPS as u32) || g == n_groups {
+                }
+                warp::sync_warp();
+                if lane == 0 {
+                    self.empty(at.place.slot).arrive();
+                }
+                h += 1;
+                if h.is_multiple_of(2) || h == n_stages {
                     self.add_span(&mut acc);
                 }
-                at = next;
+                at.place = at.place.next::<F>();
             }
-            sums[0].wait::<0>();
-            sums[1].wait::<0>();
 
             // Where the codes were: by now nobody reads them.
             let finished = Smem::<f32>::dynamic(0, TILE as u32 * FINISHED_STRIDE);
@@ -522,15 +540,6 @@ mod device {
         j: u32,
     }
 
-    impl At {
-        /// A plane's floats of the thread's two rows.
-        #[inline(always)]
-        #[track_caller]
-        fn rows(&self, floats: Smem<f32>) -> Smem<F32x2> {
-            floats.cast::<F32x2>().skip(self.j * (TILE as u32 / 2) + self.row)
-        }
-    }
-
     /// The CTA's work.
     #[inline(always)]
     #[track_caller]
@@ -547,8 +556,10 @@ mod device {
         }
         sync::sync_threads();
         if thread < 128 {
+            warp::give_registers::<PRODUCER_REGISTERS>();
             shared.produce(work, thread::warp_id());
         } else {
+            warp::take_registers::<CONSUMER_REGISTERS>();
             shared.consume(work);
         }
     }
