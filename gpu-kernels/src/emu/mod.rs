@@ -24,6 +24,8 @@ pub mod lane;
 pub mod memory;
 mod smem;
 #[cfg(test)]
+mod hopper_tests;
+#[cfg(test)]
 mod tests;
 pub mod wgmma;
 
