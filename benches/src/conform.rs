@@ -86,7 +86,10 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
             tiers.iter().copied().filter(|tier| kernel.tier().is_none_or(|only| only == *tier)).collect();
         if tiers.is_empty() {
             let only = kernel.tier().unwrap_or_default();
-            println!("{:<16} {only:<8} skipped: this device does not run it, or --tier names another", kernel.name());
+            println!(
+                "{:<16} {only:<8} skipped: this device does not run it, or --tier names another",
+                kernel.name()
+            );
             continue;
         }
         let results = kernel_in_children(device, *kernel, &tiers, &cache)?;

@@ -124,7 +124,8 @@ mod tests {
         let tiers: alloc::collections::BTreeSet<_> = ptx::MODULES.iter().map(|module| module.tier).collect();
         assert!(!tiers.is_empty());
         for kernel in KERNELS {
-            let expected = tiers.iter().filter(|tier| kernel.tier().is_none_or(|only| only == **tier)).count();
+            let expected =
+                tiers.iter().filter(|tier| kernel.tier().is_none_or(|only| only == **tier)).count();
             for entry in kernel.entries().iter().flat_map(|table| table.iter()) {
                 let modules = ptx::MODULES.iter().filter(|module| module.has(entry.name)).count();
                 assert_eq!(modules, expected, "{}", entry.name);

@@ -146,10 +146,10 @@ macro_rules! registers {
         }
         registers! { @shapes $r, [$($i)*], [$($list)*]; $($rows)* }
     };
-    (@shapes $r:literal, $i:tt, $list:tt; $($(#[$meta:meta])* $name:ident: $elements:ident, $shape:literal, $flags:literal, $transposes:literal;)*) => {
-        $(registers! { @shape $r, $i, $list, $(#[$meta])* $name, $elements, $shape, $flags, $transposes })*
+    (@shapes $r:literal, $i:tt, $list:tt; $($(#[$meta:meta])* $name:ident: $elements:ident, $shape:literal, $flags:literal, $transpose:literal;)*) => {
+        $(registers! { @shape $r, $i, $list, $(#[$meta])* $name, $elements, $shape, $flags, $transpose })*
     };
-    (@shape $r:literal, [$($i:literal)*], [$($list:literal)*], $(#[$meta:meta])* $name:ident, $elements:ident, $shape:literal, $flags:literal, $transposes:literal) => {
+    (@shape $r:literal, [$($i:literal)*], [$($list:literal)*], $(#[$meta:meta])* $name:ident, $elements:ident, $shape:literal, $flags:literal, $transpose:literal) => {
         $(#[$meta])*
         #[derive(Debug)]
         pub struct $name;
@@ -167,7 +167,7 @@ macro_rules! registers {
                     unsafe {
                         asm!(
                             "{{ .reg .pred p; setp.ne.b32 p, {add}, 0;",
-                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $transposes, "; }}"),
+                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $transpose, $transpose, "; }}"),
                             $(inout(reg32) d[$i],)* a = in(reg64) a.0, b = in(reg64) b.0, add = const ADD as u32,
                             options(nostack)
                         )
@@ -189,7 +189,7 @@ macro_rules! registers {
                     unsafe {
                         asm!(
                             "{{ .reg .pred p; setp.ne.b32 p, {add}, 0;",
-                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {{{a0},{a1},{a2},{a3}}}, {b}, p", $flags, "; }}"),
+                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {{{a0},{a1},{a2},{a3}}}, {b}, p", $flags, $transpose, "; }}"),
                             $(inout(reg32) d[$i],)* a0 = in(reg32) a0, a1 = in(reg32) a1, a2 = in(reg32) a2, a3 = in(reg32) a3,
                             b = in(reg64) b.0, add = const ADD as u32,
                             options(nostack)
@@ -211,9 +211,9 @@ registers! {
     /// m64n64k32 on signed bytes, sums in i32.
     S8N64: S8, "m64n64k32.s32.s8.s8", "", "";
     /// m64n64k16 on f16, sums in f32.
-    F16N64: F16, "m64n64k16.f32.f16.f16", ", 1, 1", ", 0, 0";
+    F16N64: F16, "m64n64k16.f32.f16.f16", ", 1, 1", ", 0";
     /// m64n64k16 on bf16, sums in f32.
-    Bf16N64: Bf16, "m64n64k16.f32.bf16.bf16", ", 1, 1", ", 0, 0";
+    Bf16N64: Bf16, "m64n64k16.f32.bf16.bf16", ", 1, 1", ", 0";
 }
 
 registers! {
@@ -227,15 +227,20 @@ registers! {
     /// m64n128k32 on signed bytes, sums in i32.
     S8N128: S8, "m64n128k32.s32.s8.s8", "", "";
     /// m64n128k16 on f16, sums in f32.
-    F16N128: F16, "m64n128k16.f32.f16.f16", ", 1, 1", ", 0, 0";
+    F16N128: F16, "m64n128k16.f32.f16.f16", ", 1, 1", ", 0";
     /// m64n128k16 on bf16, sums in f32.
-    Bf16N128: Bf16, "m64n128k16.f32.bf16.bf16", ", 1, 1", ", 0, 0";
+    Bf16N128: Bf16, "m64n128k16.f32.bf16.bf16", ", 1, 1", ", 0";
 }
 
 /// The products on the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
 #[track_caller]
-fn emulate<const ADD: bool, const R: usize>(elements: emu::Elements, sums: &mut Sums<R>, a: emu::A, b: Operand) {
+fn emulate<const ADD: bool, const R: usize>(
+    elements: emu::Elements,
+    sums: &mut Sums<R>,
+    a: emu::A,
+    b: Operand,
+) {
     let c = if ADD { sums.addend() } else { emu::Addend::Zero };
     let kind = emu::Kind { elements, n: 2 * R, b: b.0 };
     sums.ticket = Some(lane::wgmma(kind, emu::Operands { a, c }));

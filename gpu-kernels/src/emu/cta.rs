@@ -235,7 +235,8 @@ impl Cta {
         clock.publish(me, &mut barrier.arrived);
         clock.own += 1;
         let left = barrier.pending.checked_sub(1);
-        barrier.pending = left.ok_or_else(|| format!("more arrivals at mbarrier {address} than it counts"))?;
+        barrier.pending =
+            left.ok_or_else(|| format!("more arrivals at mbarrier {address} than it counts"))?;
         barrier.turn();
         Ok(())
     }

@@ -20,11 +20,11 @@ mod clock;
 mod collective;
 mod cta;
 pub mod driver;
+#[cfg(test)]
+mod hopper_tests;
 pub mod lane;
 pub mod memory;
 mod smem;
-#[cfg(test)]
-mod hopper_tests;
 #[cfg(test)]
 mod tests;
 pub mod wgmma;

@@ -24,11 +24,11 @@
 //!   every eight spans, when their partial sums are added in order.
 //! * *Warpgroups*, 128 × 128 on Hopper: `mmq_hopper.rs`.
 
-#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use gpu::{NONE, Shape, Work, group, groups_of, units_of};
 #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub(crate) use gpu::warpgroups;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+pub(crate) use gpu::{NONE, Shape, Work, group, groups_of, units_of};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
@@ -285,7 +285,10 @@ use {
     crate::kernels::product::{Gate, Part},
 };
 #[cfg(not(target_arch = "nvptx64"))]
-use {crate::kernels::mmq_hopper, crate::kernels::mmq_narrow::narrow_bytes, crate::kernels::mmq_wide::wide_bytes};
+use {
+    crate::kernels::mmq_hopper, crate::kernels::mmq_narrow::narrow_bytes,
+    crate::kernels::mmq_wide::wide_bytes,
+};
 quant::for_each_block_format!(entries![]);
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -297,6 +300,7 @@ mod host {
 
     use super::{FORMATS, THREADS, entry};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::driver::DeviceInfo;
     use crate::kernels::mmq_hopper;
     use crate::kernels::mmq_wide::WIDE;
     #[cfg(all(test, feature = "emu"))]
@@ -325,6 +329,8 @@ mod host {
     const N_SM: usize = 132;
     /// Cycles per span of a CTA, by instructions issued: of the wide cut, and of a narrow one of 32 columns.
     const SPAN_CYCLES: [usize; 2] = [4400, 362];
+    /// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
+    const HOPPER_DRIVER: u32 = 12_040;
 
     impl Cut {
         /// Columns of a CTA.
@@ -342,15 +348,15 @@ mod host {
             if self == Cut::Warpgroups { mmq_hopper::THREADS } else { THREADS }
         }
 
-        /// The faster cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device that gives a CTA so
-        /// much shared memory.
-        pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, smem_per_cta_bytes: u32) -> Cut {
-            let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= smem_per_cta_bytes);
+        /// The faster cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device.
+        pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, device: &DeviceInfo) -> Cut {
+            let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
             let waves =
                 |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
             let [wide, narrow] = [waves(WIDE, WIDE) * SPAN_CYCLES[0], waves(ROWS, 32) * SPAN_CYCLES[1]];
             if n_cols > 16 && wide <= narrow && fits(Cut::Wide) {
-                Cut::Wide
+                let is_hopper = device.sm == 90 && device.driver_version >= HOPPER_DRIVER;
+                if is_hopper { Cut::Warpgroups } else { Cut::Wide }
             } else if n_cols > 16 && fits(Cut::Narrow32) {
                 Cut::Narrow32
             } else {
@@ -364,10 +370,10 @@ mod host {
             n_rows: usize,
             n_expert: usize,
             n_pairs: usize,
-            smem_per_cta_bytes: u32,
+            device: &DeviceInfo,
         ) -> Cut {
             // As if all experts had equally many pairs: their rows are then rows of one matrix.
-            Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), smem_per_cta_bytes)
+            Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), device)
         }
     }
 
@@ -802,7 +808,7 @@ mod tests {
     use super::host::{Case, Cut, plain};
     use super::{gpu, *};
     use crate::case::{Buffer, Random};
-    use crate::driver::{Driver, MemKind, StreamId};
+    use crate::driver::{DeviceInfo, Driver, MemKind, StreamId};
     use crate::emu::{Emulator, Entry, Options};
     use crate::launch::DevicePtr;
 
@@ -881,16 +887,29 @@ mod tests {
 
     #[test]
     fn cuts_fit_the_work_and_the_device() {
-        let (h100, turing) = (227 * 1024, 64 * 1024);
-        let choose = |rows, cols, smem| Cut::choose(FormatId::Q8_0, rows, cols, smem);
-        assert_eq!(choose(4096, 512, h100), Cut::Wide);
-        assert_eq!(choose(4096, 512, turing), Cut::Narrow32);
-        assert_eq!(choose(4096, 512, 48 * 1024), Cut::Narrow16);
-        assert_eq!(choose(4096, 64, h100), Cut::Narrow32);
-        assert_eq!(choose(4096, 9, h100), Cut::Narrow16);
+        let device = |sm: u32, smem_per_cta_bytes: u32, driver_version: u32| DeviceInfo {
+            sm,
+            smem_per_cta_bytes,
+            driver_version,
+            ..DeviceInfo::default()
+        };
+        let (h100, old_driver, turing) =
+            (device(90, 227 << 10, 13_000), device(90, 227 << 10, 12_020), device(75, 64 << 10, 13_000));
+        let choose = |rows, cols, device: &DeviceInfo| Cut::choose(FormatId::Q8_0, rows, cols, device);
+        assert_eq!(choose(4096, 512, &h100), Cut::Warpgroups);
+        assert_eq!(choose(4096, 512, &old_driver), Cut::Wide);
+        assert_eq!(choose(4096, 512, &turing), Cut::Narrow32);
+        assert_eq!(choose(4096, 512, &device(61, 48 << 10, 12_000)), Cut::Narrow16);
+        assert_eq!(choose(4096, 64, &h100), Cut::Narrow32);
+        assert_eq!(choose(4096, 9, &h100), Cut::Narrow16);
         for format in FORMATS {
-            for (cut, most) in [(Cut::Narrow16, 48 << 10), (Cut::Narrow32, 64 << 10), (Cut::Wide, 227 << 10)]
-            {
+            let most = [
+                (Cut::Narrow16, 48 << 10),
+                (Cut::Narrow32, 64 << 10),
+                (Cut::Wide, 227 << 10),
+                (Cut::Warpgroups, 227 << 10),
+            ];
+            for (cut, most) in most {
                 assert!(entry(*format, cut).unwrap().1 <= most, "{format} {cut:?}");
             }
         }

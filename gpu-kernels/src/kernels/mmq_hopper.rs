@@ -292,7 +292,8 @@ mod device {
             let w = w.offset(work.tile_at::<F>(tile));
 
             let n_groups = work.n_groups;
-            let (n_stages, n_spans) = (n_groups.div_ceil(STAGE_GROUPS as u32), n_groups.div_ceil(SPAN_GROUPS as u32));
+            let (n_stages, n_spans) =
+                (n_groups.div_ceil(STAGE_GROUPS as u32), n_groups.div_ceil(SPAN_GROUPS as u32));
             let (thread, lane) = (thread::thread_idx_x(), thread::lane_id());
             if lane == 0 {
                 self.copy_raw(w, slot, 0, n_groups);
