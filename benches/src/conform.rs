@@ -65,8 +65,7 @@ struct Result1 {
 pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
     let info = hosted::devices()?.get(device as usize).cloned();
     let info = info.ok_or_else(|| BenchError::Usage(format!("there is no device {device}")))?;
-    let runs =
-        |tier: &&str| ptx::MODULES.iter().any(|module| module.tier == *tier && module.runs_on(info.sm));
+    let runs = |tier: &&str| ptx::runs(tier, info.sm);
     let wanted = |tier: &&str| options.tier.is_none_or(|only| only == *tier);
     let tiers: Vec<&str> = tiers().into_iter().filter(runs).filter(wanted).collect();
     if tiers.is_empty() {
@@ -83,8 +82,16 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
         if options.only.as_deref().is_some_and(|only| only != kernel.name()) {
             continue;
         }
-        let has = |tier: &&&str| ptx::MODULES.iter().any(|m| m.tier == **tier && m.sm >= kernel.sm_min());
+        let has = |tier: &&&str| {
+            ptx::MODULES
+                .iter()
+                .any(|module| module.tier == **tier && kernel.tiers().has(module.tier, module.sm))
+        };
         let tiers: Vec<&str> = tiers.iter().filter(has).copied().collect();
+        if tiers.is_empty() {
+            println!("{:<16} skipped: none of these tiers has it", kernel.name());
+            continue;
+        }
         let results = kernel_in_children(device, *kernel, &tiers, &cache)?;
         for tier in &tiers {
             let Some(result) = results.get(tier) else { continue };
@@ -98,7 +105,7 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
     }
     // Only our own files; a leftover is a nuisance, not an error.
     let _ = std::fs::remove_dir_all(&cache);
-    if options.only.is_some() && all.is_empty() {
+    if options.only.as_deref().is_some_and(|only| registry::find(only).is_none()) {
         return Err(BenchError::Usage(format!("no kernel is called {:?}", options.only)));
     }
     println!("{failed} failed");

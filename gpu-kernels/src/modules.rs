@@ -126,7 +126,7 @@ mod tests {
         for kernel in KERNELS {
             let with: alloc::collections::BTreeSet<_> = ptx::MODULES
                 .iter()
-                .filter(|module| module.sm >= kernel.sm_min())
+                .filter(|module| kernel.tiers().has(module.tier, module.sm))
                 .map(|module| module.tier)
                 .collect();
             for entry in kernel.entries().iter().flat_map(|table| table.iter()) {

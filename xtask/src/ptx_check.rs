@@ -82,7 +82,7 @@ fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> R
             built_entries.insert(built);
         }
     }
-    for kernel in KERNELS.iter().filter(|kernel| kernel.sm_min() <= tier.sm) {
+    for kernel in KERNELS.iter().filter(|kernel| kernel.tiers().has(tier.name, tier.sm)) {
         if let Some(entry) = entries(*kernel).find(|entry| !built_entries.contains(entry.name)) {
             let name = kernel.name();
             return lint(
