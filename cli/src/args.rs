@@ -289,6 +289,9 @@ pub struct BenchArgs {
     /// Positions already in the context
     #[arg(short = 'd', long, value_name = "N,N,…", default_value = "0", value_delimiter = ',', value_parser = count)]
     pub n_depth: Vec<usize>,
+    /// Sequences that answer at the same time, each from its own context
+    #[arg(long, visible_alias = "np", value_name = "N,N,…", default_value = "1", value_delimiter = ',', value_parser = count)]
+    pub parallel: Vec<usize>,
     /// Times each test runs, after one to warm up
     #[arg(short = 'r', long, value_name = "N", default_value = "5", value_parser = count)]
     pub repetitions: usize,

@@ -295,6 +295,12 @@ pub trait Driver {
     /// Queues a launch of a kernel of the module.
     fn launch(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError>;
 
+    /// Queues a launch that may start while the launch before it on the stream still runs. Its kernel waits itself, as
+    /// all of this crate do on devices where it matters (`device/grid.rs`); its results are those of [`Driver::launch`].
+    fn launch_early(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
+        self.launch(module, launch, stream)
+    }
+
     /// Queues a launch whose CTAs all run at once and so may wait for each other.
     fn launch_cooperative(
         &self,

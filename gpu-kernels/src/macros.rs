@@ -45,7 +45,8 @@ macro_rules! copies {
 }
 
 /// Kernel entries: the name of the file, the threads per CTA (and, after a comma, the CTAs that an SM should hold), a
-/// signature, and the functions that have it.
+/// signature, and the functions that have it. Functions of a table marked `early` wait for earlier launches themselves
+/// (`device/grid.rs`); for all others it is done at the start.
 ///
 /// On the device each becomes an `extern "ptx-kernel"` function of the given name with the launch bounds, in the module
 /// of the file that is named; for the emulator `$table` lists them with code that reads the arguments from a launch's
@@ -55,19 +56,29 @@ macro_rules! kernels {
     (in $file:literal; $(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt;
         fn $args:tt;
         $($name:expr => $function:expr;)+) => {
+        kernels! { @table waiting, in $file; $(#[$meta])* $vis $table: threads $bounds; fn $args; $($name => $function;)+ }
+    };
+    (in $file:literal; $(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt, early;
+        fn $args:tt;
+        $($name:expr => $function:expr;)+) => {
+        kernels! { @table early, in $file; $(#[$meta])* $vis $table: threads $bounds; fn $args; $($name => $function;)+ }
+    };
+    (@table $start:ident, in $file:literal; $(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt;
+        fn $args:tt;
+        $($name:expr => $function:expr;)+) => {
         // The PTX build compiles one file's entries at a time.
         $(
             #[cfg(all(target_arch = "nvptx64", entries_of = $file))]
-            kernels! { @device $bounds $args $name, $function }
+            kernels! { @device $start $bounds $args $name, $function }
         )+
 
         $(#[$meta])*
         #[cfg(feature = "emu")]
         $vis const $table: &[$crate::emu::Entry] = &[
-            $(kernels! { @host $bounds $args $name, $function }),+
+            $(kernels! { @host $start $bounds $args $name, $function }),+
         ];
     };
-    (@device ($threads:literal $(, $ctas:literal)?) ($($arg:ident : $ty:ty),* $(,)?) $name:expr, $function:expr) => {
+    (@device $start:ident ($threads:literal $(, $ctas:literal)?) ($($arg:ident : $ty:ty),* $(,)?) $name:expr, $function:expr) => {
         const _: () = {
             #[unsafe(export_name = $name)]
             unsafe extern "ptx-kernel" fn entry($($arg: $ty),*) {
@@ -78,16 +89,19 @@ macro_rules! kernels {
                         options(nomem, nostack, preserves_flags)
                     )
                 }
+                $crate::device::grid::let_later_start();
+                kernels! { @start $start }
                 $function($($arg),*)
             }
         };
     };
-    (@host ($threads:literal $(, $ctas:literal)?) ($($arg:ident : $ty:ty),* $(,)?) $name:expr, $function:expr) => {
+    (@host $start:ident ($threads:literal $(, $ctas:literal)?) ($($arg:ident : $ty:ty),* $(,)?) $name:expr, $function:expr) => {
         $crate::emu::Entry {
             name: $name,
             max_threads: $threads,
             run: |params| {
                 $(let $arg: $ty = params.take();)*
+                kernels! { @start $start }
                 $function($($arg),*)
             },
             params_bytes: || {
@@ -97,6 +111,8 @@ macro_rules! kernels {
             },
         }
     };
+    (@start waiting) => { $crate::device::grid::wait_for_earlier(); };
+    (@start early) => {};
     ($table:ident: $($rest:tt)*) => {
         compile_error!("kernels!: the name of this file comes first: kernels! { in \"mmvq\"; ENTRIES: threads(128); …");
     };

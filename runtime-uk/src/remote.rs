@@ -107,7 +107,7 @@ impl RemoteDriver {
         state: &mut State,
         launch: &Launch,
         stream: StreamId,
-        cooperative: bool,
+        how: command::How,
     ) -> Result<command::Launch, DriverError> {
         let kernel = match state.kernels.get(launch.entry) {
             Some(&kernel) => kernel,
@@ -130,7 +130,7 @@ impl RemoteDriver {
             cta: launch.cta,
             cluster: launch.cluster,
             smem_bytes: launch.smem_bytes,
-            cooperative,
+            how,
             params,
         })
     }
@@ -213,8 +213,15 @@ impl Driver for RemoteDriver {
     fn launch(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
         known(module)?;
         let state = &mut *self.state.lock();
-        let launch = RemoteDriver::command_launch(state, launch, stream, false)?;
+        let launch = RemoteDriver::command_launch(state, launch, stream, command::How::Alone)?;
         state.session.push("launch", Command::Launch(launch))
+    }
+
+    fn launch_early(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
+        known(module)?;
+        let state = &mut *self.state.lock();
+        let launch = RemoteDriver::command_launch(state, launch, stream, command::How::Early)?;
+        state.session.push("launch_early", Command::Launch(launch))
     }
 
     fn launch_cooperative(
@@ -225,14 +232,15 @@ impl Driver for RemoteDriver {
     ) -> Result<(), DriverError> {
         known(module)?;
         let state = &mut *self.state.lock();
-        let launch = RemoteDriver::command_launch(state, launch, stream, true)?;
+        let launch = RemoteDriver::command_launch(state, launch, stream, command::How::Cooperative)?;
         state.session.push("launch_cooperative", Command::Launch(launch))
     }
 
     fn resident_ctas(&self, module: ModuleId, launch: &Launch) -> Result<u32, DriverError> {
         known(module)?;
         let state = &mut *self.state.lock();
-        let launch = RemoteDriver::command_launch(state, launch, StreamId::DEFAULT, true)?;
+        let launch =
+            RemoteDriver::command_launch(state, launch, StreamId::DEFAULT, command::How::Cooperative)?;
         state.session.call("resident_ctas", Command::ResidentCtas(launch)).map(|n| n as u32)
     }
 

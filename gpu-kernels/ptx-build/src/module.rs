@@ -4,8 +4,9 @@
 //! moved to the entry's header; rustc cannot align a parameter beyond 16 bytes, so `// @param_align INDEX ALIGN` raises
 //! it in the text; comments that mark inline assembly go.
 //!
-//! Rules: no external function (code of another crate that was not inlined), no local memory, and each canary kernel
-//! (`device/canary.rs`) holds exactly one barrier: LLVM or rustc copying it means that convergence is broken.
+//! Rules: no external function (code of another crate that was not inlined), no local memory, from sm_90 on a wait for
+//! earlier launches in every entry, and each canary kernel (`device/canary.rs`) holds exactly one barrier: LLVM or rustc
+//! copying it means that convergence is broken.
 //!
 //! A driver compiles a whole module when it loads it, so a file's text is cut into parts that are loaded apart: one per
 //! weight format named in the entries, one for all others. A part has the tables its entries use, and no other.
@@ -71,6 +72,11 @@ impl Module {
                 return Err(lint(name, "uses local memory (an array indexed at run time?)".into()));
             }
             let barriers = entry.lines().filter(|line| is_barrier(line)).count();
+            // What a kernel does before is its own affair, but without it a step's later launches would not know when
+            // its earlier ones have ended.
+            if tier.sm >= 90 && !entry.contains("griddepcontrol.wait") {
+                return Err(lint(name, "does not wait for earlier launches".into()));
+            }
             if name.starts_with(CANARY) && barriers != 1 {
                 return Err(lint(
                     name,
@@ -234,6 +240,10 @@ mod tests {
         for (text, what) in broken {
             assert!(finish(&text).unwrap_err().to_string().contains(what), "{what}");
         }
+        let last = TIERS[TIERS.len() - 1];
+        let on_last = |body| Module::finish(last, "k", &format!(".version 8.0\n{}", entry("k", body)));
+        on_last("\tgriddepcontrol.wait;").unwrap();
+        assert!(on_last("").unwrap_err().to_string().contains("does not wait"));
         finish(&entry("canary_branch", "\tbar.sync 0;")).unwrap();
         finish(&(".extern .func (.param .b32 r) vprintf\n".to_string() + &entry("k", ""))).unwrap();
     }

@@ -72,20 +72,41 @@ impl<T: Word> Glb<T> {
         lane::load_global(self.address(i))
     }
 
-    /// Element `i`, of an array that nobody writes while the kernel runs: the read-only path (`.nc`).
+    /// Element `i`, of an array that nobody writes while the kernel works: the read-only path (`.nc`) before sm_90. From
+    /// there on a kernel may have started beside the one that writes the array (see [`super::grid`]), and loads that
+    /// the hardware takes for constant might move up across the wait; both ways go through L1.
     #[inline(always)]
     #[track_caller]
     pub fn ld_nc(self, i: u32) -> T {
+        #[cfg(all(target_arch = "nvptx64", not(sm_ge_90)))]
+        // SAFETY: the launch gave an array that holds element `i`.
+        unsafe {
+            T::load_global_nc(self.address(i))
+        }
+        #[cfg(all(target_arch = "nvptx64", sm_ge_90))]
+        // SAFETY: the launch gave an array that holds element `i`.
+        unsafe {
+            T::load_global(self.address(i))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::load_global(self.address(i))
+    }
+
+    /// Element `i`, of an array that no launch of the step writes: weights and the step's inputs. May come before
+    /// [`super::grid::wait_for_earlier`].
+    #[inline(always)]
+    #[track_caller]
+    pub fn ld_early(self, i: u32) -> T {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: the launch gave an array that holds element `i`.
         unsafe {
             T::load_global_nc(self.address(i))
         }
         #[cfg(not(target_arch = "nvptx64"))]
-        lane::load_global(self.address(i))
+        lane::load_global_early(self.address(i))
     }
 
-    /// [`Glb::ld_nc`] of what the kernel reads once: passes by L1.
+    /// [`Glb::ld_early`] of what the kernel reads once: passes by L1.
     #[inline(always)]
     #[track_caller]
     pub fn ld_stream(self, i: u32) -> T {
@@ -95,7 +116,7 @@ impl<T: Word> Glb<T> {
             T::load_global_stream(self.address(i))
         }
         #[cfg(not(target_arch = "nvptx64"))]
-        lane::load_global(self.address(i))
+        lane::load_global_early(self.address(i))
     }
 
     /// Sets element `i`.
@@ -109,6 +130,25 @@ impl<T: Word> Glb<T> {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         lane::store_global(self.address(i), value)
+    }
+}
+
+impl Glb<u8> {
+    /// Asks L2 for `bytes` bytes from here on, weights that are read soon: start and length are multiples of 16, and
+    /// both exist (sm_90, `cp.async.bulk.prefetch`; nothing before). One lane of a warp is enough. May come before
+    /// [`super::grid::wait_for_earlier`].
+    #[inline(always)]
+    #[track_caller]
+    pub fn prefetch(self, bytes: u32) {
+        #[cfg(all(target_arch = "nvptx64", sm_ge_90))]
+        // SAFETY: the launch gave an array that holds the range; a prefetch reads and writes nothing.
+        unsafe {
+            core::arch::asm!("cp.async.bulk.prefetch.L2.global [{}],{};", in(reg64) self.address, in(reg32) bytes, options(nostack, preserves_flags))
+        }
+        #[cfg(all(target_arch = "nvptx64", not(sm_ge_90)))]
+        let _ = bytes;
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::prefetch_global(self.address, bytes.into());
     }
 }
 

@@ -3,7 +3,9 @@
 //!
 //! * Shapes: `w` [n_rows, k] in any block format, tiled (`tile.rs`), 16-byte aligned; activations [n_cols, k] as
 //!   `quantise_act` writes them (`q`, `scales`) in the format's kind (`BlockFormat::ACT`); `y` [n_cols, n_rows] f32.
-//!   Nothing overlaps, except that `residual` may be `y`.
+//!   Nothing overlaps, except that `residual` may be `y`. One column (in a mixture any) may also come as f32 in `q`,
+//!   without `scales`: the kernel quantises it on its way to shared memory, after an RMS norm of the row if there is a
+//!   [`Norm`] (k at most [`MAX_NORM_K`]); to the same bits as `quantise_act` and `rms_norm`.
 //! * Several matrices, bias, gate and up, residual, mixtures of experts: `product.rs`. In a mixture every pair is a column
 //!   of its own.
 //! * Result: for every output the sum over a span of 256 weights is `BlockFormat::dot_group`'s chain from 0 over its groups in
@@ -11,10 +13,11 @@
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
 //! * Geometry: lane = row, a warp works on one span of a row tile at a time (of two row tiles where several columns make
 //!   activations dear), a CTA on one row tile: its warps stride over the spans, leave partial sums in shared memory, and
-//!   add them in order. Warps per CTA by shape ([`warps`]).
+//!   add them in order. Warps per CTA by shape (`warps`). One column has a kernel of its own, `mmvq_column`.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
 //! Done for speed: (1) a span's weights come by 128-bit coalesced loads, all issued before the first is used, past L1;
+//! the span after that comes to L2 meanwhile, as the first does while the kernel waits for earlier launches;
 //! (2) a warp stages its span's activations in shared memory, whose loads are broadcasts; with (1) in flight together,
 //! so that a span costs one latency; (3) the integer sum starts at the bits of 1.5·2^23 less the bias's part, so that it
 //! is a float after one subtraction, without a conversion or a correction per row.
@@ -49,33 +52,37 @@ const fn scale_words(scale_elems: usize) -> u32 {
 }
 
 /// Bytes of a span's activations in shared memory, of all columns.
-const fn stage_bytes(scale_elems: usize, n_cols: usize) -> u32 {
+pub(super) const fn stage_bytes(scale_elems: usize, n_cols: usize) -> u32 {
     (n_cols * SPAN_GROUPS) as u32 * (32 + 4 * scale_words(scale_elems))
 }
+
+/// Shared memory of the kernel of one column beside book, stages and partial sums: squares per span.
+pub(super) const COLUMN_FIXED_BYTES: u32 = 4 * 32;
 
 /// What the parts have in common.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
-struct Shape {
-    n_groups: u32,
+pub(super) struct Shape {
+    pub(super) n_groups: u32,
     n_cols: u32,
     /// Items of work between two folds of the partial sums.
-    window: u32,
+    pub(super) window: u32,
     /// In a mixture: pairs that share a row of activations.
-    pairs_per_x: u32,
+    pub(super) pairs_per_x: u32,
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
+pub(super) mod gpu {
     use quant::act::ActKind;
     use quant::{BlockFormat, Group};
 
     use super::{Shape, scale_words, stage_bytes};
     use crate::device::math::{self, dp4a_us, fma};
-    use crate::device::{Glb, Smem, U32x2, U32x4, sync, thread, warp};
+    use crate::device::{Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
     use crate::kernels::lookup::{SharedBook, book_bytes};
     use crate::kernels::product::{Gate, Part, choose};
     use crate::kernels::quantise_act::ActScale;
+    use crate::kernels::quantise_act::gpu::{Target, span_to};
     use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block, load_span};
 
     /// The f32 1.5·2^23: its bits plus an integer below 2^22 in size are the bits of the sum.
@@ -156,35 +163,54 @@ mod gpu {
         acc
     }
 
-    /// A warp's copy of a span's activations in shared memory.
+    /// A span's activations in shared memory.
     #[derive(Clone, Copy)]
-    struct Stage {
-        codes: Smem<U32x4>,
+    pub(crate) struct Stage {
+        codes: Smem<u32>,
         scales: Smem<u32>,
     }
 
     impl Stage {
         #[inline(always)]
-        fn at<F: BlockFormat, const COLS: usize>(offset: u32) -> Stage {
+        pub(crate) fn at<F: BlockFormat, const COLS: usize>(offset: u32) -> Stage {
             let groups = (COLS * SPAN_GROUPS) as u32;
             Stage {
-                codes: Smem::dynamic(offset, 2 * groups),
+                codes: Smem::dynamic(offset, 8 * groups),
                 scales: Smem::dynamic(offset + 32 * groups, scale_words(F::SCALE_ELEMS) * groups),
             }
         }
 
-        /// Fills it with `n` groups from group `first` of each column, a column `stride` groups after the other; the
-        /// span's other groups become zeros. The warp calls together, and `between` runs while the loads are under way.
+        /// Sets the scale of group `group` of the stage.
         #[inline(always)]
         #[track_caller]
-        fn fill<F: BlockFormat, const COLS: usize, T>(
+        fn set_scale<F: BlockFormat>(self, group: u32, act: ActScale) {
+            let staged = Staged::prepare::<F>(act);
+            if F::SCALE_ELEMS == 16 {
+                self.scales.cast::<U32x4>().st(group, U32x4(staged));
+            } else {
+                self.scales.cast::<U32x2>().st(group, U32x2([staged[0], staged[1]]));
+            }
+        }
+
+        /// Fills it with one column's values as [`span_to`] takes them, quantised; zeros beyond a short span. The warp calls
+        /// together.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn quantise<F: BlockFormat>(self, v: [[f32; 4]; 2]) {
+            span_to(F::ACT, v, Staging::<F> { stage: self, format: core::marker::PhantomData }, 0);
+        }
+
+        /// Fills it with `n` groups from group `column(c)` of each column c; the span's other groups become zeros. The
+        /// warp calls together.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn fill<F: BlockFormat, const COLS: usize>(
             self,
             q: Glb<U32x4>,
             scales: Glb<U32x2>,
             n: u32,
             column: impl Fn(u32) -> u32,
-            between: impl FnOnce() -> T,
-        ) -> T {
+        ) {
             let lane = thread::lane_id();
             let groups = SPAN_GROUPS as u32;
             let (n_vectors, n_scales) = (COLS as u32 * 2 * groups, COLS as u32 * groups);
@@ -208,14 +234,13 @@ mod gpu {
                 }
                 i += 1;
             }
-            let result = between();
             // All lanes have read what was here before.
             warp::sync_warp();
             let mut i = 0;
             while 32 * i < n_vectors as usize {
                 let at = lane + 32 * i as u32;
                 if at < n_vectors {
-                    self.codes.st(at, codes[i]);
+                    self.codes.cast::<U32x4>().st(at, codes[i]);
                 }
                 i += 1;
             }
@@ -224,18 +249,82 @@ mod gpu {
                 let at = lane + 32 * i as u32;
                 if at < n_scales {
                     let U32x2([d, extra]) = acts[i];
-                    let staged = Staged::prepare::<F>(ActScale { d: f32::from_bits(d), extra });
-                    if F::SCALE_ELEMS == 16 {
-                        self.scales.cast::<U32x4>().st(at, U32x4(staged));
-                    } else {
-                        self.scales.cast::<U32x2>().st(at, U32x2([staged[0], staged[1]]));
-                    }
+                    self.set_scale::<F>(at, ActScale { d: f32::from_bits(d), extra });
                 }
                 i += 1;
             }
             warp::sync_warp();
-            result
         }
+    }
+
+    /// A stage as what quantised values are written to.
+    struct Staging<F> {
+        stage: Stage,
+        format: core::marker::PhantomData<F>,
+    }
+    impl<F> Clone for Staging<F> {
+        #[inline(always)]
+        fn clone(&self) -> Self {
+            *self
+        }
+    }
+    impl<F> Copy for Staging<F> {}
+
+    impl<F: BlockFormat> Target for Staging<F> {
+        #[inline(always)]
+        #[track_caller]
+        fn codes(self, i: u32, word: u32) {
+            self.stage.codes.st(i, word);
+        }
+        #[inline(always)]
+        #[track_caller]
+        fn scale(self, group: u32, scale: ActScale) {
+            self.stage.set_scale::<F>(group, scale);
+        }
+    }
+
+    /// The sums over a span, of which `n` groups are there: of the lane's row of each of `TILES` row tiles, and of
+    /// `AT_ONCE` columns from column `first` of the stage on.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn span_sums<F: BlockFormat + Tiled, const AT_ONCE: usize, const TILES: usize>(
+        words: &[F::Words; TILES],
+        stage: Stage,
+        first: u32,
+        n: u32,
+        book: SharedBook,
+    ) -> [[f32; AT_ONCE]; TILES] {
+        const { assert!(SPAN_GROUPS == 8) };
+        let groups = SPAN_GROUPS as u32;
+        // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
+        // way keeps it to one; other warps hide the latency.
+        let groups_left = math::opaque(groups);
+        let mut acc = [[0.0f32; AT_ONCE]; TILES];
+        unroll!(G in 0..8 {
+            if (G as u32) < groups_left {
+                let weights: [Group; TILES] = core::array::from_fn(|t| {
+                    block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
+                });
+                let mut c = 0;
+                while c < AT_ONCE {
+                    let at = (first + c as u32) * groups + G as u32;
+                    let codes = stage.codes.cast::<U32x4>();
+                    let [U32x4(low), U32x4(high)] = [codes.ld(2 * at), codes.ld(2 * at + 1)];
+                    let act = Staged::load::<F>(stage.scales, at);
+                    let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
+                    let mut t = 0;
+                    while t < TILES {
+                        let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
+                        // Groups beyond a short span hold nothing; without a branch.
+                        let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
+                        acc[t][c] = if there { sum } else { acc[t][c] };
+                        t += 1;
+                    }
+                    c += 1;
+                }
+            }
+        });
+        acc
     }
 
     /// The kernel; `TILES` row tiles per warp, `AT_ONCE` of the `COLS` columns for each unpacking.
@@ -263,6 +352,10 @@ mod gpu {
         // In a mixture a column is a (token, slot) pair.
         let pair = thread::block_idx_y();
         let mixture = !ids.is_null();
+        if mixture {
+            // Which weights these are an earlier launch says.
+            grid::wait_for_earlier();
+        }
         let expert = if mixture { ids.ld_nc(pair) } else { 0 };
         let first_x = if mixture { pair / shape.pairs_per_x } else { 0 };
         let last_column = shape.n_cols - 1;
@@ -289,40 +382,66 @@ mod gpu {
 
         // An item is a span of one matrix; gate and up alternate.
         let n_items = if gated_pair { 2 * n_spans } else { n_spans };
+        let item_of = |item: u32| if gated_pair { (item / 2, item % 2 == 1) } else { (item, false) };
+        let groups_of = |span: u32| {
+            if F::ELEMS == crate::tile::SPAN || span + 1 < n_spans {
+                groups
+            } else {
+                shape.n_groups - span * groups
+            }
+        };
+        // Where a tile's part of an item lies; tiles beyond the last do the last one's work again.
+        let span_of = |item: u32, t: usize| {
+            let (span, second) = item_of(item);
+            let tile = first_tile + t as u32;
+            let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
+            let at = matrix + tile as usize * tile_bytes + F::LAYOUT.span_offset(span as usize);
+            (if second { p1.w } else { part.w }).offset(at)
+        };
+        let units_of = |item: u32| {
+            if F::ELEMS == crate::tile::SPAN || groups_of(item_of(item).0) == groups {
+                F::LAYOUT.span_units() as u32
+            } else {
+                F::LAYOUT.tail_units(k) as u32
+            }
+        };
+        let prefetch = |item: u32| {
+            if item < n_items && lane == 0 {
+                let bytes = units_of(item) * (ROWS * F::LAYOUT.unit_bytes) as u32;
+                let mut t = 0;
+                while t < TILES {
+                    span_of(item, t).prefetch(bytes);
+                    t += 1;
+                }
+            }
+        };
+        let load = |item: u32| {
+            let words = core::array::from_fn::<F::Words, TILES, _>(|t| {
+                load_span::<F>(span_of(item, t), units_of(item))
+            });
+            // The warp's next item comes to L2 meanwhile.
+            prefetch(item + n_warps);
+            words
+        };
+
         let mut start = 0;
+        let mut item = warp_id;
+        prefetch(item);
+        if !mixture {
+            grid::wait_for_earlier();
+        }
         loop {
             let end = if start + shape.window < n_items { start + shape.window } else { n_items };
-            let mut item = start + warp_id;
             while item < end {
-                let (span, second) = if gated_pair { (item / 2, item % 2 == 1) } else { (item, false) };
-                let w = if second { p1.w } else { part.w };
-                let n = if F::ELEMS == crate::tile::SPAN || span + 1 < n_spans {
-                    groups
-                } else {
-                    shape.n_groups - span * groups
-                };
-                let units = if F::ELEMS == crate::tile::SPAN || n == groups {
-                    F::LAYOUT.span_units() as u32
-                } else {
-                    F::LAYOUT.tail_units(k) as u32
-                };
+                let (span, _) = item_of(item);
+                let n = groups_of(span);
                 let column = |c: u32| {
                     let c = first_x + if c < last_column { c } else { last_column };
                     c * shape.n_groups + span * groups
                 };
-                let mut words = stage.fill::<F, COLS, _>(q, scales, n, column, || {
-                    core::array::from_fn::<F::Words, TILES, _>(|t| {
-                        let tile = first_tile + t as u32;
-                        let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
-                        let at = matrix + tile as usize * tile_bytes + F::LAYOUT.span_offset(span as usize);
-                        load_span::<F>(w.offset(at), units)
-                    })
-                });
+                let mut words = load(item);
+                stage.fill::<F, COLS>(q, scales, n, column);
 
-                const { assert!(SPAN_GROUPS == 8) };
-                // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
-                // way keeps it to one; other warps hide the latency.
-                let groups_left = math::opaque(groups);
                 let columns_left = if AT_ONCE == COLS { COLS as u32 } else { math::opaque(COLS as u32) };
                 let mut first = 0;
                 while first < columns_left {
@@ -331,31 +450,7 @@ mod gpu {
                         let zero = math::opaque(first) >> 31;
                         words.iter_mut().for_each(|w| w.as_mut().iter_mut().for_each(|word| *word ^= zero));
                     }
-                    let mut acc = [[0.0f32; AT_ONCE]; TILES];
-                    unroll!(G in 0..8 {
-                        if (G as u32) < groups_left {
-                            let weights: [Group; TILES] = core::array::from_fn(|t| {
-                                block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
-                            });
-                            let mut c = 0;
-                            while c < AT_ONCE {
-                                let at = (first + c as u32) * groups + G as u32;
-                                let [U32x4(low), U32x4(high)] =
-                                    [stage.codes.ld(2 * at), stage.codes.ld(2 * at + 1)];
-                                let act = Staged::load::<F>(stage.scales, at);
-                                let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-                                let mut t = 0;
-                                while t < TILES {
-                                    let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
-                                    // Groups beyond a short span hold nothing; without a branch.
-                                    let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
-                                    acc[t][c] = if there { sum } else { acc[t][c] };
-                                    t += 1;
-                                }
-                                c += 1;
-                            }
-                        }
-                    });
+                    let acc = span_sums::<F, AT_ONCE, TILES>(&words, stage, first, n, book);
                     let mut t = 0;
                     while t < TILES {
                         let mut c = 0;
@@ -415,6 +510,7 @@ mod gpu {
             // The partial sums are free again.
             sync::sync_threads();
             start = end;
+            item = start + warp_id;
         }
     }
 }
@@ -425,10 +521,22 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            FEW: threads(512);
+            ONE: threads(512), early;
+            fn (
+                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape,
+                norm: Glb<F32x4>, eps: f32,
+            );
+            $(
+                concat!("mmvq_", stringify!($id), "_n1") => mmvq_column::<formats::$module::Block>;
+            )*
+        }
+
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmvq";
+            FEW: threads(512), early;
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
-                concat!("mmvq_", stringify!($id), "_n1") => entries!(@entry $module, 1);
                 concat!("mmvq_", stringify!($id), "_n2") => entries!(@entry $module, 2);
             )*
         }
@@ -436,7 +544,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            MORE: threads(256);
+            MORE: threads(256), early;
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
                 concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
@@ -476,6 +584,7 @@ macro_rules! entries {
         const CASES: &[host::Case] = &[
             $(
                 host::Case { rows: &[37], k: 512, ..host::Case::of(quant::FormatId::$id) },
+                host::Case { rows: &[6], k: 512, x: host::X::Floats, ..host::Case::of(quant::FormatId::$id) },
                 host::Case { rows: &[5], k: 256, n_cols: 8, ..host::Case::of(quant::FormatId::$id) },
             )*
             host::Case { rows: &[4], k: 32, n_cols: 2, ..host::Case::of(quant::FormatId::Q4_0) },
@@ -484,6 +593,14 @@ macro_rules! entries {
             host::Case { rows: &[1], k: 768, n_cols: 5, ..host::Case::of(quant::FormatId::Q6_K) },
             host::Case { rows: &[96], k: 2304, n_cols: 7, ..host::Case::of(quant::FormatId::IQ3_XXS) },
             host::Case { rows: &[64], k: 576, n_cols: 8, ..host::Case::of(quant::FormatId::Q5_1) },
+            host::Case { rows: &[35], k: 576, x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_1) },
+            host::Case { rows: &[33, 33], k: 2080, glu: Some(Glu::Silu), x: host::X::Floats, ..host::Case::of(quant::FormatId::Q8_0) },
+            host::Case { rows: &[33], k: 768, n_cols: 2, mixture: Some((4, 2, true)), x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_K) },
+            host::Case { rows: &[35, 5], k: 576, x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[33, 33], k: 4096, glu: Some(Glu::Silu), x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_K) },
+            // More spans than fit shared memory at a time.
+            host::Case { rows: &[3], k: 256 * 130 + 64, extras: true, x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[2, 2], k: 256 * 90, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::IQ2_XXS) },
             // More spans than fit the partial sums at a time.
             host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, ..host::Case::of(quant::FormatId::Q4_1) },
             host::Case { rows: &[40, 8, 33], k: 288, extras: true, ..host::Case::of(quant::FormatId::Q5_0) },
@@ -511,7 +628,8 @@ macro_rules! entries {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
-    crate::device::{Glb, U32x2, U32x4},
+    crate::device::{F32x4, Glb, U32x2, U32x4},
+    crate::kernels::mmvq_column::mmvq_column,
     crate::kernels::product::{Gate, Part},
     crate::tile::Tiled,
     quant::formats,
@@ -539,10 +657,11 @@ mod host {
     use quant::act::ActKind;
     use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
 
-    use super::{MAX_WARPS, SMEM_BYTES, tiles_per_warp};
+    use super::{COLUMN_FIXED_BYTES, MAX_WARPS, SMEM_BYTES, tiles_per_warp};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::output::{self, Output};
     use crate::kernels::product::{Args, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
-    use crate::kernels::quantise_act;
+    use crate::kernels::{quantise_act, rms_norm};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
     use crate::tile::{self, ROWS, SPAN, SPAN_GROUPS, TileLayout};
 
@@ -568,22 +687,51 @@ mod host {
     /// Warps of a CTA, by shape alone: enough that all CTAs together fill the machine, no more than there is work for, and
     /// such that all have about equally much.
     ///
-    /// With few row tiles every SM holds one CTA: 16 warps keep 16 spans (73 KB of a 4-bit format) under way. With many,
-    /// 8, so that an SM holds several CTAs, and one's loads hide another's end. The entries for many columns need the
-    /// registers of 16 warps for 8.
+    /// An SM has registers for 16 warps. With as many row tiles as SMs (an H100 has 132) it holds one CTA of all of them:
+    /// 16 spans (73 KB of a 4-bit format) are under way. With more, 8, so that an SM holds two CTAs and nobody waits for
+    /// a second round. The entries for many columns need the registers of 16 warps for 8.
     fn warps(n_ctas: u32, n_items: u32, n_cols: usize) -> u32 {
-        let most = if n_cols <= 2 && n_ctas <= 264 { MAX_WARPS } else { MAX_WARPS / 2 };
+        let most = if n_cols <= 2 && n_ctas <= 132 { MAX_WARPS } else { MAX_WARPS / 2 };
         n_items.div_ceil(n_items.div_ceil(most))
     }
 
+    /// A norm of the activations before the product.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Norm {
+        /// f32 `[k]`
+        pub weight: DevicePtr,
+        /// Added to the mean square.
+        pub eps: f32,
+    }
+
+    /// Longest row that is normed on the way: `rms_norm`'s sum of more than 32 spans has another order.
+    pub const MAX_NORM_K: usize = 32 * SPAN;
+
     /// One launch for all matrices.
     pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
+        launch_normed(args, None)
+    }
+
+    /// [`launch`] of one column of f32 that is normed first.
+    pub fn launch_normed(args: &Args<'_>, norm: Option<Norm>) -> Result<Launch, LaunchError> {
         let kernel = Mmvq::NAME;
         let check = Check(kernel);
         let columns = if args.mixture.is_some() { 1 } else { args.n_cols };
         if !(1..=MAX_COLS).contains(&columns) {
             let got = args.n_cols as u64;
             return Err(LaunchError::Shape { kernel, what: "n_cols", expected: "1 to 8", got });
+        }
+        if args.scales == DevicePtr::NULL && columns != 1 {
+            return Err(check.shape("n_cols of f32", "1", columns));
+        }
+        if let Some(norm) = norm {
+            check.aligned("norm", norm.weight, 16)?;
+            if args.scales != DevicePtr::NULL || norm.weight == DevicePtr::NULL {
+                return Err(check.shape("norm", "a weight, and f32 activations", columns));
+            }
+            if args.k > MAX_NORM_K {
+                return Err(check.shape("k of normed activations", "at most 8192", args.k));
+            }
         }
         let entry = super::entry(args.format, columns);
         let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
@@ -609,23 +757,39 @@ mod host {
         let (params, n_ctas) =
             with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(rows_per_cta))?;
 
-        let n_items = k.div_ceil(SPAN as u32) * if args.glu.is_some() { 2 } else { 1 };
+        let n_spans = k.div_ceil(SPAN as u32);
+        let per_span = if args.glu.is_some() { 2 } else { 1 };
+        let n_items = n_spans * per_span;
         let n_warps = warps(n_ctas.saturating_mul(n_lines), n_items, n_cols);
         let outputs_bytes = 4 * rows_per_cta * n_cols as u32;
-        let fixed = book_bytes + n_warps * stage_bytes + 2 * outputs_bytes;
-        // Whole rounds of the warps, and gate and up together.
-        let fits = (SMEM_BYTES - fixed) / outputs_bytes;
-        let step = n_warps.next_multiple_of(2);
-        let window = if fits >= n_items { n_items } else { (fits / step * step).max(2) };
+        let (window, smem_bytes) = if n_cols == 1 {
+            // Activations of the window's spans, and partial sums of its items.
+            let span_bytes = stage_bytes + per_span * outputs_bytes;
+            let fixed = book_bytes + COLUMN_FIXED_BYTES;
+            let spans = n_spans.min((SMEM_BYTES - fixed) / span_bytes);
+            (spans * per_span, fixed + spans * span_bytes)
+        } else {
+            let fixed = book_bytes + n_warps * stage_bytes + 2 * outputs_bytes;
+            // Whole rounds of the warps, and gate and up together.
+            let fits = (SMEM_BYTES - fixed) / outputs_bytes;
+            let step = n_warps.next_multiple_of(2);
+            let window = if fits >= n_items { n_items } else { (fits / step * step).max(2) };
+            (window, fixed + window * outputs_bytes)
+        };
         let params = params.with(args.q).with(args.scales).with(ids);
         let params = with_gate(params, args.glu).with(k / 32).with(columns as u32);
+        let mut params = params.with(window).with(pairs_per_x);
+        if n_cols == 1 {
+            let Norm { weight, eps } = norm.unwrap_or(Norm { weight: DevicePtr::NULL, eps: 0.0 });
+            params = params.with(weight).with(eps);
+        }
         Ok(Launch {
             entry: name,
             grid: [n_ctas, n_lines, 1],
             cta: 32 * n_warps,
             cluster: 1,
-            smem_bytes: fixed + window * outputs_bytes,
-            params: params.with(window).with(pairs_per_x),
+            smem_bytes,
+            params,
         })
     }
 
@@ -650,12 +814,34 @@ mod host {
         pub extras: bool,
         /// Experts, experts used, and whether each slot has activations of its own.
         pub mixture: Option<(usize, usize, bool)>,
+        /// How the activations come.
+        pub x: X,
+    }
+
+    /// Form of a case's activations.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum X {
+        /// Quantised.
+        Acts,
+        /// f32.
+        Floats,
+        /// f32, normed on the way.
+        Normed,
     }
 
     impl Case {
         /// One row of 256, one column.
         pub const fn of(format: FormatId) -> Case {
-            Case { format, rows: &[1], k: 256, n_cols: 1, glu: None, extras: false, mixture: None }
+            Case {
+                format,
+                rows: &[1],
+                k: 256,
+                n_cols: 1,
+                glu: None,
+                extras: false,
+                mixture: None,
+                x: X::Acts,
+            }
         }
     }
 
@@ -711,6 +897,9 @@ mod host {
 
     /// Shapes to time: a down, an up, an attention and an output projection of an 8B model, at one and at eight columns;
     /// gate and up in one launch; experts of a mixture.
+    /// Added to the mean square in cases.
+    const EPS: f32 = 1e-5;
+
     const BENCH: &[Case] = &[
         bench(FormatId::Q4_0, 4096, 14336, 1),
         bench(FormatId::Q4_0, 4096, 14336, 4),
@@ -740,6 +929,15 @@ mod host {
         bench(FormatId::IQ4_XS, 4096, 14336, 1),
         Case { rows: &[14336, 14336], k: 4096, glu: Some(Glu::Silu), ..Case::of(FormatId::Q4_0) },
         Case { rows: &[4096, 1024, 1024], k: 4096, ..Case::of(FormatId::Q4_0) },
+        Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 14336, 1) },
+        Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 4096, 1) },
+        Case {
+            rows: &[14336, 14336],
+            k: 4096,
+            glu: Some(Glu::Silu),
+            x: X::Normed,
+            ..Case::of(FormatId::Q4_0)
+        },
         Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_0) },
         Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_K) },
     ];
@@ -808,14 +1006,17 @@ mod host {
         const BENCH: &'static [Case] = BENCH;
         const NMSE_MAX: f64 = 1e-11;
         #[cfg(feature = "emu")]
-        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE];
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ONE, super::FEW, super::MORE];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { format, rows, k, n_cols, glu, extras, mixture } = *case;
+            let Case { format, rows, k, n_cols, glu, extras, mixture, x: form } = *case;
             let (n_expert, n_used, per_slot) = mixture.unwrap_or((1, 1, false));
             let n_pairs = n_cols * n_used;
             let n_x = if per_slot { n_pairs } else { n_cols };
             let x = random.values(n_x * k);
+            // Of two ways with equal bits: only the rounding of the norm is not the definition's.
+            let normed = form == X::Normed;
+            let norm = if normed { random.values(k) } else { vec![] };
             let ids: Vec<u32> = (0..n_pairs).map(|_| random.below(n_expert as u64) as u32).collect();
 
             let mut kind = ActKind::Q8_0;
@@ -866,33 +1067,70 @@ mod host {
                     |i| given(sums[1].1[i]),
                     |i| given(residual[i].into()),
                 );
-                buffers.push(Buffer::Output(Expected::F32(expected)));
+                let plain = n_inputs + outputs + 5 + part;
+                buffers.push(Buffer::Output(if normed {
+                    Expected::Same { buffer: plain, bytes: 4 * expected.len() }
+                } else {
+                    Expected::F32(expected)
+                }));
             }
             let (q, scales) = quantise_act::reference(kind, &x);
             buffers.extend([
                 Buffer::Input(bytes_of(&q)),
                 Buffer::Input(bytes_of(&scales)),
                 Buffer::Input(bytes_of(&ids)),
+                Buffer::Input(bytes_of(&x)),
+                Buffer::Input(bytes_of(&norm)),
             ]);
-            Problem {
+            if normed {
+                let plain = |rows: &usize| Buffer::Input(vec![0; 4 * n_pairs * rows]);
+                buffers.extend(rows[..outputs].iter().map(plain));
+            }
+            let problem = Problem {
                 buffers,
                 launches: Box::new(move |at| {
                     let given = |at: DevicePtr| if extras { at } else { DevicePtr::NULL };
-                    let part = |(p, &n_rows): (usize, &usize)| Matrix {
-                        w: at[3 * p],
-                        bias: given(at[3 * p + 1]),
-                        residual: given(at[3 * p + 2]),
-                        y: if p < outputs { at[n_inputs + p] } else { DevicePtr::NULL },
-                        n_rows,
+                    let parts = |y: &[DevicePtr]| -> Vec<Matrix> {
+                        let part = |(p, &n_rows): (usize, &usize)| Matrix {
+                            w: at[3 * p],
+                            bias: given(at[3 * p + 1]),
+                            residual: given(at[3 * p + 2]),
+                            y: y.get(p).copied().unwrap_or(DevicePtr::NULL),
+                            n_rows,
+                        };
+                        rows.iter().enumerate().map(part).collect()
                     };
-                    let parts: Vec<Matrix> = rows.iter().enumerate().map(part).collect();
-                    let rest = &at[n_inputs + outputs..];
+                    let [ys, rest] = [&at[n_inputs..][..outputs], &at[n_inputs + outputs..]];
+                    let [q, scales, ids, x, weight] = rest[..5] else { unreachable!("five of these") };
                     let pairs_per_x = if per_slot { 1 } else { n_used };
-                    let mixture = mixture.map(|_| Mixture { ids: rest[2], n_pairs, pairs_per_x });
-                    let (q, scales) = (rest[0], rest[1]);
-                    Ok(vec![launch(&Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture })?])
+                    let mixture = mixture.map(|_| Mixture { ids, n_pairs, pairs_per_x });
+                    let (parts, plain) = (parts(ys), parts(&rest[5..]));
+                    let acts = Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture };
+                    let floats = Args { q: x, scales: DevicePtr::NULL, ..acts };
+                    Ok(match form {
+                        X::Acts => vec![launch(&acts)?],
+                        X::Floats => vec![launch(&floats)?],
+                        X::Normed => vec![
+                            rms_norm::launch(&rms_norm::Args {
+                                x,
+                                residual: DevicePtr::NULL,
+                                h: DevicePtr::NULL,
+                                weight,
+                                add: DevicePtr::NULL,
+                                output: Output::Act(kind),
+                                y: q,
+                                scales,
+                                n_rows: n_x,
+                                n: k,
+                                eps: EPS,
+                            })?,
+                            launch(&Args { parts: &plain, ..acts })?,
+                            launch_normed(&floats, Some(Norm { weight, eps: EPS }))?,
+                        ],
+                    })
                 }),
-            }
+            };
+            if random.is_timing() { output::last_launch(problem) } else { problem }
         }
 
         fn peer(case: &Case) -> Option<alloc::string::String> {
@@ -973,6 +1211,7 @@ mod host {
                 Args { k: 40, ..args },
                 Args { format: FormatId::F16, ..args },
                 Args { q: DevicePtr(8), ..args },
+                Args { scales: DevicePtr::NULL, n_cols: 2, ..args },
                 Args { parts: &[], ..args },
                 Args { parts: &parts, ..args },
                 Args { glu: Some(Glu::Silu), ..args },

@@ -15,10 +15,13 @@ pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
 pub mod mmq;
+pub mod mmq_hopper;
 mod mmq_narrow;
 mod mmq_wide;
 pub mod mmvf;
 pub mod mmvq;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod mmvq_column;
 pub mod moe_combine;
 pub mod moe_route;
 pub mod moe_sort;

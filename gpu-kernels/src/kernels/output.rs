@@ -30,6 +30,17 @@ pub(crate) mod gpu {
         v
     }
 
+    /// [`read`] of a weight or an input of the step: may come before the kernel waits for earlier launches.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn read_early(row: Glb<F32x4>, span: u32, n4: u32, otherwise: f32) -> [[f32; 4]; 2] {
+        let mut v = [[otherwise; 4]; 2];
+        if !row.is_null() {
+            each(span * SPAN4, n4, |h, i| v[h] = row.ld_early(i).0);
+        }
+        v
+    }
+
     /// An output type.
     pub(crate) trait Output {
         /// Bytes of a value, without its share of scales.

@@ -109,19 +109,46 @@ mod device {
             if self.bias.is_null() { sum } else { sum + self.bias.ld_nc(expert * self.n_rows + row) }
         }
 
-        /// Ends output `row` of line `line` (a column or pair): the epilogue on `sum`, and with a gate on `up`'s sum.
+        /// What is added last to output `row` of line `line` (a column or pair); 0 if nothing is.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn residual(self, line: u32, row: u32) -> f32 {
+            if self.residual.is_null() { 0.0 } else { self.of_line(self.residual, line).ld(row) }
+        }
+
+        #[inline(always)]
+        fn of_line(self, array: Glb<f32>, line: u32) -> Glb<f32> {
+            array.offset(line as usize * self.n_rows as usize)
+        }
+
+        /// Ends output `row` of line `line`: the epilogue on `sum`, and with a gate on `up`'s sum.
         #[inline(always)]
         #[track_caller]
         pub(crate) fn finish(self, gate: Gate, up: Part, expert: u32, line: u32, row: u32, sum: [f32; 2]) {
+            self.finish_with(gate, up, expert, line, row, sum, self.residual(line, row));
+        }
+
+        /// [`Part::finish`] with [`Part::residual`] already at hand.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn finish_with(
+            self,
+            gate: Gate,
+            up: Part,
+            expert: u32,
+            line: u32,
+            row: u32,
+            sum: [f32; 2],
+            residual: f32,
+        ) {
             let mut v = self.biased(expert, row, sum[0]);
             if gate.is_some() {
                 v = gate.apply(v, up.biased(expert, row, sum[1]));
             }
-            let line = line as usize * self.n_rows as usize;
             if !self.residual.is_null() {
-                v += self.residual.offset(line).ld(row);
+                v += residual;
             }
-            self.y.offset(line).st(row, v);
+            self.of_line(self.y, line).st(row, v);
         }
     }
 }
@@ -140,7 +167,7 @@ mod host {
     pub struct Matrix {
         /// [n_rows, k] (in a mixture [n_expert, n_rows, k]), tiled.
         pub w: DevicePtr,
-        /// f32 [n_rows] (in a mixture [n_expert, n_rows]), or null.
+        /// f32 `[n_rows]` (in a mixture [n_expert, n_rows]), or null.
         pub bias: DevicePtr,
         /// f32, of `y`'s shape, added last; may be `y`; or null.
         pub residual: DevicePtr,
@@ -170,7 +197,8 @@ mod host {
         pub parts: &'a [Matrix],
         /// What combines gate and up.
         pub glu: Option<Glu>,
-        /// Codes and scales of the activations, in the format's kind.
+        /// Codes and scales of the activations, in the format's kind. Without scales (null) `q` is f32, where the kernel
+        /// takes that.
         pub q: DevicePtr,
         /// As `q`.
         pub scales: DevicePtr,

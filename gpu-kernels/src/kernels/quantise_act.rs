@@ -62,33 +62,56 @@ pub(crate) mod gpu {
         v
     }
 
+    /// Where quantised values go.
+    pub(crate) trait Target {
+        /// Four codes as word `i`.
+        fn codes(self, i: u32, word: u32);
+        /// Scale of group `group`.
+        fn scale(self, group: u32, scale: ActScale);
+    }
+
+    /// The arrays of the contract; words from `end` on are not written.
+    #[derive(Clone, Copy)]
+    struct Arrays {
+        q: Glb<u32>,
+        scales: Glb<U32x2>,
+        end: u32,
+    }
+
+    impl Target for Arrays {
+        #[inline(always)]
+        #[track_caller]
+        fn codes(self, i: u32, word: u32) {
+            if i < self.end {
+                self.q.st(i, word);
+            }
+        }
+        #[inline(always)]
+        #[track_caller]
+        fn scale(self, group: u32, ActScale { d, extra }: ActScale) {
+            if 8 * group < self.end {
+                self.scales.st(group, U32x2([d.to_bits(), extra]));
+            }
+        }
+    }
+
     /// Stores four codes, and once per group its scale; eight neighbouring lanes have a group.
     #[inline(always)]
     #[track_caller]
-    fn store(
-        q: Glb<u32>,
-        scales: Glb<U32x2>,
-        i: u32,
-        codes: [i32; 4],
-        inside: bool,
-        scale: impl Fn([i32; 2]) -> ActScale,
-    ) {
+    fn store(to: impl Target + Copy, i: u32, codes: [i32; 4], scale: impl Fn([i32; 2]) -> ActScale) {
         // Each half of the group is four lanes.
         let sum = sum_of(codes[0] + codes[1] + codes[2] + codes[3], 4);
         let other_half = warp::shfl_xor(sum as u32, 4) as i32;
-        if inside {
-            let byte = |j: usize| (codes[j] as u32 & 0xff) << (8 * j);
-            q.st(i, byte(0) | byte(1) | byte(2) | byte(3));
-            if i.is_multiple_of(8) {
-                let ActScale { d, extra } = scale([sum, other_half]);
-                scales.st(i / 8, U32x2([d.to_bits(), extra]));
-            }
+        let byte = |j: usize| (codes[j] as u32 & 0xff) << (8 * j);
+        to.codes(i, byte(0) | byte(1) | byte(2) | byte(3));
+        if i.is_multiple_of(8) {
+            to.scale(i / 8, scale([sum, other_half]));
         }
     }
 
     #[inline(always)]
     #[track_caller]
-    fn group(v: [f32; 4], q: Glb<u32>, scales: Glb<U32x2>, i: u32, inside: bool, offset_value: bool) {
+    fn group(v: [f32; 4], to: impl Target + Copy, i: u32, offset_value: bool) {
         let abs = v.map(math::fabs);
         let mut amax = math::fmax(math::fmax(abs[0], abs[1]), math::fmax(abs[2], abs[3]));
         unroll!(S in 0..4 {
@@ -100,7 +123,7 @@ pub(crate) mod gpu {
         let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
         // Rounded apart from the sum in `round_half_away`: the CPU does not fuse them.
         let codes = v.map(|v| round_half_away(math::mul(v, inverse)).clamp(-127, 127));
-        store(q, scales, i, codes, inside, |sums| {
+        store(to, i, codes, |sums| {
             let stored = f16_to_f32(f32_to_f16(d));
             if offset_value {
                 let value = f16_to_f32(f32_to_f16(d * (sums[0] + sums[1]) as f32));
@@ -120,7 +143,7 @@ pub(crate) mod gpu {
 
     #[inline(always)]
     #[track_caller]
-    fn super_block(v: [[f32; 4]; 2], q: Glb<u32>, scales: Glb<U32x2>, first: u32, inside: bool) {
+    fn super_block(v: [[f32; 4]; 2], to: impl Target + Copy, first: u32) {
         let lane = thread::lane_id();
         // NaN counts as nothing, as on the CPU.
         let mut max = (0.0f32, u32::MAX);
@@ -141,7 +164,7 @@ pub(crate) mod gpu {
         let d = if max.0 != 0.0 { 1.0 / inverse } else { 0.0 };
         unroll!(H in 0..2 {
             let codes = v[H].map(|v| math::round_even(math::mul(inverse, v)).clamp(-127.0, 127.0) as i32);
-            store(q, scales, first + 32 * H as u32 + lane, codes, inside, |sums| ActScale::with_sums(d, sums));
+            store(to, first + 32 * H as u32 + lane, codes, |sums| ActScale::with_sums(d, sums));
         });
     }
 
@@ -157,14 +180,21 @@ pub(crate) mod gpu {
         first: u32,
         end: u32,
     ) {
+        span_to(kind, v, Arrays { q, scales, end }, first);
+    }
+
+    /// [`span`] to anywhere.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn span_to(kind: ActKind, v: [[f32; 4]; 2], to: impl Target + Copy, first: u32) {
         match kind {
             ActKind::Q8_0 | ActKind::Q8_1 => {
                 unroll!(H in 0..2 {
                     let i = first + 32 * H as u32 + thread::lane_id();
-                    group(v[H], q, scales, i, i < end, matches!(kind, ActKind::Q8_1));
+                    group(v[H], to, i, matches!(kind, ActKind::Q8_1));
                 });
             }
-            ActKind::Q8K => super_block(v, q, scales, first, first < end),
+            ActKind::Q8K => super_block(v, to, first),
         }
     }
 

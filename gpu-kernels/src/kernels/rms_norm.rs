@@ -2,7 +2,7 @@
 //! `y = h / sqrt(mean(h²) + eps) · weight + add`, row by row.
 //!
 //! * Shapes: `x`, `residual`, `h`, `add`, `y` [n_rows, n]; `weight` `[n]`. f32, dense, 16-byte aligned, n a multiple of 4.
-//!   `residual` with `h`, `weight` and `add` may be absent; without `residual`, h is `x`. `y` in any [`Output`] type.
+//!   `residual` with `h`, `weight` and `add` may be absent; without `residual`, h is `x`. `y` in any `Output` type.
 //!   `h` may be `x` or `residual`, `y` (f32) may be any of them; nothing else overlaps.
 //! * Geometry: rows of up to 256 (heads) take a warp each, 8 to a CTA. Longer ones take a CTA with a warp per 256 values, up
 //!   to 32; lane l of a warp holds the float4s l and l + 32 of a span of 256.
@@ -12,7 +12,8 @@
 //! * The order of the sum depends on n alone.
 //!
 //! Done for speed: (1) 16-byte loads, (2) one barrier per row, none for heads, (3) rows up to 8192 are read once and stay
-//! in registers, (4) the product that follows finds its activations quantised.
+//! in registers, (4) the product that follows finds its activations quantised, (5) the weights are on their way before
+//! the kernel waits for the launch before it.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
@@ -25,13 +26,13 @@ smem! {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
+pub(crate) mod gpu {
     use half::{bf16, f16};
 
     use super::Shared;
-    use crate::device::{F32x4, Glb, U32x2, math, thread, warp};
+    use crate::device::{F32x4, Glb, U32x2, grid, math, thread, warp};
     use crate::kernels::output::SPAN4;
-    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read};
+    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read, read_early};
     use crate::kernels::reduce;
 
     /// One row's arrays.
@@ -68,24 +69,23 @@ mod gpu {
         fn sum_again(self, span: u32) -> [[f32; 4]; 2] {
             read(if self.residual.is_null() { self.x } else { self.h }, span, self.n4, 0.0)
         }
+    }
 
-        #[inline(always)]
-        #[track_caller]
-        fn normalise(
-            self,
-            v: [[f32; 4]; 2],
-            weight: [[f32; 4]; 2],
-            add: [[f32; 4]; 2],
-            scale: f32,
-        ) -> [[f32; 4]; 2] {
-            let mut y = v;
-            unroll!(H in 0..2 {
-                unroll!(J in 0..4 {
-                    y[H][J] = math::fma(math::mul(v[H][J], scale), weight[H][J], add[H][J]);
-                });
+    /// `v · scale · weight + add`.
+    #[inline(always)]
+    pub(crate) fn normalise(
+        v: [[f32; 4]; 2],
+        weight: [[f32; 4]; 2],
+        add: [[f32; 4]; 2],
+        scale: f32,
+    ) -> [[f32; 4]; 2] {
+        let mut y = v;
+        unroll!(H in 0..2 {
+            unroll!(J in 0..4 {
+                y[H][J] = math::fma(math::mul(v[H][J], scale), weight[H][J], add[H][J]);
             });
-            y
-        }
+        });
+        y
     }
 
     /// Adds the squares to a partial sum per component.
@@ -99,7 +99,22 @@ mod gpu {
     }
 
     #[inline(always)]
-    fn scale_of(sum: f32, n4: u32, eps: f32) -> f32 {
+    fn total(squares: [f32; 4]) -> f32 {
+        (squares[0] + squares[1]) + (squares[2] + squares[3])
+    }
+
+    /// This lane's part of the sum of squares of a span. A row's sum is that over its spans' sums as
+    /// `reduce::cta_sum` adds those of warps, as long as there are no more than 32.
+    #[inline(always)]
+    pub(crate) fn squares(v: [[f32; 4]; 2]) -> f32 {
+        let mut squares = [0.0; 4];
+        add_squares(&mut squares, v);
+        total(squares)
+    }
+
+    /// What the row is multiplied by, from its sum of squares.
+    #[inline(always)]
+    pub(crate) fn scale_of(sum: f32, n4: u32, eps: f32) -> f32 {
         math::rsqrt(sum / (4 * n4) as f32 + eps)
     }
 
@@ -124,8 +139,10 @@ mod gpu {
         let (first, step, spans) = (thread::warp_id(), thread::block_dim_x() / 32, n4.div_ceil(SPAN4));
 
         // Sum of squares. Each warp keeps its first span; more than one it has only in rows beyond 8192.
-        // All loads before the store of h, which waits for the first of them.
-        let (w, a) = (read(weight, first, n4, 1.0), read(row.add, first, n4, 0.0));
+        // All loads before the store of h, which waits for the first of them; the weights before all else.
+        let w = read_early(weight, first, n4, 1.0);
+        grid::wait_for_earlier();
+        let a = read(row.add, first, n4, 0.0);
         let v = row.sum(first);
         let mut squares = [0.0f32; 4];
         add_squares(&mut squares, v);
@@ -134,17 +151,17 @@ mod gpu {
             add_squares(&mut squares, row.sum(span));
             span += step;
         }
-        let sum = reduce::cta_sum((squares[0] + squares[1]) + (squares[2] + squares[3]), Shared::partial());
+        let sum = reduce::cta_sum(total(squares), Shared::partial());
         let scale = scale_of(sum, n4, eps);
 
         // Each thread writes what it alone has read, so `y` may be `x`.
         let end = start + n4;
-        T::store(row.normalise(v, w, a, scale), y, scales, start + first * SPAN4, end);
+        T::store(normalise(v, w, a, scale), y, scales, start + first * SPAN4, end);
         let mut span = first + step;
         while span < spans {
             let (w, a) = (read(weight, span, n4, 1.0), read(row.add, span, n4, 0.0));
             let v = row.sum_again(span);
-            T::store(row.normalise(v, w, a, scale), y, scales, start + span * SPAN4, end);
+            T::store(normalise(v, w, a, scale), y, scales, start + span * SPAN4, end);
             span += step;
         }
     }
@@ -164,6 +181,8 @@ mod gpu {
         eps: f32,
     ) {
         let index = thread::index_1d() / 32;
+        let w = read_early(weight, 0, n4, 1.0);
+        grid::wait_for_earlier();
         // A whole warp leaves.
         if index >= n_rows {
             return;
@@ -171,17 +190,15 @@ mod gpu {
         let start = index * n4;
         let of_row = |array: Glb<F32x4>| if array.is_null() { array } else { array.offset(start as usize) };
         let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
-        let (w, a) = (read(weight, 0, n4, 1.0), read(row.add, 0, n4, 0.0));
+        let a = read(row.add, 0, n4, 0.0);
         let v = row.sum(0);
-        let mut squares = [0.0f32; 4];
-        add_squares(&mut squares, v);
-        let sum = warp::sum_f32((squares[0] + squares[1]) + (squares[2] + squares[3]));
-        T::store(row.normalise(v, w, a, scale_of(sum, n4, eps)), y, scales, start, start + n4);
+        let sum = warp::sum_f32(squares(v));
+        T::store(normalise(v, w, a, scale_of(sum, n4, eps)), y, scales, start, start + n4);
     }
 
     kernels! {
         in "rms_norm";
-        pub(super) CTA: threads(1024);
+        pub(super) CTA: threads(1024), early;
         fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
             scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);
         "rms_norm_f32" => row_per_cta::<f32>;
@@ -194,7 +211,7 @@ mod gpu {
 
     kernels! {
         in "rms_norm";
-        pub(super) WARP: threads(256);
+        pub(super) WARP: threads(256), early;
         fn (x: Glb<F32x4>, residual: Glb<F32x4>, h: Glb<F32x4>, weight: Glb<F32x4>, add: Glb<F32x4>, y: Glb<u32>,
             scales: Glb<U32x2>, n_rows: u32, n4: u32, eps: f32);
         "rms_norm_head_f32" => row_per_warp::<f32>;

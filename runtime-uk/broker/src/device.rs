@@ -10,7 +10,7 @@ use gpu_kernels::driver::{Driver, DriverError, EventId, GraphId, MemKind, Module
 use gpu_kernels::launch::{DevicePtr, Launch, Params};
 use gpu_kernels::modules::{FindModule, Modules};
 use gpu_kernels::{ptx, registry};
-use uk_wire::command::{self, Command, Data, Kind};
+use uk_wire::command::{self, Command, Data, How, Kind};
 use uk_wire::{Reply, Status};
 
 use crate::metrics::Metrics;
@@ -226,10 +226,10 @@ impl<'d> Device<'d> {
                 Metrics::add(&self.metrics.launches, 1);
                 let (module, value) = self.launch(launch)?;
                 let stream = StreamId(launch.stream);
-                if launch.cooperative {
-                    driver.launch_cooperative(module, &value, stream)?;
-                } else {
-                    driver.launch(module, &value, stream)?;
+                match launch.how {
+                    How::Alone => driver.launch(module, &value, stream)?,
+                    How::Cooperative => driver.launch_cooperative(module, &value, stream)?,
+                    How::Early => driver.launch_early(module, &value, stream)?,
                 }
                 Ok(0)
             }

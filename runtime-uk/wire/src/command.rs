@@ -80,6 +80,17 @@ impl<const N: usize> core::fmt::Debug for Short<N> {
     }
 }
 
+/// How a launch stands to the others of its stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// It starts when the one before has ended.
+    Alone = 0,
+    /// All its CTAs run at once.
+    Cooperative = 1,
+    /// It may start beside the one before: its kernel waits itself.
+    Early = 2,
+}
+
 /// A kernel's launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -95,8 +106,8 @@ pub struct Launch {
     pub cluster: u32,
     /// Dynamic shared memory per CTA.
     pub smem_bytes: u32,
-    /// All CTAs run at once.
-    pub cooperative: bool,
+    /// When it may start.
+    pub how: How,
     /// Arguments, laid out as the kernel takes them.
     pub params: Short<MAX_PARAM_BYTES>,
 }
@@ -374,7 +385,7 @@ impl Command {
                 let [x, y, z] = launch.grid;
                 let length = launch.params.len as u16;
                 let body = body.u32(launch.kernel).u32(x).u32(y).u32(z).u32(launch.cta).u32(launch.cluster);
-                let body = body.u32(launch.smem_bytes).u16(length).u16(u16::from(launch.cooperative));
+                let body = body.u32(launch.smem_bytes).u16(length).u16(launch.how as u16);
                 _ = body.bytes(launch.params.as_slice());
             }
             Command::RecordAgain { event, .. } | Command::Wait { event, .. } => drop(body.u32(event)),
@@ -492,14 +503,17 @@ fn launch(stream: u32, take: &mut Take<'_>) -> Result<Launch, WireError> {
     let kernel = take.u32();
     let grid = [take.u32(), take.u32(), take.u32()];
     let (cta, cluster, smem_bytes) = (take.u32(), take.u32(), take.u32());
-    let (len, cooperative) = (take.u16(), take.u16());
-    if cooperative > 1 {
-        return Err(WireError::Field { what: "whether a launch is cooperative", got: cooperative.into() });
-    }
+    let (len, how) = (take.u16(), take.u16());
+    let how = match how {
+        0 => How::Alone,
+        1 => How::Cooperative,
+        2 => How::Early,
+        got => return Err(WireError::Field { what: "when a launch may start", got: got.into() }),
+    };
     let bad = WireError::Field { what: "length of arguments", got: len.into() };
     let params = Some(len.into()).filter(|len| *len <= MAX_PARAM_BYTES).and_then(|len| short(take, len));
     let params = params.ok_or(bad)?;
-    Ok(Launch { kernel, stream, grid, cta, cluster, smem_bytes, cooperative: cooperative == 1, params })
+    Ok(Launch { kernel, stream, grid, cta, cluster, smem_bytes, how, params })
 }
 
 #[cfg(test)]
@@ -518,7 +532,7 @@ mod tests {
             cta: 128,
             cluster: 2,
             smem_bytes: 8,
-            cooperative: n % 2 == 1,
+            how: [How::Alone, How::Cooperative, How::Early][n % 3],
             params: Short::new(&std::vec![9; n]).unwrap(),
         };
         let mut all = std::vec![

@@ -25,6 +25,7 @@ use super::program::{
     Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Sorted, Store,
     Table, Value,
 };
+use super::translate::act_kind;
 use crate::backend::Step;
 use crate::kv_cache::{KvLayer, KvLayout};
 use crate::op::{self, AttentionParams, Binary, RopeMode, Unary};
@@ -99,7 +100,7 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
             let w = p.parts[0].w;
             let (ids, n_pairs, n_expert) = (p.ids, p.n * p.n_used, w.n_expert);
             let rows = p.parts.iter().map(|part| part.w.rows).sum();
-            let cut = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device.smem_per_cta_bytes);
+            let cut = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device);
             let tile_cols = cut.cols();
             let found = sorted.iter().find(|(place, s)| *place == ids && s.cut.cols() == tile_cols);
             let of = match found {
@@ -462,24 +463,52 @@ impl Emit<'_> {
         let matrices = self.matrices(parts, glu.is_some());
         let format = parts[0].w.format;
         let rows = matrices.iter().map(|m| m.n_rows).sum();
-        match x {
-            Factor::Acts(acts) => {
-                let (q, scales) = (self.value(acts.q), self.value(acts.scales));
+        match self.integers(x, format) {
+            Some((q, scales, norm)) => {
                 let (parts, mixture) = (&matrices[..], None);
                 let product = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
                 if n <= MMVQ_MAX_COLS {
-                    return Ok(mmvq::launch(&product)?);
+                    return Ok(mmvq::launch_normed(&product, norm)?);
                 }
-                let cut = Cut::choose(format, rows, n, self.device.smem_per_cta_bytes);
+                let cut = Cut::choose(format, rows, n, self.device);
                 Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
             }
+            None => self.float_product(&matrices, glu, x, n, k, format),
+        }
+    }
+
+    /// Activations for the integer kernels, codes and scales or floats without, and their norm: `None` if the weights
+    /// are floats.
+    fn integers(&self, x: Factor, format: FormatId) -> Option<(DevicePtr, DevicePtr, Option<mmvq::Norm>)> {
+        match x {
+            Factor::Acts(acts) => Some((self.value(acts.q), self.value(acts.scales), None)),
+            Factor::Floats(x) if act_kind(format).is_some() => Some((self.place(x), DevicePtr::NULL, None)),
+            Factor::Normed(x, weight, eps) => {
+                let norm = mmvq::Norm { weight: self.place(weight), eps };
+                Some((self.place(x), DevicePtr::NULL, Some(norm)))
+            }
+            Factor::Floats(_) | Factor::Rounded(_) => None,
+        }
+    }
+
+    /// A product with float weights.
+    fn float_product(
+        &self,
+        matrices: &[product::Matrix],
+        glu: Option<product::Glu>,
+        x: Factor,
+        n: usize,
+        k: usize,
+        format: FormatId,
+    ) -> Result<Launch, Refusal> {
+        match x {
             Factor::Floats(x) if format == FormatId::F32 => {
-                let (parts, x, n_cols, mixture) = (&matrices[..], self.place(x), n, None);
+                let (parts, x, n_cols, mixture) = (matrices, self.place(x), n, None);
                 Ok(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture })?)
             }
             Factor::Rounded(tiles) if n > mmvf::MAX_COLS => Ok(mmf::launch(&mmf::Args {
                 format,
-                parts: &matrices,
+                parts: matrices,
                 glu,
                 x: self.value(tiles),
                 k,
@@ -488,13 +517,15 @@ impl Emit<'_> {
                 n_sm: self.device.n_sm,
                 smem_per_cta_bytes: self.device.smem_per_cta_bytes,
             })?),
-            Factor::Floats(_) | Factor::Rounded(_) => {
+            _ => {
                 let x = match x {
                     Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
                     Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
-                    Factor::Acts(_) => unreachable!("matched above"),
+                    Factor::Acts(_) | Factor::Normed(..) => {
+                        return Err(Refusal::Words(String::from("quantised activations of float weights")));
+                    }
                 };
-                let (parts, n_cols, mixture) = (&matrices[..], n, None);
+                let (parts, n_cols, mixture) = (matrices, n, None);
                 Ok(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture })?)
             }
         }
@@ -515,36 +546,32 @@ impl Emit<'_> {
         let format = p.parts[0].w.format;
         let n_pairs = p.n * p.n_used;
         let pairs_per_x = if p.per_used { 1 } else { p.n_used };
+        let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
+        let (parts, n_cols, k) = (&matrices[..], n_pairs / pairs_per_x, p.k);
+        if let Some((q, scales, norm)) = self.integers(p.x, format) {
+            let product = product::Args { format, parts, glu, q, scales, k, n_cols, mixture };
+            let Some(Sorted { order, tiles, cut }) = p.sorted else {
+                return one(mmvq::launch_normed(&product, norm));
+            };
+            let sorted = mmq::Sorted {
+                order: self.value(order),
+                tiles: self.value(tiles),
+                n_expert: p.parts[0].w.n_expert,
+            };
+            return one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }));
+        }
         match p.x {
-            Factor::Acts(acts) => {
-                let product = product::Args {
-                    format,
-                    parts: &matrices,
-                    glu,
-                    q: self.value(acts.q),
-                    scales: self.value(acts.scales),
-                    k: p.k,
-                    n_cols: n_pairs / pairs_per_x,
-                    mixture: Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x }),
-                };
-                let Some(Sorted { order, tiles, cut }) = p.sorted else { return one(mmvq::launch(&product)) };
-                let sorted = mmq::Sorted {
-                    order: self.value(order),
-                    tiles: self.value(tiles),
-                    n_expert: p.parts[0].w.n_expert,
-                };
-                one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }))
+            Factor::Floats(x) if format == FormatId::F32 => {
+                let x = self.place(x);
+                one(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture }))
             }
             Factor::Floats(x) => {
-                let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
-                let (parts, x, n_cols, k) = (&matrices[..], self.place(x), n_pairs / pairs_per_x, p.k);
-                if format == FormatId::F32 {
-                    return one(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture }));
-                }
-                let x = mmvf::Activations::Plain(x);
+                let x = mmvf::Activations::Plain(self.place(x));
                 one(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture }))
             }
-            Factor::Rounded(_) => Err(Refusal::Words(String::from("rounded activations of a mixture"))),
+            Factor::Rounded(_) | Factor::Acts(_) | Factor::Normed(..) => {
+                Err(Refusal::Words(String::from("rounded activations of a mixture with float weights")))
+            }
         }
     }
 

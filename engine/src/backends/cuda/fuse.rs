@@ -3,8 +3,12 @@
 
 use alloc::vec::Vec;
 
+use gpu_kernels::kernels::mmvq;
+
 use super::emit::product_glu;
-use super::program::{Action, Acts, Gate, Norm, NormKind, Part, Place, Program, Store, Value};
+use super::program::{
+    Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Store, Value,
+};
 use crate::op::Binary;
 
 /// A rule.
@@ -23,6 +27,8 @@ pub const RULES: &[Rule] = &[
     Rule { name: "norm_quantise", apply: norm_quantise },
     Rule { name: "gate_quantise", apply: gate_quantise },
     Rule { name: "rope_store", apply: rope_store },
+    Rule { name: "quantise_product", apply: quantise_product },
+    Rule { name: "norm_product", apply: norm_product },
 ];
 
 /// Which rules are applied, in the order of [`RULES`].
@@ -252,6 +258,90 @@ fn gate_quantise(program: &mut Program) {
     });
 }
 
+/// Lets all products that read quantised activations of one token take something else instead; whether only such
+/// products read them. `fits` may refuse one.
+fn replace_acts(
+    program: &mut Program,
+    acts: Acts,
+    with: Factor,
+    fits: impl Fn(&[Part], bool) -> bool,
+) -> bool {
+    let takes = |action: &Action| match action {
+        Action::Product(p) => p.n == 1 && p.x == Factor::Acts(acts) && fits(&p.parts, p.glu.is_some()),
+        Action::ExpertProduct(p) => p.n == 1 && p.x == Factor::Acts(acts) && fits(&p.parts, p.glu.is_some()),
+        _ => false,
+    };
+    let reads = |action: &Action| {
+        let mut reads = false;
+        action.for_each_read(&mut |v| reads |= v == acts.q || v == acts.scales);
+        reads
+    };
+    if !program.actions.iter().filter(|action| reads(action)).all(takes) {
+        return false;
+    }
+    for action in &mut program.actions {
+        match action {
+            Action::Product(Product { x, .. }) | Action::ExpertProduct(ExpertProduct { x, .. })
+                if *x == Factor::Acts(acts) =>
+            {
+                *x = with;
+            }
+            _ => {}
+        }
+    }
+    true
+}
+
+/// `a = quantise(x); y = a·wᵀ` becomes one action where there is one token: each of the kernel's CTAs quantises what it
+/// needs, which takes less time than a launch. After the rules that quantise where `x` is written, which is once.
+fn quantise_product(program: &mut Program) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        if let Action::Quantise { x, acts, .. } = program.actions[at]
+            && replace_acts(program, acts, Factor::Floats(x), |_, _| true)
+        {
+            program.actions.remove(at);
+        } else {
+            at += 1;
+        }
+    }
+}
+
+/// Most rows of a product that norms its activations: every 32 of them do it anew, and on an H100 some four times as many
+/// work at once. A vocabulary's rows would do it for longer than a launch takes.
+const MAX_NORM_ROWS: usize = 16 << 10;
+
+/// `a = quantise(norm(x)); y = a·wᵀ` becomes one action where there is one token, as in [`quantise_product`].
+fn norm_product(program: &mut Program) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        if let Action::Norm(Norm {
+            kind: NormKind::Rms,
+            x,
+            add: None,
+            weight: Some(weight),
+            eps,
+            rows: 1,
+            cols,
+            out: None,
+            acts: Some(acts),
+            ..
+        }) = program.actions[at]
+            && cols <= mmvq::MAX_NORM_K
+        {
+            let few_rows = |parts: &[Part], gated: bool| {
+                let written = if gated { 1 } else { parts.len() };
+                parts[..written].iter().map(|part| part.w.rows).sum::<usize>() <= MAX_NORM_ROWS
+            };
+            if replace_acts(program, acts, Factor::Normed(x, weight, eps), few_rows) {
+                program.actions.remove(at);
+                continue;
+            }
+        }
+        at += 1;
+    }
+}
+
 /// `q' = rope(q); k' = rope(k); store(k', v)` becomes one action, where only the store reads `k'`.
 fn rope_store(program: &mut Program) {
     let rope_of = |program: &Program, v: Value| -> Option<usize> {
@@ -380,6 +470,84 @@ mod tests {
         b.finish()
     }
 
+    /// A token's step through a llama of quantised weights: this many layers and the logits.
+    fn decode_step(n_layers: usize) -> Graph {
+        const EMBD: usize = 512;
+        let mut b = GraphBuilder::new(true);
+        let (ids, positions) = (b.input(Input::Tokens, 1), b.input(Input::Positions, 1));
+        let w =
+            |b: &mut GraphBuilder, rows: usize, cols: usize| b.weight(0, FormatId::Q4_0, &[rows, cols], 0);
+        let rope = RopeParams {
+            n_dims: 64,
+            freq_base: 1e4,
+            freq_scale: 1.0,
+            ext_factor: 0.0,
+            attn_factor: 1.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            n_ctx_orig: 64,
+        };
+        let angles = b.rope_table(positions, None, rope);
+        let norm = |b: &mut GraphBuilder, x| {
+            let vector = b.weight(1, FormatId::F32, &[EMBD], 0);
+            b.rms_norm(x, Some(vector), 1e-5)
+        };
+        let table = w(&mut b, 1000, EMBD);
+        let mut x = b.get_rows(table, ids);
+        for il in 0..n_layers {
+            let y = norm(&mut b, x);
+            let qkv = [EMBD, 128, 128].map(|rows| (w(&mut b, rows, EMBD), None));
+            let [q, k, v] = b.matmul_many(y, &qkv)[..] else { unreachable!("three products") };
+            let [q, k] = [(q, 8), (k, 2)].map(|(x, heads)| {
+                let x = b.reshape(x, &[1, heads, 64]);
+                let x = b.rope(x, angles, RopeMode::Norm);
+                b.reshape(x, &[1, 64 * heads])
+            });
+            b.kv_store(k, v, il);
+            let params = AttentionParams {
+                il,
+                n_head: 8,
+                n_head_kv: 2,
+                head_dim_k: 64,
+                head_dim_v: 64,
+                scale: 0.125,
+                softcap: 0.0,
+                window: 0,
+                causal: true,
+            };
+            let y = b.attention(q, None, params);
+            let out = w(&mut b, EMBD, EMBD);
+            let y = b.matmul(y, out, None);
+            x = b.add(x, y);
+            let y = norm(&mut b, x);
+            let gate_up = [0, 1].map(|_| (w(&mut b, 1024, EMBD), None));
+            let [gate, up] = b.matmul_many(y, &gate_up)[..] else { unreachable!("two products") };
+            let y = b.glu(Glu::Plain(Unary::Silu), gate, up);
+            let down = w(&mut b, EMBD, 1024);
+            let y = b.matmul(y, down, None);
+            x = b.add(x, y);
+        }
+        let y = norm(&mut b, x);
+        let head = w(&mut b, 1 << 15, EMBD);
+        let logits = b.matmul(y, head, None);
+        b.output(Output::Logits, logits);
+        b.finish()
+    }
+
+    /// Each launch of a decode step costs a microsecond or more that no other hides.
+    #[test]
+    fn a_layer_of_a_decode_step_is_six_launches() {
+        let actions = |n_layers| {
+            let (mut program, _) = translate(&decode_step(n_layers), &Anywhere).unwrap();
+            RuleSet::ALL.apply(&mut program);
+            program.actions.iter().map(Action::name).collect::<Vec<_>>()
+        };
+        let (one, two) = (actions(1), actions(2));
+        assert_eq!(two.len() - one.len(), 6, "{two:?}");
+        // Embedding, angles; norm and product of the logits.
+        assert_eq!(one.len(), 6 + 4, "{one:?}");
+    }
+
     proptest! {
         /// Runs merged programs symbolically, under every set of rules: every byte of the arena remembers which value
         /// wrote it last; each read finds its value, nothing is read before it is written, no two writes of an action
@@ -426,7 +594,7 @@ mod tests {
     #[test]
     fn a_layer_is_merged() {
         let mut b = GraphBuilder::new(false);
-        let ids = b.input(Input::Tokens, 1);
+        let ids = b.input(Input::Tokens, 2);
         let table = b.weight(0, FormatId::Q8_0, &[50, COLS], 0);
         let vector = b.weight(1, FormatId::F32, &[COLS], 0);
         let w = b.weight(2, FormatId::Q4_0, &[COLS, COLS], 0);

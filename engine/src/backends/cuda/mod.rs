@@ -132,7 +132,10 @@ impl Ready {
     /// Queues the launches.
     fn submit(&mut self, device: &Device, stream: StreamId) -> Result<(), DriverError> {
         let launch = |ready: &Ready| {
-            ready.launches.iter().try_for_each(|(module, launch)| device.launch(*module, launch, stream))
+            ready
+                .launches
+                .iter()
+                .try_for_each(|(module, launch)| device.launch_early(*module, launch, stream))
         };
         match self.graph {
             Captured::Graph { id, .. } => device.launch_graph(id, stream),

@@ -61,10 +61,12 @@ pub struct Acts {
 }
 
 /// The right-hand side of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Factor {
-    /// f32; products with float weights.
+    /// f32; products with float weights, and with block formats where the kernel quantises one token's on the way.
     Floats(Place),
+    /// f32 [1, k], RMS-normed on the way: weight `[k]`, epsilon. Products with block formats.
+    Normed(Place, Place, f32),
     /// Rounded to the weights' format, in the tiles of `round_act`; products with F16 or BF16 weights and many tokens.
     Rounded(Value),
     /// Quantised; products with block formats.
@@ -383,9 +385,17 @@ impl Program {
 
 impl Factor {
     fn for_each_value(self, f: &mut dyn FnMut(Value)) {
+        let mut place = |p: Place| {
+            if let Place::Value(v) = p {
+                f(v);
+            }
+        };
         match self {
-            Factor::Floats(Place::Value(v)) => f(v),
-            Factor::Floats(Place::At(_)) => {}
+            Factor::Floats(x) => place(x),
+            Factor::Normed(x, weight, _) => {
+                place(x);
+                place(weight);
+            }
             Factor::Rounded(v) => f(v),
             Factor::Acts(acts) => {
                 f(acts.q);

@@ -3,7 +3,7 @@
 use super::store::{self, Class, Half, Split, Store};
 use super::{CAUSAL, Layout, NO_SEQUENCE, PAGE, PER_TOKEN, SPAN, TRANSFORM, Tile, state};
 use crate::device::mma::{self, FragmentA, FragmentB, FragmentF32};
-use crate::device::{F32x2, Glb, Smem, U32x2, U32x4, async_copy, math, sync, thread, warp};
+use crate::device::{F32x2, Glb, Smem, U32x2, U32x4, async_copy, grid, math, sync, thread, warp};
 
 /// The launch's arguments, as the contract names them.
 #[derive(Clone, Copy)]
@@ -384,7 +384,7 @@ impl<
             let tile = Self::tile(x);
             let flat = tile.first + if row < tile.n { row } else { 0 };
             let slope = x.slopes.ld_nc(thread::block_idx_y() * group + flat % group);
-            let pos = x.positions.ld_nc(flat / group) as f32;
+            let pos = x.positions.ld_early(flat / group) as f32;
             let mut n = 0;
             while n < NS {
                 unroll!(I in 0..2 {
@@ -494,7 +494,7 @@ impl<
         // Computed anew for each sequence: see `block`.
         let thread = math::fresh(thread::thread_idx_x());
         let (lane, warp) = (thread % 32, thread / 32);
-        let U32x2([first_page, len]) = x.sequences.ld_nc(sequence);
+        let U32x2([first_page, len]) = x.sequences.ld_early(sequence);
 
         // What the rows of the CTA see, together.
         let (mut cta_low, mut cta_high) = (u32::MAX, 0);
@@ -527,7 +527,7 @@ impl<
         }
         warp::sync_warp();
         let page =
-            |first_page: u32, block: u32| x.pages.ld_nc(first_page + block * Self::BLOCK / PAGE as u32);
+            |first_page: u32, block: u32| x.pages.ld_early(first_page + block * Self::BLOCK / PAGE as u32);
         let mut stage = 0;
         let mut next_page = 0;
         if block < end {
@@ -630,11 +630,11 @@ impl<
             let mut row = [ABSENT, 0, 0];
             if tid < span.n {
                 let token = (span.first + tid) / group;
-                let sequence = x.token_sequences.ld_nc(token);
+                let sequence = x.token_sequences.ld_early(token);
                 row[0] = sequence;
                 if sequence != NO_SEQUENCE {
-                    let pos = x.positions.ld_nc(token);
-                    let U32x2([_, len]) = x.sequences.ld_nc(sequence);
+                    let pos = x.positions.ld_early(token);
+                    let U32x2([_, len]) = x.sequences.ld_early(sequence);
                     let (low, high) = super::visible(pos, len, x.flags & CAUSAL != 0, x.window);
                     row = [sequence, low, high];
                 }
@@ -643,6 +643,7 @@ impl<
             Self::table(ROW_LOW).st(tid, row[1]);
             Self::table(ROW_HIGH).st(tid, row[2]);
         }
+        grid::wait_for_earlier();
         if x.n_spans > 0 {
             // A token's rows see the same: without a position in this span the CTA has nothing to do.
             sync::sync_threads();
@@ -821,7 +822,7 @@ macro_rules! entries {
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         kernels! {
             in $file;
-            pub(super) $table: threads $bounds;
+            pub(super) $table: threads $bounds, early;
             fn (
                 q: Glb<F32x2>, k: Glb<u8>, v: Glb<u8>, out: Glb<F32x2>, scratch: Glb<F32x2>,
                 positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>, pages: Glb<u32>,

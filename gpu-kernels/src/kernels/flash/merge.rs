@@ -5,7 +5,7 @@
 //! loads of 16 spans under way at a time.
 
 use super::{CAUSAL, NO_SEQUENCE, SPAN, state};
-use crate::device::{F32x2, F32x4, Glb, Smem, U32x2, math, sync, thread, warp};
+use crate::device::{F32x2, F32x4, Glb, Smem, U32x2, grid, math, sync, thread, warp};
 
 /// Threads of a CTA, dimensions of one, and spans whose weights it holds.
 const THREADS: u32 = super::MERGE_THREADS;
@@ -34,12 +34,13 @@ fn merge(
 
     // The spans that hold what the token sees.
     let (mut first, mut end) = (0, 0);
-    let sequence = token_sequences.ld_nc(token);
+    let sequence = token_sequences.ld_early(token);
     if sequence != NO_SEQUENCE {
-        let U32x2([_, len]) = sequences.ld_nc(sequence);
-        let (low, high) = super::visible(positions.ld_nc(token), len, flags & CAUSAL != 0, window);
+        let U32x2([_, len]) = sequences.ld_early(sequence);
+        let (low, high) = super::visible(positions.ld_early(token), len, flags & CAUSAL != 0, window);
         (first, end) = (low / SPAN as u32, high.div_ceil(SPAN as u32));
     }
+    grid::wait_for_earlier();
 
     let stride = (head_dim / 2 + 1) as usize;
     let parts = scratch.offset(row * n_spans as usize * stride);
@@ -115,7 +116,7 @@ fn merge(
 
 kernels! {
     in "flash";
-    pub(super) ENTRIES: threads(128);
+    pub(super) ENTRIES: threads(128), early;
     fn (
         scratch: Glb<F32x2>, out: Glb<f32>, positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>,
         sinks: Glb<f32>, n_head: u32, head_dim: u32, flags: u32, window: u32, n_spans: u32,

@@ -66,10 +66,11 @@ pub(super) const LAUNCH_PARAM_BUFFER_SIZE: Handle = std::ptr::without_provenance
 /// `CUlaunchAttributeID`.
 pub(super) const LAUNCH_ATTRIBUTE_COOPERATIVE: c_uint = 2;
 pub(super) const LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: c_uint = 4;
+pub(super) const LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: c_uint = 6;
 
 /// `CUlaunchAttribute`: the value is a union of 64 bytes.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct LaunchAttribute {
     pub(super) id: c_uint,
     pub(super) pad: [u8; 4],

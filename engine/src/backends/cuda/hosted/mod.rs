@@ -63,6 +63,20 @@ struct Handles {
     peers: Vec<Context>,
 }
 
+/// How a launch stands to the others.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// After the one before.
+    Alone,
+    /// Maybe beside the one before.
+    Early,
+    /// All CTAs at once.
+    Cooperative,
+}
+
+/// The first CUDA version whose graphs keep that a launch may start early: 12.3.
+const EARLY_IN_GRAPHS: u32 = 12_030;
+
 struct Event(Handle);
 
 /// An instantiated graph.
@@ -113,9 +127,7 @@ impl Hosted {
         let device = device::find(index)?;
         let info = device::info(device)?;
         let context = Context::new(device).map_err(cust_error("open the device"))?;
-        context
-            .set_flags(ContextFlags::SCHED_BLOCKING_SYNC)
-            .map_err(cust_error("let waiting threads sleep"))?;
+        context.set_flags(ContextFlags::SCHED_SPIN).map_err(cust_error("let waiting threads spin"))?;
         let mut streams = Slots::default();
         let stream = streams.insert(new_stream()?);
         assert_eq!(StreamId(stream), StreamId::DEFAULT);
@@ -197,7 +209,7 @@ impl Hosted {
         module: ModuleId,
         launch: &Launch,
         stream: StreamId,
-        cooperative: bool,
+        how: How,
     ) -> Result<(), DriverError> {
         let module = self.module(module)?;
         let stream = self.stream(stream)?;
@@ -215,19 +227,25 @@ impl Hosted {
         ];
         let [x, y, z] = launch.grid;
         let none = std::ptr::null_mut();
-        let code = if cooperative || launch.cluster > 1 {
-            let mut attributes = Vec::with_capacity(2);
-            let attribute = |id, first: [u32; 3]| {
-                let mut value = [0; 16];
-                value[..3].copy_from_slice(&first);
-                ffi::LaunchAttribute { id, pad: [0; 4], value }
+        // A kernel that does not wait itself must not start early.
+        let early = how == How::Early && module.waits && self.info.driver_version >= EARLY_IN_GRAPHS;
+        let cooperative = how == How::Cooperative;
+        let code = if cooperative || early || launch.cluster > 1 {
+            let mut attributes = [ffi::LaunchAttribute::default(); 2];
+            let mut n_attributes = 0;
+            let mut add = |id, first: [u32; 3]| {
+                attributes[n_attributes].id = id;
+                attributes[n_attributes].value[..3].copy_from_slice(&first);
+                n_attributes += 1;
             };
             if cooperative {
-                attributes.push(attribute(ffi::LAUNCH_ATTRIBUTE_COOPERATIVE, [1, 0, 0]));
+                add(ffi::LAUNCH_ATTRIBUTE_COOPERATIVE, [1, 0, 0]);
+            }
+            if early {
+                add(ffi::LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]);
             }
             if launch.cluster > 1 {
-                let cluster = [launch.cluster, 1, 1];
-                attributes.push(attribute(ffi::LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster));
+                add(ffi::LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, [launch.cluster, 1, 1]);
             }
             let config = ffi::LaunchConfig {
                 grid: launch.grid,
@@ -235,7 +253,7 @@ impl Hosted {
                 smem_bytes: launch.smem_bytes,
                 stream: raw(&stream),
                 attributes: attributes.as_ptr(),
-                n_attributes: attributes.len() as u32,
+                n_attributes: n_attributes as u32,
             };
             // SAFETY: a function of a loaded module (`module` keeps it), a stream of the same context, and arguments
             // that live over the call; the driver copies them. What the kernel does with them its launcher has checked.
@@ -532,7 +550,11 @@ impl Driver for Hosted {
     }
 
     fn launch(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
-        self.submit(module, launch, stream, false)
+        self.submit(module, launch, stream, How::Alone)
+    }
+
+    fn launch_early(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
+        self.submit(module, launch, stream, How::Early)
     }
 
     fn launch_cooperative(
@@ -541,7 +563,7 @@ impl Driver for Hosted {
         launch: &Launch,
         stream: StreamId,
     ) -> Result<(), DriverError> {
-        self.submit(module, launch, stream, true)
+        self.submit(module, launch, stream, How::Cooperative)
     }
 
     fn resident_ctas(&self, module: ModuleId, launch: &Launch) -> Result<u32, DriverError> {

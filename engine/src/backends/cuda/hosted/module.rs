@@ -22,6 +22,8 @@ const JIT_LOG_BYTES: usize = 8 << 10;
 /// A loaded module and its functions, sorted by name.
 pub(super) struct Module {
     raw: Handle,
+    /// Whether its kernels wait for earlier launches themselves: all of a module do or none.
+    pub(super) waits: bool,
     functions: Vec<(&'static str, Function)>,
 }
 
@@ -48,8 +50,9 @@ impl Module {
                 if log.is_empty() { describe(code) } else { std::format!("{}: {log}", describe(code)) };
             DriverError::Module { name: module.name, tier: module.tier, too_new, what }
         };
-        let text =
-            CString::new(module.text()).map_err(|_| refuse(ffi::ERROR_INVALID_VALUE, "a zero byte"))?;
+        let text = module.text();
+        let waits = text.contains("griddepcontrol.wait");
+        let text = CString::new(text).map_err(|_| refuse(ffi::ERROR_INVALID_VALUE, "a zero byte"))?;
         let mut log = std::vec![0u8; JIT_LOG_BYTES];
         let mut options =
             [ffi::JIT_ERROR_LOG_BUFFER, ffi::JIT_ERROR_LOG_BUFFER_SIZE_BYTES, ffi::JIT_OPTIMIZATION_LEVEL];
@@ -76,7 +79,7 @@ impl Module {
             return Err(refuse(code, &text));
         }
         // From here on the module is unloaded if a function is missing.
-        let mut loaded = Module { raw, functions: Vec::with_capacity(module.kernels.len()) };
+        let mut loaded = Module { raw, waits, functions: Vec::with_capacity(module.kernels.len()) };
         for &name in module.kernels {
             let (mut function, text) = (std::ptr::null_mut(), CString::new(name).unwrap_or_default());
             // SAFETY: the module just loaded, a C string, a valid place.

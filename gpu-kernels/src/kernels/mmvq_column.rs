@@ -1,0 +1,206 @@
+//! `mmvq` of one column, what decoding one sequence consists of: contract, launcher and cases are `mmvq`'s.
+//!
+//! * Activations of the CTA's spans are staged in shared memory once, by all its warps: as `quantise_act` wrote them, or
+//!   from f32, normalised by `rms_norm`'s operations if there is a norm's weight, and quantised, to the same bits as by
+//!   those kernels. Each CTA does that anew: it costs a read of the row from L2, a launch of its own costs more.
+//! * Lane = row, a warp works on one span at a time; gate and up alternate. Partial sums lie in shared memory; the first
+//!   warp adds them in order and ends the rows.
+//! * Spans that do not fit shared memory at once are worked on in windows.
+//!
+//! Done for speed: (1) before the kernel waits for earlier launches, each warp's first span is on its way to registers,
+//! its second and the norm's weights to L2; (2) between two spans a warp waits for nothing but its weights; (3) the
+//! residual is on its way while the partial sums are added.
+
+use bytemuck::Zeroable;
+use quant::BlockFormat;
+
+use super::lookup::{SharedBook, book_bytes};
+use super::mmvq::gpu::{Stage, span_sums};
+use super::mmvq::{COLUMN_FIXED_BYTES, Shape, stage_bytes};
+use super::output::gpu::{read, read_early};
+use super::product::{Gate, Part, choose};
+use super::rms_norm::gpu::{normalise, scale_of, squares};
+use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
+use crate::tile::{ROWS, SPAN_GROUPS, Tiled, load_span};
+
+/// The kernel.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // the entry's
+pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
+    p0: Part,
+    p1: Part,
+    p2: Part,
+    q: Glb<U32x4>,
+    scales: Glb<U32x2>,
+    ids: Glb<u32>,
+    gate: Gate,
+    shape: Shape,
+    norm: Glb<F32x4>,
+    eps: f32,
+) {
+    let (lane, warp_id) = (thread::lane_id(), thread::warp_id());
+    let n_warps = thread::block_dim_x() / thread::WARP;
+    let part = choose(p0, p1, p2);
+    let gated_pair = gate.is_some();
+
+    // In a mixture the column is a (token, slot) pair.
+    let pair = thread::block_idx_y();
+    let mixture = !ids.is_null();
+    if mixture {
+        // Which weights these are an earlier launch says.
+        grid::wait_for_earlier();
+    }
+    let expert = if mixture { ids.ld_nc(pair) } else { 0 };
+    let first_x = if mixture { pair / shape.pairs_per_x } else { 0 };
+
+    let groups = SPAN_GROUPS as u32;
+    let n_spans = shape.n_groups.div_ceil(groups);
+    let k = shape.n_groups as usize * quant::format::GROUP;
+    let tile_bytes = F::LAYOUT.tile_bytes(k);
+    let n_tiles = part.n_rows.div_ceil(ROWS as u32);
+    let tile = thread::block_idx_x() - part.first_cta;
+    let at = (expert as usize * n_tiles as usize + tile as usize) * tile_bytes;
+    let row = tile * ROWS as u32 + lane;
+
+    // An item is a span of one matrix; gate and up alternate.
+    let n_items = if gated_pair { 2 * n_spans } else { n_spans };
+    let item_of = |item: u32| if gated_pair { (item / 2, item % 2 == 1) } else { (item, false) };
+    let groups_of = |span: u32| {
+        if F::ELEMS == crate::tile::SPAN || span + 1 < n_spans {
+            groups
+        } else {
+            shape.n_groups - span * groups
+        }
+    };
+    let weights_of = |item: u32| {
+        let (span, second) = item_of(item);
+        (if second { p1.w } else { part.w }).offset(at + F::LAYOUT.span_offset(span as usize))
+    };
+    let units_of = |item: u32| {
+        if F::ELEMS == crate::tile::SPAN || groups_of(item_of(item).0) == groups {
+            F::LAYOUT.span_units() as u32
+        } else {
+            F::LAYOUT.tail_units(k) as u32
+        }
+    };
+    let load = |item: u32| {
+        let words = load_span::<F>(weights_of(item), units_of(item));
+        // The warp's next item comes to L2 meanwhile.
+        let next = item + n_warps;
+        if next < n_items && lane == 0 {
+            weights_of(next).prefetch(units_of(next) * (ROWS * F::LAYOUT.unit_bytes) as u32);
+        }
+        words
+    };
+
+    // Shared memory: the format's codebook, squares, a stage per span of a window, partial sums.
+    let book = SharedBook::fill(F::BOOK, 0);
+    let fixed = book_bytes(F::BOOK);
+    let span_squares: Smem<f32> = Smem::dynamic(fixed, thread::WARP);
+    let stages = fixed + COLUMN_FIXED_BYTES;
+    let stage_bytes = stage_bytes(F::SCALE_ELEMS, 1);
+    let window_spans = if gated_pair { shape.window / 2 } else { shape.window };
+    let stage = |nth: u32| Stage::at::<F, 1>(stages + nth * stage_bytes);
+    let partials: Smem<f32> = Smem::dynamic(stages + window_spans * stage_bytes, shape.window * ROWS as u32);
+
+    let mut item = warp_id;
+    let mut words = F::Words::zeroed();
+    if item < n_items {
+        words = load(item);
+    }
+    if !norm.is_null() && thread::thread_idx_x() == 0 {
+        norm.cast::<u8>().prefetch(4 * k as u32);
+    }
+    if !mixture {
+        grid::wait_for_earlier();
+    }
+
+    let x: Glb<F32x4> = q.cast::<F32x4>().offset((first_x * shape.n_groups) as usize * 8);
+    let n4 = 8 * shape.n_groups;
+    let mut scale = 1.0;
+    if !norm.is_null() {
+        let mut span = warp_id;
+        while span < n_spans {
+            let sum = warp::sum_f32(squares(read(x, span, n4, 0.0)));
+            if lane == 0 {
+                span_squares.st(span, sum);
+            }
+            span += n_warps;
+        }
+        sync::sync_threads();
+        let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
+        scale = scale_of(warp::sum_f32(of_lane), n4, eps);
+    }
+
+    let mut start = 0;
+    let ends_rows = warp_id == 0 && row < part.n_rows;
+    let (mut total, mut residual) = ([0.0f32; 2], 0.0);
+    loop {
+        let end = if start + shape.window < n_items { start + shape.window } else { n_items };
+        let (first_span, _) = item_of(start);
+        let mut span = first_span + warp_id;
+        let (end_span, _) = item_of(end);
+        while span < end_span {
+            if scales.is_null() {
+                let mut v = read(x, span, n4, 0.0);
+                if !norm.is_null() {
+                    v = normalise(v, read_early(norm, span, n4, 1.0), [[0.0; 4]; 2], scale);
+                }
+                stage(span - first_span).quantise::<F>(v);
+            } else {
+                let first = first_x * shape.n_groups + span * groups;
+                stage(span - first_span).fill::<F, 1>(q, scales, groups_of(span), |_| first);
+            }
+            span += n_warps;
+        }
+        sync::sync_threads();
+
+        while item < end {
+            let (span, _) = item_of(item);
+            let [[sum]] = span_sums::<F, 1, 1>(&[words], stage(span - first_span), 0, groups_of(span), book);
+            partials.st((item - start) * ROWS as u32 + lane, sum);
+            item += n_warps;
+            if item < end {
+                words = load(item);
+            }
+        }
+        if ends_rows && end == n_items {
+            residual = part.residual(pair, row);
+        }
+        sync::sync_threads();
+
+        if warp_id == 0 {
+            let step = if gated_pair { 2 } else { 1 };
+            let sum_of = |second: u32, total: f32| {
+                let mut item = second;
+                let mut sum = total;
+                if start == 0 {
+                    sum = partials.ld(item * ROWS as u32 + lane);
+                    item += step;
+                }
+                while item < end - start {
+                    sum += partials.ld(item * ROWS as u32 + lane);
+                    item += step;
+                }
+                sum
+            };
+            total[0] = sum_of(0, total[0]);
+            if gated_pair {
+                total[1] = sum_of(1, total[1]);
+            }
+        }
+        if end == n_items {
+            break;
+        }
+        // The stages and partial sums are free again.
+        sync::sync_threads();
+        start = end;
+        item = start + warp_id;
+        if item < n_items {
+            words = load(item);
+        }
+    }
+    if ends_rows {
+        part.finish_with(gate, p1, expert, pair, row, total, residual);
+    }
+}
