@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use gpu_kernels::case::AnyKernel;
 use gpu_kernels::driver::{DeviceInfo, Driver};
 use gpu_kernels::modules::Modules;
+use gpu_kernels::ptx::{self, PtxModule};
 use gpu_kernels::registry::KERNELS;
 use serde_json::{Value, json};
 
@@ -65,6 +66,14 @@ pub fn run(driver: &dyn Driver, options: &Options) -> Result<(), BenchError> {
     let (mut rows, mut failed) = (Vec::new(), 0);
     for kernel in KERNELS {
         if options.only.as_deref().is_some_and(|only| only != kernel.name()) {
+            continue;
+        }
+        let usable = |module: &&PtxModule| {
+            module.runs_on(info.sm) && options.tier.is_none_or(|only| only == module.tier)
+        };
+        let mut usable = ptx::MODULES.iter().filter(usable);
+        if !usable.any(|module| kernel.tiers().has(module.tier, module.sm)) {
+            println!("{:<14} skipped: no tier that runs here has it", kernel.name());
             continue;
         }
         for i in kernel.n_cases()..kernel.n_cases() + kernel.n_bench() {

@@ -65,8 +65,7 @@ struct Result1 {
 pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
     let info = hosted::devices()?.get(device as usize).cloned();
     let info = info.ok_or_else(|| BenchError::Usage(format!("there is no device {device}")))?;
-    let runs =
-        |tier: &&str| ptx::MODULES.iter().any(|module| module.tier == *tier && module.runs_on(info.sm));
+    let runs = |tier: &&str| ptx::runs(tier, info.sm);
     let wanted = |tier: &&str| options.tier.is_none_or(|only| only == *tier);
     let tiers: Vec<&str> = tiers().into_iter().filter(runs).filter(wanted).collect();
     if tiers.is_empty() {
@@ -83,6 +82,16 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
         if options.only.as_deref().is_some_and(|only| only != kernel.name()) {
             continue;
         }
+        let has = |tier: &&&str| {
+            ptx::MODULES
+                .iter()
+                .any(|module| module.tier == **tier && kernel.tiers().has(module.tier, module.sm))
+        };
+        let tiers: Vec<&str> = tiers.iter().filter(has).copied().collect();
+        if tiers.is_empty() {
+            println!("{:<16} skipped: none of these tiers has it", kernel.name());
+            continue;
+        }
         let results = kernel_in_children(device, *kernel, &tiers, &cache)?;
         for tier in &tiers {
             let Some(result) = results.get(tier) else { continue };
@@ -96,7 +105,7 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
     }
     // Only our own files; a leftover is a nuisance, not an error.
     let _ = std::fs::remove_dir_all(&cache);
-    if options.only.is_some() && all.is_empty() {
+    if options.only.as_deref().is_some_and(|only| registry::find(only).is_none()) {
         return Err(BenchError::Usage(format!("no kernel is called {:?}", options.only)));
     }
     println!("{failed} failed");
@@ -137,7 +146,7 @@ fn kernel_in_children(
 ) -> Result<BTreeMap<&'static str, Result1>, BenchError> {
     let program = std::env::current_exe().map_err(BenchError::io("find this program"))?;
     let mut results: BTreeMap<&str, Result1> = tiers.iter().map(|tier| (*tier, Result1::default())).collect();
-    // The next check, counted over cases and, within a case, tiers.
+    // The next check, counted over cases and, within a case, tiers. Without tiers there is none.
     let (mut next, n_checks) = (0, kernel.n_cases() * tiers.len());
     while next < n_checks {
         let mut command = Command::new(&program);

@@ -1,5 +1,5 @@
 //! Every GPU kernel on a GPU: its cases against their references ([`conform`]), its shapes against the device's peaks and
-//! ggml ([`bench`]).
+//! ggml ([`mod@bench`]).
 //!
 //! The crate has no cases of its own: kernels declare them. Two programs: `kernels` measures, `gpu-test` checks and
 //! measures and needs nothing but a driver; `cargo xtask gpu-test` makes a folder of it.

@@ -33,6 +33,8 @@ pub struct Cli {
 pub enum Verb {
     /// Chat with a model, or answer one prompt
     Run(Box<RunArgs>),
+    /// Serve a model over HTTP (OpenAI's API, llama-server's flags)
+    Serve(Box<ServeArgs>),
     /// Text to token ids
     Tokenize(TokenizeArgs),
     /// Token ids to text
@@ -169,6 +171,47 @@ pub struct SamplingArgs {
     pub seed: i64,
 }
 
+/// `serve`.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// Model file
+    pub model: PathBuf,
+    /// Address to listen on
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to listen on; 0 = a free one
+    #[arg(long, value_name = "N", default_value = "8080")]
+    pub port: u16,
+    /// Requests answered at the same time (-np); each has the whole context of -c
+    #[arg(long, value_name = "N", default_value = "4", value_parser = count)]
+    pub parallel: usize,
+    /// Tokens of an answer where the request does not say; -1 = until its end
+    #[arg(short = 'n', long, value_name = "N", default_value = "-1", allow_negative_numbers = true, value_parser = limit)]
+    pub predict: i64,
+    /// Name of the model for clients [default: the file's name]
+    #[arg(short, long, value_name = "NAME")]
+    pub alias: Option<String>,
+    /// Key that clients must send as a bearer token
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<String>,
+    /// Seconds that a client may take to send a request, or to read what waits for it
+    #[arg(long, value_name = "N", default_value = "30", value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: u64,
+    /// Compute embeddings too
+    #[arg(long, alias = "embedding")]
+    pub embeddings: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Built-in template name or Jinja source
+    #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
+    pub chat_template: Option<String>,
+    /// File with a Jinja template
+    #[arg(long, value_name = "FILE", conflicts_with = "chat_template")]
+    pub chat_template_file: Option<PathBuf>,
+}
+
 /// `tokenize`.
 #[derive(Args, Debug)]
 pub struct TokenizeArgs {
@@ -246,6 +289,9 @@ pub struct BenchArgs {
     /// Positions already in the context
     #[arg(short = 'd', long, value_name = "N,N,…", default_value = "0", value_delimiter = ',', value_parser = count)]
     pub n_depth: Vec<usize>,
+    /// Sequences that answer at the same time, each from its own context
+    #[arg(long, visible_alias = "np", value_name = "N,N,…", default_value = "1", value_delimiter = ',', value_parser = count)]
+    pub parallel: Vec<usize>,
     /// Times each test runs, after one to warm up
     #[arg(short = 'r', long, value_name = "N", default_value = "5", value_parser = count)]
     pub repetitions: usize,
@@ -456,6 +502,7 @@ const LONG_SHORTS: &[(&str, &str)] = &[
     ("-ub", "--batch-size"),
     ("-dev", "--device"),
     ("-sys", "--system"),
+    ("-np", "--parallel"),
 ];
 
 /// Spells out [`LONG_SHORTS`], up to `--`.

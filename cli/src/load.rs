@@ -120,6 +120,8 @@ pub struct Loaded {
     pub model: Arc<Model>,
     /// A context of the size asked for.
     pub context: Context,
+    /// What computes it.
+    pub compute: Compute,
     /// Time to open, parse and prepare.
     pub load_ms: f64,
 }
@@ -127,17 +129,22 @@ pub struct Loaded {
 impl EngineArgs {
     /// Opens a model; `default_ctx` where the user names no size (`None`: the model's, bounded).
     pub fn open(&self, path: &Path, default_ctx: Option<usize>) -> Result<Loaded> {
+        self.open_with(path, default_ctx, |_| ContextParams::default())
+    }
+
+    /// [`EngineArgs::open`] with what flags do not say: sequences, and whether it is for embeddings.
+    pub fn open_with(
+        &self,
+        path: &Path,
+        default_ctx: Option<usize>,
+        base: impl FnOnce(&Model) -> ContextParams,
+    ) -> Result<Loaded> {
         let started = Instant::now();
         let compute = Compute::choose(self.device, self.gpu_layers, self.require_gpu)?;
         let model = Arc::new(Files::open(path)?.model()?);
         let threads = machine::threads(self.threads)?;
-        let params = ContextParams {
-            n_ctx: context_size(self.ctx_size.or(default_ctx), &model)?,
-            n_ubatch: self.batch_size.max(1),
-            type_k: self.cache_type_k,
-            type_v: self.cache_type_v,
-            ..ContextParams::default()
-        };
+        let n_ctx = context_size(self.ctx_size.or(default_ctx), &model)?;
+        let params = self.params(&model, n_ctx, base(&model));
         let (backend, context) = context(&model, params, &compute, threads)?;
         let load_ms = ui::ms(started.elapsed());
         ui::detail(format!(
@@ -146,7 +153,19 @@ impl EngineArgs {
             context.n_ctx(),
             model.hparams().n_ctx_train,
         ));
-        Ok(Loaded { model, context, load_ms })
+        Ok(Loaded { model, context, compute, load_ms })
+    }
+
+    /// A context's parameters: what the flags say, and the rest from `base`.
+    pub fn params(&self, model: &Model, n_ctx: usize, base: ContextParams) -> ContextParams {
+        ContextParams {
+            n_ctx,
+            // Without a causal mask a text must fit one step.
+            n_ubatch: if model.hparams().causal { self.batch_size.max(1) } else { n_ctx },
+            type_k: self.cache_type_k,
+            type_v: self.cache_type_v,
+            ..base
+        }
     }
 }
 

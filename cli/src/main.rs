@@ -29,6 +29,7 @@ fn main() -> ExitCode {
     ui::set_verbose(cli.verbose);
     let result = match cli.verb {
         Verb::Run(args) => cmd::run::run(&args, started),
+        Verb::Serve(args) => cmd::serve::run(&args),
         Verb::Tokenize(args) => cmd::tokenize::tokenize(&args),
         Verb::Detokenize(args) => cmd::tokenize::detokenize(&args),
         Verb::Logits(args) => cmd::logits::run(&args),

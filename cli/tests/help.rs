@@ -9,6 +9,7 @@ fn help_of_every_verb() {
     insta::assert_snapshot!("runik", ok(&["--help"]));
     for verb in [
         "run",
+        "serve",
         "tokenize",
         "detokenize",
         "logits",

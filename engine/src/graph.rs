@@ -25,7 +25,7 @@ pub struct Node {
 pub enum Output {
     /// f32 [n_outputs, n_vocab]
     Logits,
-    /// The likeliest token of each output, i32 [n_outputs]
+    /// The likeliest token of each output, i32 `[n_outputs]`
     Tokens,
     /// Final hidden states after the last norm, f32 [n_outputs, n_embd]
     Embeddings,

@@ -1,10 +1,12 @@
 //! Every op on every backend against the reference, over shapes at and around the kernels' edges.
 
+mod common;
+
 use std::sync::Arc;
 
 use engine::backend::{Backend, Step, StepSequence};
 use engine::backends::cpu::{Cpu, Isa};
-use engine::backends::cuda::{Cuda, RuleSet, emulator};
+use engine::backends::cuda::{Cuda, RuleSet};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::graph::{Graph, GraphBuilder, Output};
@@ -187,7 +189,8 @@ fn check_gpu(
     // No rule merges anything with attention alone, and it is slow.
     let alone = graph.nodes.iter().any(|node| matches!(node.op, Op::Attention { .. }));
     for rules in &[RuleSet::ALL, RuleSet::NONE][usize::from(alone)..] {
-        let mut cuda = Cuda::new(emulator(), Arc::new(Serial), weights.clone()).with_rules(*rules);
+        let mut cuda =
+            Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), weights.clone()).with_rules(*rules);
         if let Some(layout) = kv {
             cuda.create_kv(layout).unwrap();
         }

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use engine::backend::{Backend, Step, StepSequence};
-use engine::backends::cuda::{Cuda, RULES, RuleSet, emulator};
+use engine::backends::cuda::{Cuda, RULES, RuleSet};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::graph::Output;
@@ -30,7 +30,7 @@ const MODELS: &[&str] = &[
 ];
 
 fn cuda(model: &Model) -> Cuda {
-    Cuda::new(emulator(), Arc::new(Serial), model.weights().clone())
+    Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), model.weights().clone())
 }
 
 /// Runs a model's graph once over a sequence's first `n` tokens and reads every tensor that a node writes.
@@ -86,8 +86,12 @@ fn every_tensor_matches_the_reference() {
     let Some(dir) = common::goldens() else { return };
     for name in MODELS {
         let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
-        // Quantised activations add their rounding, and a router may turn on it.
-        let bound = if name.starts_with("quantmix") { 1e-2 } else { 1e-6 };
+        // Quantised activations add their rounding, and a router may turn on it, as on the last bit of an f16 product.
+        let bound = match name.rsplit_once('-').map(|(arch, _)| arch) {
+            Some("quantmix") => 1e-2,
+            Some("qwen2moe" | "gpt-oss") => 1e-5,
+            _ => 1e-6,
+        };
         for n in [1, 20] {
             let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false);
             let got = every_tensor(&model, &mut cuda(&model), n, false);

@@ -1,11 +1,13 @@
-//! SmolLM2-135M-Instruct on the CPU against llama.cpp: logits, hidden states, greedy text, embeddings, and the
+//! SmolLM2-135M-Instruct on the CPU, or on the GPU that `RUNIK_TEST_GPU` names, against llama.cpp: logits, hidden states, greedy text, embeddings, and the
 //! engine's own promise that results depend on nothing but the tokens before.
 
 mod common;
 
 use std::sync::{Arc, OnceLock};
 
+use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
+use engine::backends::cuda::Cuda;
 use engine::hparams::Pooling;
 use engine::pool::Pool;
 use engine::weights::ByteSource;
@@ -31,8 +33,12 @@ fn f32_model() -> Option<Arc<Model>> {
 }
 
 fn context(model: &Arc<Model>, threads: usize, params: ContextParams) -> Context {
-    let cpu = Cpu::new(model.weights().clone(), Arc::new(Pool::new(threads).unwrap()), Isa::detect());
-    Context::new(model.clone(), Box::new(cpu), params).unwrap()
+    let (weights, pool) = (model.weights().clone(), Arc::new(Pool::new(threads).unwrap()));
+    let backend: Box<dyn Backend> = match common::gpu() {
+        Some(gpu) => Box::new(Cuda::new(gpu, pool, weights)),
+        None => Box::new(Cpu::new(weights, pool, Isa::detect())),
+    };
+    Context::new(model.clone(), backend, params).unwrap()
 }
 
 fn f32_kv() -> ContextParams {

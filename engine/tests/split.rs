@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
-use engine::backends::cuda::{Cuda, emulator};
+use engine::backends::cuda::Cuda;
 use engine::backends::split::{Placement, Split};
 use engine::executor::Serial;
 use engine::{Batch, Context, ContextParams, Model};
@@ -60,7 +60,7 @@ fn cpu_and_gpu_share_a_model() {
         let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
         let want = outputs(&model, cpu(&model), false);
         for n in 1..=model.hparams().n_layer() + 1 {
-            let gpu = Cuda::new(emulator(), Arc::new(Serial), model.weights().clone());
+            let gpu = Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), model.weights().clone());
             let placement = Placement::last_layers(model.hparams().n_layer(), n);
             let split = Split::new(vec![cpu(&model), Box::new(gpu)], placement, model.weights().clone());
             let err = common::nmse(&outputs(&model, Box::new(split), false), &want);

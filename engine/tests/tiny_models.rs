@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
-use engine::backends::cuda::{Cuda, emulator};
+use engine::backends::cuda::Cuda;
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::pool::Pool;
@@ -18,7 +18,7 @@ type MakeBackend = fn(&Model) -> Box<dyn Backend>;
 const BACKENDS: &[(&str, MakeBackend)] = &[
     ("reference", |m| Box::new(Reference::new(m.weights().clone()))),
     ("cpu", |m| Box::new(Cpu::new(m.weights().clone(), Arc::new(Pool::new(2).unwrap()), Isa::detect()))),
-    ("cuda", |m| Box::new(Cuda::new(emulator(), Arc::new(Serial), m.weights().clone()))),
+    ("cuda", |m| Box::new(Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), m.weights().clone()))),
 ];
 
 fn params() -> ContextParams {

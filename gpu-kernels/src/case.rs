@@ -26,6 +26,8 @@ pub trait Kernel: 'static {
     const NMSE_MAX: f64;
     /// Shapes to time: those of models.
     const BENCH: &'static [Self::Case] = &[];
+    /// The tiers that have the entries.
+    const TIERS: Tiers = Tiers::All;
     /// The entries, for the emulator.
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]];
@@ -42,6 +44,28 @@ pub trait Kernel: 'static {
     fn bytes(case: &Self::Case) -> u64;
     /// Arithmetic operations of a case.
     fn flops(case: &Self::Case) -> u64;
+}
+
+/// Tiers of the PTX build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tiers {
+    /// Every tier.
+    All,
+    /// Those from this compute capability (times ten) on.
+    From(u32),
+    /// The one of this name.
+    Only(&'static str),
+}
+
+impl Tiers {
+    /// Whether the tier of this name and compute capability (times ten) is among them.
+    pub fn has(self, name: &str, sm: u32) -> bool {
+        match self {
+            Tiers::All => true,
+            Tiers::From(oldest) => sm >= oldest,
+            Tiers::Only(only) => name == only,
+        }
+    }
 }
 
 /// [`Kernel`] without its types: what the registry holds.
@@ -66,6 +90,8 @@ pub trait AnyKernel: Sync {
     fn bytes(&self, i: usize) -> u64;
     /// [`Kernel::flops`] of case `i`.
     fn flops(&self, i: usize) -> u64;
+    /// [`Kernel::TIERS`].
+    fn tiers(&self) -> Tiers;
     /// [`Kernel::ENTRIES`].
     #[cfg(feature = "emu")]
     fn entries(&self) -> &'static [&'static [crate::emu::Entry]];
@@ -82,6 +108,9 @@ impl<K: Kernel + Sync> AnyKernel for K {
     }
     fn nmse_max(&self) -> f64 {
         K::NMSE_MAX
+    }
+    fn tiers(&self) -> Tiers {
+        K::TIERS
     }
     fn n_cases(&self) -> usize {
         K::CASES.len()

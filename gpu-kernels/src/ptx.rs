@@ -56,6 +56,11 @@ pub fn modules_for(sm: u32, entry: &str) -> Vec<&'static PtxModule> {
     MODULES.iter().rev().filter(|module| module.runs_on(sm) && module.has(entry)).collect()
 }
 
+/// Whether a GPU of this compute capability (times ten) runs the embedded modules of a tier; if there are none, it does not.
+pub fn runs(tier: &str, sm: u32) -> bool {
+    MODULES.iter().any(|module| module.tier == tier && module.runs_on(sm))
+}
+
 /// Bytes of all embedded text, deflated.
 pub fn embedded_bytes() -> usize {
     // Modules of one file share its text.

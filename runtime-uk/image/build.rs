@@ -13,6 +13,8 @@ fn main() {
         "-no-pie",
         "-Wl,--build-id=none",
         "-Wl,--gc-sections",
+        // Kernels for several instruction sets, and for formats of one layout, come out alike.
+        "-Wl,--icf=all",
         "-Wl,-z,norelro",
         "-Wl,-z,noexecstack",
         &script,

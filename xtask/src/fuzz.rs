@@ -9,7 +9,7 @@ use crate::workspace::Workspace;
 const DEFAULT_SECONDS: u32 = 60;
 
 /// Folders that have fuzz targets.
-const FOLDERS: &[&str] = &["gguf", "runtime-uk"];
+const FOLDERS: &[&str] = &["gguf", "engine/server", "runtime-uk"];
 
 /// Runs every target found in them.
 pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {

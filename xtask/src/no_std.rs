@@ -1,4 +1,4 @@
-//! Proof that quant, gguf and the engine core need no std: they compile for a target that has none.
+//! Proof that quant, gguf, the engine core and the server's protocol need no std: they compile for a target that has none.
 //!
 //! `x86_64-unknown-none` ships `core` and `alloc` only, so one use of std anywhere below these crates is a compile
 //! error. rustup brings the target in seconds.
@@ -12,7 +12,7 @@ use crate::step::Outcome;
 use crate::workspace::Workspace;
 
 /// Crates that must build without std, with their default features off.
-const CRATES: &[&str] = &["quant", "gguf", "gpu-kernels", "engine"];
+const CRATES: &[&str] = &["quant", "gguf", "gpu-kernels", "engine", "server"];
 const TARGET: &str = "x86_64-unknown-none";
 
 /// `cargo xtask no-std`.

@@ -62,7 +62,8 @@ pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
 }
 
 /// What a launcher can name a driver finds, and nothing else is built: each entry of a file's module is one of the kernel
-/// of the file's name, and each registered entry is in some module.
+/// of the file's name, and each registered entry is in some module, from the tier on that its
+/// kernel names.
 fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> Result<(), TaskError> {
     let lint = |kernel: &str, what: String| {
         Err(TaskError::Ptx(PtxError::Lint { tier: tier.name.into(), kernel: kernel.into(), what }))
@@ -81,7 +82,7 @@ fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> R
             built_entries.insert(built);
         }
     }
-    for kernel in KERNELS {
+    for kernel in KERNELS.iter().filter(|kernel| kernel.tiers().has(tier.name, tier.sm)) {
         if let Some(entry) = entries(*kernel).find(|entry| !built_entries.contains(entry.name)) {
             let name = kernel.name();
             return lint(

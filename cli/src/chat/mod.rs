@@ -7,9 +7,10 @@ pub mod tests;
 
 use anyhow::{Context as _, Result, bail};
 use engine::Tokenizer;
-use engine::tokenizer::{EncodeOptions, TokenAttr};
+use engine::tokenizer::EncodeOptions;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
+use server::chat::{encode_parts, holds_special, special_texts};
 
 use template::{Blocks, Template};
 
@@ -92,8 +93,7 @@ impl Format {
         let text = self.render(messages, answer, tokenizer)?;
         let text = without_bos(&text, tokenizer);
         let specials = special_texts(tokenizer);
-        let holds_special = |m: &Message| specials.iter().any(|s| m.content.contains(s.as_str()));
-        if !messages.iter().any(holds_special) {
+        if !messages.iter().any(|m| holds_special(&m.content, &specials)) {
             return Ok(tokenizer
                 .encode(text.as_bytes(), EncodeOptions { add_special: true, parse_special: true })?);
         }
@@ -103,7 +103,7 @@ impl Format {
                  be told from the template's own; use another --chat-template"
             );
         };
-        encode_pieces(text, &foreign, &specials, tokenizer)
+        Ok(encode_parts(text, &foreign, &specials, tokenizer)?)
     }
 
     /// Where in `text` (the rendered conversation) messages lie; `None` if the template changes them beyond trimming.
@@ -152,50 +152,4 @@ const FALLBACK: &str = "chatml";
 fn without_bos<'a>(text: &'a str, tokenizer: &Tokenizer) -> &'a str {
     let bos = tokenizer.bos().filter(|_| tokenizer.add_bos()).map(|id| tokenizer.token(id).0);
     bos.and_then(|bos| text.strip_prefix(std::str::from_utf8(bos).ok()?)).unwrap_or(text)
-}
-
-/// Texts of all tokens that are found only where special tokens are asked for, longest first.
-fn special_texts(tokenizer: &Tokenizer) -> Vec<String> {
-    let special = TokenAttr::CONTROL.with(TokenAttr::UNKNOWN);
-    let mut texts: Vec<String> = (0..tokenizer.n_vocab() as u32)
-        .map(|id| tokenizer.token(id))
-        .filter(|(text, attr)| attr.is_any(special) && !text.is_empty())
-        .filter_map(|(text, _)| String::from_utf8(text.to_vec()).ok())
-        .collect();
-    texts.sort_by_key(|t| std::cmp::Reverse(t.len()));
-    texts
-}
-
-/// Encodes text with special tokens found only outside the `foreign` ranges.
-fn encode_pieces(
-    text: &str,
-    foreign: &[std::ops::Range<usize>],
-    specials: &[String],
-    tokenizer: &Tokenizer,
-) -> Result<Vec<u32>> {
-    let mut ids = Vec::new();
-    let mut flush = |piece: &str, parse_special: bool, first: bool| -> Result<()> {
-        if !piece.is_empty() || first {
-            ids.extend(
-                tokenizer.encode(piece.as_bytes(), EncodeOptions { add_special: first, parse_special })?,
-            );
-        }
-        Ok(())
-    };
-    let (mut start, mut at, mut first) = (0, 0, true);
-    while at < text.len() {
-        let rest = &text[at..];
-        let own = |len: usize| foreign.iter().all(|r| r.end <= at || r.start >= at + len);
-        match specials.iter().find(|s| rest.starts_with(s.as_str()) && own(s.len())) {
-            Some(special) => {
-                flush(&text[start..at], false, first)?;
-                flush(special, true, false)?;
-                at += special.len();
-                (start, first) = (at, false);
-            }
-            None => at += rest.chars().next().map_or(1, char::len_utf8),
-        }
-    }
-    flush(&text[start..], false, first)?;
-    Ok(ids)
 }

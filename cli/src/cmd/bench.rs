@@ -1,7 +1,8 @@
 //! `bench`: prefill and decode speed with llama-bench's tests, columns and JSON field names, so that results drop into
 //! existing tables; added are GB/s of weights and cache and the share of the memory bandwidth measured at the start.
 //!
-//! A test `ppN` computes N random tokens at once, `tgN` computes N one by one; `@ dN` starts with N in the context.
+//! A test `ppN` computes N random tokens at once, `tgN` computes N one by one; `@ dN` starts with N in the context; `× N`
+//! is N sequences at once, a token of each per step, their tokens counted together.
 //! Each test runs once to warm up and then `-r` times. Tokenising and sampling are not part of it.
 
 use std::cell::Cell;
@@ -27,17 +28,24 @@ struct Test {
     n_prompt: usize,
     n_gen: usize,
     n_depth: usize,
+    n_parallel: usize,
 }
 
 impl Test {
     fn name(&self) -> String {
         let what =
             if self.n_prompt > 0 { format!("pp{}", self.n_prompt) } else { format!("tg{}", self.n_gen) };
+        let what = if self.n_parallel > 1 { format!("{what} × {}", self.n_parallel) } else { what };
         if self.n_depth > 0 { format!("{what} @ d{}", self.n_depth) } else { what }
     }
 
     fn n_tokens(&self) -> usize {
-        self.n_prompt + self.n_gen
+        (self.n_prompt + self.n_gen) * self.n_parallel
+    }
+
+    /// Positions that a sequence takes.
+    fn n_positions(&self) -> usize {
+        self.n_depth + self.n_prompt + self.n_gen
     }
 }
 
@@ -89,13 +97,15 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let mut tests = Vec::new();
     for &threads in &threads {
         for &n_depth in &args.n_depth {
-            let one = |n_prompt, n_gen| Test { threads, n_prompt, n_gen, n_depth };
-            tests.extend(args.n_prompt.iter().filter(|&&n| n > 0).map(|&n| one(n, 0)));
-            tests.extend(args.n_gen.iter().filter(|&&n| n > 0).map(|&n| one(0, n)));
+            for &n_parallel in args.parallel.iter().filter(|&&n| n > 0) {
+                let one = |n_prompt, n_gen| Test { threads, n_prompt, n_gen, n_depth, n_parallel };
+                tests.extend(args.n_prompt.iter().filter(|&&n| n > 0).map(|&n| one(n, 0)));
+                tests.extend(args.n_gen.iter().filter(|&&n| n > 0).map(|&n| one(0, n)));
+            }
         }
     }
     if tests.is_empty() {
-        return Err(usage("nothing to measure: -p and -n are 0"));
+        return Err(usage("nothing to measure: -p and -n, or --parallel, are 0"));
     }
     let model = Arc::new(Files::open(&args.model)?.model()?);
     let most = threads.iter().copied().max().unwrap_or(1);
@@ -117,7 +127,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 fn measure(model: &Arc<Model>, args: &BenchArgs, compute: &Compute, test: Test) -> Result<Measured> {
     let params = ContextParams {
-        n_ctx: test.n_depth + test.n_tokens(),
+        n_ctx: test.n_positions(),
+        n_seq: test.n_parallel,
         n_ubatch: args.batch_size.max(1),
         type_k: args.cache_type_k,
         type_v: args.cache_type_v,
@@ -137,12 +148,13 @@ fn measure(model: &Arc<Model>, args: &BenchArgs, compute: &Compute, test: Test) 
     // Every step reads the weights; a decode step also reads the cache up to its position.
     let weights = step_bytes(model) as f64;
     let plan = context.memory_plan();
-    let per_position = plan.kv_cache as f64 / context.n_ctx() as f64;
+    let per_position = plan.kv_cache as f64 / (context.n_ctx() * test.n_parallel) as f64;
     let bytes = if test.n_prompt > 0 {
-        weights * test.n_prompt.div_ceil(n_ubatch) as f64
+        weights * (test.n_prompt * test.n_parallel).div_ceil(n_ubatch) as f64
     } else {
         let positions = test.n_gen as f64 * (test.n_depth as f64 + (test.n_gen as f64 + 1.0) / 2.0);
-        weights * test.n_gen as f64 + per_position * positions
+        let passes = (test.n_gen * test.n_parallel.div_ceil(n_ubatch)) as f64;
+        weights * passes + per_position * positions * test.n_parallel as f64
     };
     Ok(Measured { test, backend, samples, bytes, at })
 }
@@ -156,22 +168,38 @@ fn step_bytes(model: &Model) -> usize {
 
 /// One run: fills the context to the depth, then times the test.
 fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> Result<Duration> {
-    context.truncate(0, 0);
+    for sequence in 0..test.n_parallel {
+        context.truncate(sequence, 0);
+    }
     let mut random = |n: usize| (0..n).map(|_| token()).collect::<Vec<_>>();
+    let prompts = |n: usize, random: &mut dyn FnMut(usize) -> Vec<u32>| {
+        let mut batch = Batch::default();
+        for sequence in 0..test.n_parallel {
+            let tokens = random(n);
+            let (last, before) = tokens.split_last().expect("at least one token");
+            batch.extend(sequence, before, false);
+            batch.extend(sequence, &[*last], true);
+        }
+        batch
+    };
     if test.n_depth > 0 {
-        context.decode(&Batch::prompt(0, &random(test.n_depth)))?;
+        context.decode(&prompts(test.n_depth, &mut random))?;
+    }
+    if test.n_prompt > 0 {
+        let batch = prompts(test.n_prompt, &mut random);
+        let started = Instant::now();
+        context.decode(&batch)?;
+        return Ok(started.elapsed());
     }
     let tokens = random(test.n_tokens());
+    let mut batch = Batch::default();
     let started = Instant::now();
-    if test.n_prompt > 0 {
-        context.decode(&Batch::prompt(0, &tokens))?;
-    } else {
-        let mut batch = Batch::default();
-        for token in tokens {
-            batch.clear();
-            batch.extend(0, &[token], true);
-            context.decode(&batch)?;
+    for tokens in tokens.chunks_exact(test.n_parallel) {
+        batch.clear();
+        for (sequence, token) in tokens.iter().enumerate() {
+            batch.extend(sequence, &[*token], true);
         }
+        context.decode(&batch)?;
     }
     Ok(started.elapsed())
 }
@@ -290,6 +318,7 @@ impl Report<'_> {
             "n_prompt": m.test.n_prompt,
             "n_gen": m.test.n_gen,
             "n_depth": m.test.n_depth,
+            "n_parallel": m.test.n_parallel,
             "test_time": m.at,
             "avg_ns": mean(&ns).round() as u64,
             "stddev_ns": stddev(&ns).round() as u64,

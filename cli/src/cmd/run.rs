@@ -5,6 +5,7 @@
 //! tokens read in it as llama-completion does; otherwise the model's chat template makes the prompt.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -56,17 +57,18 @@ pub fn run(args: &RunArgs, started: Instant) -> Result<()> {
 
 /// The chat format that flags and file say; a guess is said aloud.
 pub fn format(args: &RunArgs, model: &Model) -> Result<Format> {
-    let from_file = args
-        .chat_template_file
-        .as_deref()
-        .map(|path| std::fs::read_to_string(path).with_context(|| path.display().to_string()));
-    let given = from_file.transpose()?.or_else(|| args.chat_template.clone());
+    choose_format(args.chat_template.as_deref(), args.chat_template_file.as_deref(), model)
+}
+
+/// The chat format: a file's, a name's or a text's, else the model's own.
+pub fn choose_format(given: Option<&str>, file: Option<&Path>, model: &Model) -> Result<Format> {
+    let from_file =
+        file.map(|path| std::fs::read_to_string(path).with_context(|| path.display().to_string()));
+    let given = from_file.transpose()?.or_else(|| given.map(String::from));
     let own = model.meta().chat_template.as_deref();
     let format = Format::choose(given.as_deref(), own)?;
     if given.is_none() && own.is_none() {
-        ui::say(
-            "this model has no chat template; chatml is a guess: choose with --chat-template, or use --raw",
-        );
+        ui::say("this model has no chat template; chatml is a guess: choose with --chat-template");
     }
     ui::detail(format!("chat template: {}", format.name));
     Ok(format)

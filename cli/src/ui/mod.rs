@@ -72,14 +72,26 @@ pub fn bytes_bar(total: u64, what: &str) -> ProgressBar {
 /// Set by Ctrl-C once [`watch_interrupts`] was called; a second Ctrl-C ends the process with status 130.
 pub fn watch_interrupts() -> Result<&'static AtomicBool> {
     static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
-    if let Some(flag) = FLAG.get() {
+    watch(&FLAG, &[signal_hook::consts::SIGINT])
+}
+
+/// Set by Ctrl-C and by SIGTERM, what service managers send; a second one of either ends the process.
+pub fn watch_terminations() -> Result<&'static AtomicBool> {
+    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    watch(&FLAG, &[signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
+}
+
+fn watch(once: &'static OnceLock<Arc<AtomicBool>>, signals: &[i32]) -> Result<&'static AtomicBool> {
+    if let Some(flag) = once.get() {
         return Ok(flag);
     }
     let flag = Arc::new(AtomicBool::new(false));
-    // In this order: the first Ctrl-C finds the flag down, sets it and goes on.
-    signal_hook::flag::register_conditional_shutdown(signal_hook::consts::SIGINT, 130, flag.clone())?;
-    signal_hook::flag::register(signal_hook::consts::SIGINT, flag.clone())?;
-    Ok(FLAG.get_or_init(|| flag))
+    for &signal in signals {
+        // In this order: the first signal finds the flag down, sets it and goes on. The status is a shell's.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag.clone())?;
+        signal_hook::flag::register(signal, flag.clone())?;
+    }
+    Ok(once.get_or_init(|| flag))
 }
 
 /// Bytes with a unit, powers of 1024.

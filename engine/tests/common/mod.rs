@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engine::Model;
+use engine::backends::cuda::{Device, emulator};
 use engine::weights::ByteSource;
 
 /// Folder of the goldens: `RUNIK_GOLDENS`, else `../shared/goldens` beside the workspace. `None` (said aloud) if absent.
@@ -36,6 +37,30 @@ pub fn ids(value: &serde_json::Value) -> Vec<u32> {
 pub fn model(path: &Path) -> Arc<Model> {
     let bytes: Arc<dyn ByteSource> = Arc::new(std::fs::read(path).unwrap());
     Arc::new(Model::load(vec![bytes]).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+}
+
+/// The NVIDIA GPU to test, if the environment names one: `RUNIK_TEST_GPU=0`.
+pub fn gpu() -> Option<Device> {
+    let index = std::env::var("RUNIK_TEST_GPU").ok()?;
+    let index: u32 = index.parse().unwrap_or_else(|e| panic!("RUNIK_TEST_GPU={index}: {e}"));
+    Some(open_gpu(index))
+}
+
+#[cfg(all(feature = "cuda", feature = "ptx"))]
+fn open_gpu(index: u32) -> Device {
+    Arc::new(
+        engine::backends::cuda::hosted::Hosted::open(index).unwrap_or_else(|e| panic!("GPU {index}: {e}")),
+    )
+}
+
+#[cfg(not(all(feature = "cuda", feature = "ptx")))]
+fn open_gpu(index: u32) -> Device {
+    panic!("RUNIK_TEST_GPU={index}: these tests were built without the features cuda and ptx")
+}
+
+/// The NVIDIA GPU to test, else the emulator.
+pub fn gpu_or_emulator() -> Device {
+    gpu().unwrap_or_else(emulator)
 }
 
 /// Normalised mean squared error: Σ(a−b)² / Σb².

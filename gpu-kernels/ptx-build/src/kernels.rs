@@ -1,6 +1,6 @@
-//! Compiling the kernel crate, once per kernel file and tier.
+//! Compiling the kernel crate, once per kernel and tier.
 //!
-//! A file's compile sees the whole crate but emits only its own entries (`--cfg entries_of="mmvq"`, which the macro
+//! A kernel's compile sees the whole crate but emits only its own entries (`--cfg entries_of="mmvq"`, which the macro
 //! `kernels!` asks for): thousands of entries in one compile would take minutes after each edit. Unchanged modules are
 //! not compiled again.
 
@@ -92,16 +92,19 @@ impl<'a> Kernels<'a> {
         Ok(Kernels { compiler, root, build_dir, externs, externs_digest: cache::digest(contents), names })
     }
 
-    /// Names of the kernel files, sorted, and [`CHECKS`] at the end.
+    /// Names of the kernels, sorted, and [`CHECKS`] at the end.
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The modules of these kernel files for these tiers, tier by tier, several at a time.
+    /// The modules of these kernels for these tiers, tier by tier, several at a time. A kernel that a tier does not have
+    /// gives none.
     pub fn build(&self, names: &[String], tiers: &[Tier]) -> Result<Vec<Module>, PtxError> {
         let jobs: Vec<(&Tier, &String)> =
             tiers.iter().flat_map(|tier| names.iter().map(move |name| (tier, name))).collect();
-        in_parallel(&jobs, |&(tier, name)| self.module(name, tier))
+        let mut modules = in_parallel(&jobs, |&(tier, name)| self.module(name, tier))?;
+        modules.retain(|module| !module.kernels.is_empty());
+        Ok(modules)
     }
 
     fn module(&self, name: &str, tier: &Tier) -> Result<Module, PtxError> {
@@ -206,32 +209,28 @@ pub fn in_parallel<J: Sync, T: Send>(
     finished.map(|result| result.expect("every job has a worker")).collect()
 }
 
-/// Stems of the files (and names of the folders) that have entries, and [`CHECKS`].
+/// How a kernel's source states its name, which its entries' `in` repeats.
+const NAME: &str = "const NAME: &'static str = \"";
+
+/// Names of the kernels that the sources declare, and [`CHECKS`].
 fn names(kernels_dir: &Path) -> Result<Vec<String>, PtxError> {
     let mut names = Vec::new();
-    for entry in std::fs::read_dir(kernels_dir).map_err(PtxError::path("list", kernels_dir))? {
-        let path = entry.map_err(PtxError::path("list", kernels_dir))?.path();
-        if has_entries(&path)? {
-            names.push(path.file_stem().unwrap_or_default().to_string_lossy().into_owned());
-        }
-    }
+    add_names(kernels_dir, &mut names)?;
     names.sort();
     names.push(CHECKS.into());
     Ok(names)
 }
 
-/// Whether a kernel file, or a file in a folder of them, declares entries.
-fn has_entries(path: &Path) -> Result<bool, PtxError> {
+fn add_names(path: &Path, names: &mut Vec<String>) -> Result<(), PtxError> {
     if path.is_dir() {
         for entry in std::fs::read_dir(path).map_err(PtxError::path("list", path))? {
-            if has_entries(&entry.map_err(PtxError::path("list", path))?.path())? {
-                return Ok(true);
-            }
+            add_names(&entry.map_err(PtxError::path("list", path))?.path(), names)?;
         }
-        return Ok(false);
+        return Ok(());
     }
     let source = std::fs::read_to_string(path).map_err(PtxError::path("read", path))?;
-    Ok(source.contains("kernels! {"))
+    names.extend(source.split(NAME).skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_string())));
+    Ok(())
 }
 
 /// The metadata file that cargo's messages name with this prefix.

@@ -35,6 +35,18 @@ unsafe extern "unadjusted" {
     #[cfg(sm_ge_80)]
     #[link_name = "llvm.nvvm.redux.sync.add"]
     pub(crate) fn redux_add(value: u32, mask: u32) -> u32;
+    #[cfg(sm_90a)]
+    #[link_name = "llvm.nvvm.wgmma.fence.sync.aligned"]
+    pub(crate) fn wgmma_fence();
+    #[cfg(sm_90a)]
+    #[link_name = "llvm.nvvm.wgmma.commit_group.sync.aligned"]
+    pub(crate) fn wgmma_commit();
+    #[cfg(sm_90a)]
+    #[link_name = "llvm.nvvm.setmaxnreg.inc.sync.aligned.u32"]
+    pub(crate) fn set_max_registers_up(n: u32);
+    #[cfg(sm_90a)]
+    #[link_name = "llvm.nvvm.setmaxnreg.dec.sync.aligned.u32"]
+    pub(crate) fn set_max_registers_down(n: u32);
     #[link_name = "llvm.nvvm.activemask"]
     fn active_mask() -> u32;
     #[cfg(sm_ge_61)]

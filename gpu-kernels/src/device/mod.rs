@@ -7,11 +7,11 @@
 //! Convergence: rustc does not know that `asm!` may be convergent and would copy it into divergent branches. So what
 //! must be reached by all lanes together goes through an LLVM intrinsic, or through `asm!` behind
 //! `intrinsics::anchor`. Nothing convergent is ever `pure`.
-//!
-//! Places kept for the instructions of sm_90a: wgmma belongs beside `mma.rs`, tensor-map TMA into `async_copy.rs`.
 
 pub mod async_copy;
 pub mod atomic;
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+pub mod bulk_copy;
 #[cfg(target_arch = "nvptx64")]
 mod canary;
 pub mod gmem;
@@ -26,6 +26,8 @@ pub mod smem;
 pub mod sync;
 pub mod thread;
 pub mod warp;
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+pub mod wgmma;
 pub mod word;
 
 pub use gmem::Glb;

@@ -1,9 +1,11 @@
 //! One kernel that calls every instruction of the device layer that no kernel uses yet, so that each tier's PTX proves
-//! that it compiles and assembles. Never launched.
+//! that it compiles and assembles; the products of warpgroups in one of their own. Never launched.
 
 use super::sync;
 #[cfg(sm_ge_80)]
 use super::sync::Mbarrier;
+#[cfg(sm_90a)]
+use super::wgmma::{self, Operand, Registers, Sums};
 use super::{Glb, Smem, U32x4, async_copy, atomic, math, mma, thread, warp};
 
 kernels! {
@@ -67,5 +69,51 @@ fn probe(memory: Glb<u32>, x: u32) {
         barrier.arrive();
         barrier.wait(0);
     }
+    memory.st(thread::index_1d(), value);
+}
+
+#[cfg(sm_90a)]
+kernels! {
+    in "device_checks";
+    PROBE_WGMMA: threads(128, 1);
+    fn (memory: Glb<u32>, x: u32);
+    "probe_wgmma" => probe_wgmma;
+}
+
+#[cfg(sm_90a)]
+#[inline(always)]
+fn probe_wgmma(memory: Glb<u32>, x: u32) {
+    let (vectors, barrier) = (Smem::<U32x4>::dynamic(1024, 1024), Mbarrier::at(Smem::dynamic(0, 1), 0));
+    sync::wait_for_previous_kernel();
+    warp::give_registers::<128>();
+    warp::take_registers::<168>();
+    barrier.init(1);
+    barrier.arrive_expect(16);
+    super::bulk_copy::copy(vectors, 0, memory.cast(), 0, 1, barrier);
+    barrier.wait(0);
+    sync::fence_async_proxy();
+    let (a, b) = (Operand::at(vectors, 0), Operand::at(vectors, 512));
+    let fragment = mma::FragmentA([x; 4]);
+    let mut value = x;
+    macro_rules! products {
+        ($registers:literal: $($name:ident)*) => {
+            $({
+                let mut sums = Sums::<$registers>::zero();
+                wgmma::fence();
+                wgmma::$name::shared::<false>(&mut sums, a, b);
+                wgmma::$name::registers::<true>(&mut sums, fragment, b.skip(2));
+                wgmma::commit();
+                sums.wait::<0>();
+                let mut i = 0;
+                while i < $registers {
+                    value ^= sums.get(i);
+                    i += 1;
+                }
+            })*
+        };
+    }
+    products! { 32: S8N64 F16N64 Bf16N64 }
+    products! { 64: S8N128 F16N128 Bf16N128 }
+    sync::launch_next_kernel();
     memory.st(thread::index_1d(), value);
 }

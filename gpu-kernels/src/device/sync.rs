@@ -53,6 +53,44 @@ twin! {
     }
 }
 
+/// What this thread wrote to shared memory is seen by the tensor cores (`wgmma`) and the copy engine: called by each
+/// writer, before the barrier that tells of it (`fence.proxy.async`, sm_90a).
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[inline(always)]
+pub fn fence_async_proxy() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: orders this thread's accesses.
+    unsafe {
+        asm!("fence.proxy.async.shared::cta;", options(nostack, preserves_flags))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::fence_async_proxy();
+}
+
+/// Waits until the kernels before this one in the stream have ended or let it start and what they wrote is visible; in a
+/// launch that does not overlap them nothing is left to wait for (`griddepcontrol.wait`, sm_90a).
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[inline(always)]
+pub fn wait_for_previous_kernel() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: waits.
+    unsafe {
+        asm!("griddepcontrol.wait;", options(nostack, preserves_flags))
+    }
+}
+
+/// Lets a launch that may overlap this one start, once every CTA has called this or ended
+/// (`griddepcontrol.launch_dependents`, sm_90a). The emulator runs launches one after the other.
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[inline(always)]
+pub fn launch_next_kernel() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a hint to the scheduler.
+    unsafe {
+        asm!("griddepcontrol.launch_dependents;", options(nostack, preserves_flags))
+    }
+}
+
 /// A barrier object in shared memory (sm_80): phases alternate in parity, a phase ends when `count` threads arrived.
 #[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
 #[derive(Clone, Copy)]
@@ -82,7 +120,10 @@ impl Mbarrier {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: the object lies in the CTA's layout.
         unsafe {
-            asm!("mbarrier.init.shared.b64 [{}],{};", in(reg32) self.address, in(reg32) count, options(nostack, preserves_flags))
+            asm!("mbarrier.init.shared.b64 [{}],{};", in(reg32) self.address, in(reg32) count, options(nostack, preserves_flags));
+            // The copy engine must see it too.
+            #[cfg(sm_90a)]
+            asm!("fence.mbarrier_init.release.cluster;", options(nostack, preserves_flags));
         }
         #[cfg(not(target_arch = "nvptx64"))]
         lane::mbarrier_init(self.address, count)
@@ -101,7 +142,21 @@ impl Mbarrier {
         lane::mbarrier_arrive(self.address)
     }
 
-    /// Waits until the phase of this parity (0 for the first) has ended.
+    /// [`Mbarrier::arrive`], and the phase does not end before bulk copies have brought `bytes` more.
+    #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+    #[inline(always)]
+    #[track_caller]
+    pub fn arrive_expect(self, bytes: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the object lies in the CTA's layout.
+        unsafe {
+            asm!("{{ .reg .b64 s; mbarrier.arrive.expect_tx.shared.b64 s,[{}],{}; }}", in(reg32) self.address, in(reg32) bytes, options(nostack, preserves_flags))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::mbarrier_arrive_expect(self.address, bytes)
+    }
+
+    /// Waits until the phase of this parity (0 for the first) has ended. The thread sleeps where it can (sm_90a).
     #[inline(always)]
     #[track_caller]
     pub fn wait(self, parity: u32) {
@@ -109,6 +164,13 @@ impl Mbarrier {
         loop {
             let done: u32;
             // SAFETY: the object lies in the CTA's layout.
+            #[cfg(sm_90a)]
+            unsafe {
+                asm!("{{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[{}],{}; selp.u32 {},1,0,p; }}",
+                    in(reg32) self.address, in(reg32) parity, out(reg32) done, options(nostack, preserves_flags))
+            }
+            // SAFETY: as above.
+            #[cfg(not(sm_90a))]
             unsafe {
                 asm!("{{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p,[{}],{}; selp.u32 {},1,0,p; }}",
                     in(reg32) self.address, in(reg32) parity, out(reg32) done, options(nostack, preserves_flags))

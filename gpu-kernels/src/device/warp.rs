@@ -138,3 +138,34 @@ fn butterfly<T: Copy>(value: T, step: impl Fn(T, u32) -> T) -> T {
     let value = step(value, 2);
     step(value, 1)
 }
+
+/// The whole warpgroup takes registers up to `N` per thread, waiting until others have given theirs back; `N` is a multiple
+/// of 8 (`setmaxnreg.inc`, sm_90a). Needs launch bounds that name the CTAs per SM.
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[inline(always)]
+#[track_caller]
+pub fn take_registers<const N: u32>() {
+    const { assert!(N.is_multiple_of(8) && N >= 24 && N <= 256) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a kernel's warpgroups take no more than others give.
+    unsafe {
+        intrinsics::set_max_registers_up(N)
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::collective(Collective::SetMaxRegisters, &[N]);
+}
+
+/// The whole warpgroup gives registers back and keeps `N` per thread (`setmaxnreg.dec`, sm_90a).
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[inline(always)]
+#[track_caller]
+pub fn give_registers<const N: u32>() {
+    const { assert!(N.is_multiple_of(8) && N >= 24 && N <= 256) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the compiler keeps the warpgroup's code below N.
+    unsafe {
+        intrinsics::set_max_registers_down(N)
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::collective(Collective::SetMaxRegisters, &[N]);
+}

@@ -7,7 +7,8 @@ use std::rc::Rc;
 use std::vec;
 use std::vec::Vec;
 
-/// What one thread knows of all threads' times, and its own time.
+/// What one thread knows of all threads' times, and its own time. The copy engine counts as one more thread: see
+/// `cta::Engine`.
 #[derive(Clone, Debug)]
 pub(super) struct Clock {
     known: Rc<Vec<u32>>,
@@ -17,7 +18,7 @@ pub(super) struct Clock {
 impl Clock {
     /// Clocks of the threads of a CTA that has just started.
     pub(super) fn start(threads: usize) -> Clock {
-        Clock { known: Rc::new(vec![0; threads]), own: 1 }
+        Clock { known: Rc::new(vec![0; threads + 1]), own: 1 }
     }
 
     /// Whether what `thread` did at `time` comes before what this thread does now.

@@ -16,7 +16,8 @@ pub(super) fn execute(op: Collective, inputs: &[Input; 32]) -> [Output; 32] {
     let each = |f: &dyn Fn(usize) -> u32| core::array::from_fn(|lane| [f(lane), 0, 0, 0]);
     let mask = |f: &dyn Fn(usize) -> bool| (0..32).fold(0, |mask, lane| mask | (f(lane) as u32) << lane);
     match op {
-        Collective::SyncWarp => [[0; 4]; 32],
+        Collective::SyncWarp | Collective::SetMaxRegisters => [[0; 4]; 32],
+        Collective::Wgmma(_) => unreachable!("an operation of four warps: see wgmma.rs"),
         Collective::Shuffle => each(&|lane| inputs[inputs[lane][1] as usize % 32][0]),
         Collective::Ballot => each(&|_| mask(&|other| inputs[other][0] != 0)),
         Collective::MatchAny => each(&|lane| mask(&|other| inputs[other][0] == inputs[lane][0])),

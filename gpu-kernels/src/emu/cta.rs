@@ -21,8 +21,9 @@ use corosensei::{Coroutine, CoroutineResult, Yielder};
 use super::clock::Clock;
 use super::collective::{self, Input, Output};
 use super::lane::{self, Collective, Source};
-use super::memory::{Allocation, LaunchMarks, Memory, Place};
+use super::memory::{Allocation, Kind, LaunchMarks, Memory, Place};
 use super::smem::{Copy16, SharedMemory};
+use super::wgmma::{self, Products};
 use super::{Entry, Options};
 use crate::launch::{Launch, ParamReader};
 
@@ -63,18 +64,48 @@ pub(super) struct Thread {
     pub(super) groups: VecDeque<Vec<Copy16>>,
     /// Whether it has waited for earlier launches.
     pub(super) waited: bool,
+    /// Products of the warpgroup.
+    pub(super) products: Products,
 }
 
 /// A barrier object in shared memory.
 struct Mbarrier {
     count: u32,
     pending: u32,
+    /// Bytes that this phase still expects of copies.
+    bytes: u32,
     /// Parity of the phase that is under way.
     parity: u32,
     /// What the arrivals of this phase know.
     arrived: Vec<u32>,
     /// What those of the last phase of each parity knew.
     done: [Vec<u32>; 2],
+}
+
+impl Mbarrier {
+    /// Ends the phase if it is complete.
+    fn turn(&mut self) {
+        if self.pending == 0 && self.bytes == 0 {
+            self.done[self.parity as usize] = std::mem::take(&mut self.arrived);
+            self.parity ^= 1;
+            self.pending = self.count;
+        }
+    }
+}
+
+/// A copy by the copy engine.
+pub(super) struct BulkCopy {
+    pub(super) to: u32,
+    pub(super) bytes: Vec<u8>,
+    pub(super) mbarrier: u32,
+}
+
+/// The copy engine: one more thread, whose writes others learn of from the copies' mbarriers alone. A copy arrives as late
+/// as it can: when a thread waits for its mbarrier.
+#[derive(Default)]
+struct Engine {
+    time: u32,
+    copies: Vec<BulkCopy>,
 }
 
 /// An allocation and its addresses. Counted apart from the other CTAs' uses: threads of the host would fight for one
@@ -113,6 +144,7 @@ pub(super) struct Cta {
     /// Arrivals at named barriers by threads that went on: count and what they know.
     arrivals: RefCell<HashMap<u32, (u32, Vec<u32>)>>,
     mbarriers: RefCell<HashMap<u32, Mbarrier>>,
+    engine: RefCell<Engine>,
     findings: RefCell<Vec<String>>,
 }
 
@@ -190,6 +222,7 @@ impl Cta {
         let fresh = Mbarrier {
             count,
             pending: count,
+            bytes: 0,
             parity: 0,
             arrived: Vec::new(),
             done: [Vec::new(), Vec::new()],
@@ -203,13 +236,50 @@ impl Cta {
         let clock = &mut self.clocks.borrow_mut()[me];
         clock.publish(me, &mut barrier.arrived);
         clock.own += 1;
-        barrier.pending -= 1;
-        if barrier.pending == 0 {
-            barrier.done[barrier.parity as usize] = std::mem::take(&mut barrier.arrived);
-            barrier.parity ^= 1;
-            barrier.pending = barrier.count;
-        }
+        let left = barrier.pending.checked_sub(1);
+        barrier.pending =
+            left.ok_or_else(|| format!("more arrivals at mbarrier {address} than it counts"))?;
+        barrier.turn();
         Ok(())
+    }
+
+    /// The phase under way ends no earlier than copies have brought these bytes.
+    pub(super) fn mbarrier_expect(&self, address: u32, bytes: u32) -> Result<(), String> {
+        let mut mbarriers = self.mbarriers.borrow_mut();
+        mbarriers.get_mut(&address).ok_or_else(|| no_mbarrier(address))?.bytes += bytes;
+        Ok(())
+    }
+
+    pub(super) fn start_copy(&self, copy: BulkCopy) {
+        self.engine.borrow_mut().copies.push(copy);
+    }
+
+    pub(super) fn fence_async_proxy(&self, me: usize) {
+        self.smem.borrow_mut().fence(me, &mut self.clocks.borrow_mut()[me]);
+    }
+
+    /// Brings the copies that report to an mbarrier, as far as its phase expects them.
+    fn finish_copies(&self, address: u32) {
+        let mut engine = self.engine.borrow_mut();
+        let Engine { time, copies } = &mut *engine;
+        let mut mbarriers = self.mbarriers.borrow_mut();
+        let Some(barrier) = mbarriers.get_mut(&address) else { return };
+        let mut i = 0;
+        while i < copies.len() {
+            if copies[i].mbarrier != address || copies[i].bytes.len() > barrier.bytes as usize {
+                i += 1;
+                continue;
+            }
+            let copy = copies.remove(i);
+            *time += 1;
+            self.smem.borrow_mut().end_copy(copy.to, &copy.bytes, self.threads, *time);
+            barrier.bytes -= copy.bytes.len() as u32;
+            if barrier.arrived.is_empty() {
+                barrier.arrived = vec![0; self.threads + 1];
+            }
+            barrier.arrived[self.threads] = *time;
+        }
+        barrier.turn();
     }
 
     /// Whether the phase of this parity has ended; if so, the thread learns what its arrivals knew.
@@ -227,10 +297,20 @@ impl Cta {
     fn run_collectives(&self, waits: &mut [Option<Wait>], alive: &[bool]) -> bool {
         let mut progress = false;
         for warp in 0..self.threads / 32 {
-            let lanes = 32 * warp..32 * warp + 32;
+            let mut lanes = 32 * warp..32 * warp + 32;
             let waiting = |&t: &usize| matches!(waits[t], Some(Wait::Collective { .. }));
             let Some(first) = lanes.clone().find(waiting) else { continue };
             let Some(Wait::Collective { op, at }) = waits[first] else { continue };
+            if op.warps() > 1 {
+                let group = warp / op.warps() * op.warps();
+                lanes = 32 * group..(32 * (group + op.warps())).min(self.threads);
+                // Warps of a group come one by one.
+                let others = |t: usize| t / 32 != first / 32 && alive[t];
+                let under_way = |&t: &usize| others(t) && !matches!(waits[t], Some(Wait::Collective { .. }));
+                if lanes.clone().any(|t| under_way(&t)) {
+                    continue;
+                }
+            }
             let same =
                 |t: usize| matches!(waits[t], Some(Wait::Collective { op: o, at: a }) if o == op && a == at);
             if let Some(other) = lanes.clone().find(|&t| !same(t)) {
@@ -250,6 +330,30 @@ impl Cta {
                 return false;
             }
             let mut states = self.states.borrow_mut();
+            if let Collective::Wgmma(kind) = op {
+                let group = &mut states[lanes.clone()];
+                let mut read = |lane: usize, address: u32, to: &mut [u8]| {
+                    let me = lanes.start + lane;
+                    let (mut smem, clock) = (self.smem.borrow_mut(), self.clock(me));
+                    let size = to.len() as u32;
+                    smem.bounds_aligned(address, size, 16)?;
+                    smem.is_fenced(address, size)?;
+                    smem.access(address, size, Kind::Read, me, &clock)?;
+                    smem.load(address, to);
+                    Ok(())
+                };
+                let mut products: Vec<&mut Products> =
+                    group.iter_mut().map(|thread| &mut thread.products).collect();
+                if let Err(what) = wgmma::execute(kind, &mut products, &mut read) {
+                    let [x, y, z] = self.idx;
+                    let place = format!("at {}:{} (CTA {x},{y},{z})", at.file(), at.line());
+                    self.find(format!("{what}, {place}"));
+                    return false;
+                }
+                waits[lanes].fill(None);
+                progress = true;
+                continue;
+            }
             let inputs = core::array::from_fn(|lane| states[32 * warp + lane].input);
             let outputs = collective::execute(op, &inputs);
             for (lane, output) in outputs.into_iter().enumerate() {
@@ -302,6 +406,11 @@ impl Cta {
 
     /// Lets threads behind mbarriers look again; whether one will find its phase ended.
     fn wake_mbarriers(&self, waits: &mut [Option<Wait>]) -> bool {
+        for wait in waits.iter() {
+            if let Some(Wait::Mbarrier { address, .. }) = wait {
+                self.finish_copies(*address);
+            }
+        }
         let mbarriers = self.mbarriers.borrow();
         let mut progress = false;
         for wait in waits {
@@ -347,17 +456,23 @@ pub(super) fn run(
         memory: memory.clone(),
         recent: RefCell::default(),
         lent: RefCell::default(),
-        smem: RefCell::new(SharedMemory::new(launch.smem_bytes)),
+        smem: RefCell::new(SharedMemory::new(launch.smem_bytes, threads)),
         clocks: RefCell::new(vec![Clock::start(threads); threads]),
         states: RefCell::new((0..threads).map(|_| Thread::default()).collect()),
         yielders: (0..threads).map(|_| Cell::new(std::ptr::null())).collect(),
         arrivals: RefCell::default(),
         mbarriers: RefCell::default(),
+        engine: RefCell::default(),
         findings: RefCell::default(),
     });
     lane::enter(&cta);
     schedule(&cta, entry, launch, options.seed ^ u64::from(number));
     lane::leave();
+    let left = cta.engine.borrow().copies.len();
+    if left != 0 && cta.findings.borrow().is_empty() {
+        let [x, y, z] = idx;
+        cta.find(format!("{left} bulk copies under way when the CTA ended (CTA {x},{y},{z})"));
+    }
     cta.findings.take()
 }
 

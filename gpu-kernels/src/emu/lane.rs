@@ -11,16 +11,17 @@ use std::string::String;
 
 use bytemuck::Pod;
 
-use super::cta::{Cta, CtaPlace, Wait};
+use super::cta::{BulkCopy, Cta, CtaPlace, Wait};
 use super::memory::{Kind, Toucher};
 use super::smem::Copy16;
+use super::wgmma;
 
 /// A place in a kernel's source.
 pub(super) type Source = &'static Location<'static>;
 
-/// An operation of a whole warp.
+/// An operation of a whole warp, or of a warpgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)] // the names are those of `device::warp` and `device::mma`
+#[allow(missing_docs)] // the names are those of `device::warp`, `device::mma` and `device::wgmma`
 pub enum Collective {
     SyncWarp,
     Shuffle,
@@ -31,6 +32,15 @@ pub enum Collective {
     MmaF16,
     MmaBf16,
     MmaS8,
+    SetMaxRegisters,
+    Wgmma(wgmma::Kind),
+}
+
+impl Collective {
+    /// How many warps run it together.
+    pub(super) fn warps(self) -> usize {
+        if matches!(self, Collective::Wgmma(_)) { 4 } else { 1 }
+    }
 }
 
 std::thread_local! {
@@ -304,7 +314,7 @@ pub fn async_copy(to: u32, from: Option<u64>) {
     let result = cta.smem(|smem| {
         smem.bounds(to, 16)?;
         smem.access(to, 16, Kind::Write, me, &cta.clock(me))?;
-        smem.begin_copy(to);
+        smem.begin_copy(to, 16);
         Ok(())
     });
     checked(result, at);
@@ -326,7 +336,7 @@ pub fn async_wait(pending: usize) {
     while let Some(group) =
         cta.thread(me, |thread| if thread.groups.len() > pending { thread.groups.pop_front() } else { None })
     {
-        cta.smem(|smem| group.iter().for_each(|copy| smem.end_copy(copy, me, &clock)));
+        cta.smem(|smem| group.iter().for_each(|copy| smem.end_copy(copy.to, &copy.bytes, me, clock.own)));
     }
 }
 
@@ -343,6 +353,82 @@ pub fn mbarrier_arrive(address: u32) {
     let at = Location::caller();
     let _: u64 = load_shared(address);
     checked(cta().mbarrier_arrive(me(), address), at);
+}
+
+/// One arrival, which tells of bytes that copies will bring in the same phase.
+#[track_caller]
+pub fn mbarrier_arrive_expect(address: u32, bytes: u32) {
+    let at = Location::caller();
+    let _: u64 = load_shared(address);
+    checked(cta().mbarrier_expect(address, bytes), at);
+    checked(cta().mbarrier_arrive(me(), address), at);
+}
+
+/// Starts a copy of many bytes by the copy engine, which reports them to a barrier object.
+#[track_caller]
+pub fn bulk_copy(to: u32, from: u64, bytes: u32, mbarrier: u32) {
+    let at = Location::caller();
+    let _: u64 = load_shared(mbarrier);
+    let (cta, me) = (cta(), me());
+    if bytes == 0 || !bytes.is_multiple_of(16) {
+        fail(&format!("a bulk copy of {bytes} bytes, expected a multiple of 16"), at);
+    }
+    let place = checked(touch(from, u64::from(bytes), 16, Kind::Read), at);
+    let mut data = std::vec![0; bytes as usize];
+    place.allocation.load(place.offset, &mut data);
+    let result = cta.smem(|smem| {
+        smem.bounds_aligned(to, bytes, 16)?;
+        smem.is_fenced(to, bytes)?;
+        smem.access(to, bytes, Kind::Write, me, &cta.clock(me))?;
+        smem.begin_copy(to, bytes);
+        Ok(())
+    });
+    checked(result, at);
+    cta.start_copy(BulkCopy { to, bytes: data, mbarrier });
+}
+
+/// Orders what this thread wrote before what the tensor cores and the copy engine do after.
+pub fn fence_async_proxy() {
+    cta().fence_async_proxy(me());
+}
+
+/// Registers may be handed to the tensor cores from now on.
+pub fn wgmma_fence() {
+    cta().thread(me(), |thread| thread.products.fence());
+}
+
+/// Starts a product of the warpgroup; returns the ticket of its result.
+#[track_caller]
+pub fn wgmma(kind: wgmma::Kind, operands: wgmma::Operands) -> u64 {
+    let at = Location::caller();
+    let (cta, me) = (cta(), me());
+    checked(cta.thread(me, |thread| thread.products.ask(operands)), at);
+    cta.suspend(me, Wait::Collective { op: Collective::Wgmma(kind), at });
+    cta.thread(me, |thread| thread.products.latest())
+}
+
+/// Ends a group of products.
+pub fn wgmma_commit() {
+    cta().thread(me(), |thread| thread.products.commit());
+}
+
+/// Waits until `pending` groups are under way.
+#[track_caller]
+pub fn wgmma_wait(pending: usize) {
+    let at = Location::caller();
+    let (cta, me) = (cta(), me());
+    for (address, bytes) in cta.thread(me, |thread| thread.products.wait(pending)) {
+        // Up to now the operands were being read.
+        let clock = cta.clock(me);
+        checked(cta.smem(|smem| smem.access(address, bytes, Kind::Read, me, &clock)), at);
+    }
+}
+
+/// The result of a product that was waited for.
+#[track_caller]
+pub fn wgmma_result(ticket: u64) -> std::vec::Vec<u32> {
+    let result = cta().thread(me(), |thread| thread.products.take(ticket));
+    checked(result, Location::caller())
 }
 
 /// Waits for the end of a phase.

@@ -3,8 +3,8 @@
 //!
 //! Found, with file and line: races in shared and global memory, barriers that not all threads reach or that a warp
 //! reaches at two places, collectives that lanes do not call together, reads of memory that was never written, accesses
-//! out of bounds or misaligned, reads of an asynchronous copy before it was waited for, deadlocks, memory touched before
-//! earlier launches were waited for.
+//! out of bounds or misaligned, reads of an asynchronous copy or product before it was waited for, missing fences between
+//! threads and the tensor cores or the copy engine, memory touched before earlier launches were waited for, deadlocks.
 //!
 //! Not found: faults of the compiler (the PTX rules and ptxas are for those), weak-memory reorderings, timing.
 //!
@@ -20,11 +20,14 @@ mod clock;
 mod collective;
 mod cta;
 pub mod driver;
+#[cfg(test)]
+mod hopper_tests;
 pub mod lane;
 pub mod memory;
 mod smem;
 #[cfg(test)]
 mod tests;
+pub mod wgmma;
 
 use std::format;
 use std::string::String;

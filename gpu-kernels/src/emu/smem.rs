@@ -78,24 +78,31 @@ pub(super) struct Copy16 {
 pub(super) struct SharedMemory {
     bytes: Vec<u8>,
     words: Vec<Word>,
+    /// Per thread, its time at its last fence between plain accesses and those of the tensor cores and the copy engine.
+    fenced: Vec<u32>,
 }
 
 /// What a check found, without the place.
 pub(super) type Check = Result<(), String>;
 
 impl SharedMemory {
-    pub(super) fn new(bytes: u32) -> SharedMemory {
+    pub(super) fn new(bytes: u32, threads: usize) -> SharedMemory {
         // Filled with a pattern: a kernel that uses what it did not write fails its comparison too.
         let len = bytes as usize;
-        SharedMemory { bytes: vec![0xcd; len], words: vec![Word::default(); len.div_ceil(4)] }
+        let words = vec![Word::default(); len.div_ceil(4)];
+        SharedMemory { bytes: vec![0xcd; len], words, fenced: vec![0; threads] }
     }
 
     pub(super) fn bounds(&self, at: u32, size: u32) -> Check {
+        self.bounds_aligned(at, size, size)
+    }
+
+    pub(super) fn bounds_aligned(&self, at: u32, size: u32, align: u32) -> Check {
         if at as u64 + u64::from(size) > self.bytes.len() as u64 {
             let len = self.bytes.len();
             return Err(format!("shared memory: {size} bytes at {at} are out of the CTA's {len}"));
         }
-        if !at.is_multiple_of(size) {
+        if !at.is_multiple_of(align) {
             return Err(format!("shared memory: {size} bytes at {at} are misaligned"));
         }
         Ok(())
@@ -117,7 +124,12 @@ impl SharedMemory {
                 return Err(format!("{place} uninitialised memory"));
             }
             if let Some((how, other)) = cell.access(me, clock, mask, kind) {
-                return Err(format!("race: {place} without a barrier after the {how} of thread {other}"));
+                let whose = if usize::from(other) == self.fenced.len() {
+                    "of a bulk copy".into()
+                } else {
+                    format!("of thread {other}")
+                };
+                return Err(format!("race: {place} without a barrier after the {how} {whose}"));
             }
             if kind != Kind::Read {
                 cell.init |= mask;
@@ -134,18 +146,38 @@ impl SharedMemory {
         self.bytes[at as usize..][..from.len()].copy_from_slice(from);
     }
 
+    /// What a thread wrote before is seen by the tensor cores and the copy engine from now on.
+    pub(super) fn fence(&mut self, me: usize, clock: &mut Clock) {
+        self.fenced[me] = clock.own;
+        clock.own += 1;
+    }
+
+    /// Checks that the tensor cores or the copy engine may touch bytes: whoever wrote them has fenced.
+    pub(super) fn is_fenced(&self, at: u32, size: u32) -> Check {
+        for word in at / 4..(at + size).div_ceil(4) {
+            let Access { thread, time, .. } = self.words[word as usize].write;
+            if self.fenced.get(usize::from(thread)).is_some_and(|&fenced| fenced < time) {
+                return Err(format!(
+                    "shared memory at {}: used by the asynchronous proxy without a fence after the write of thread {thread}",
+                    4 * word
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// The target of a copy is unusable from now on.
-    pub(super) fn begin_copy(&mut self, at: u32) {
-        for word in &mut self.words[at as usize / 4..][..4] {
+    pub(super) fn begin_copy(&mut self, at: u32, size: u32) {
+        for word in &mut self.words[at as usize / 4..][..size as usize / 4] {
             word.pending = 0xf;
         }
     }
 
-    /// The copy has arrived, as a write of the thread that waited for it.
-    pub(super) fn end_copy(&mut self, copy: &Copy16, me: usize, clock: &Clock) {
-        self.store(copy.to, &copy.bytes);
-        for word in &mut self.words[copy.to as usize / 4..][..4] {
-            let write = Access { thread: me as u16, mask: 0xf, atomic: false, time: clock.own };
+    /// A copy has arrived, as a write of the thread that waited for it, or of the copy engine.
+    pub(super) fn end_copy(&mut self, to: u32, bytes: &[u8], me: usize, time: u32) {
+        self.store(to, bytes);
+        for word in &mut self.words[to as usize / 4..][..bytes.len() / 4] {
+            let write = Access { thread: me as u16, mask: 0xf, atomic: false, time };
             *word = Word { write, init: 0xf, ..Word::default() };
         }
     }

@@ -13,7 +13,6 @@
 pub use host::*;
 
 const THREADS: u32 = 256;
-const WARPS: u32 = THREADS / 32;
 /// Rounds of a warp.
 const ROUNDS: u32 = 16;
 /// Elements of a CTA.
@@ -37,11 +36,12 @@ smem! {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
-    use super::{CHUNK, DIGITS, ROUNDS, SCAN_THREADS, ScanShared, Shared, THREADS, WARPS};
+    use super::{CHUNK, DIGITS, ROUNDS, SCAN_THREADS, ScanShared, Shared, THREADS};
     use crate::device::sync::sync_threads;
     use crate::device::{Glb, Smem, thread, warp};
     use crate::kernels::order;
 
+    const WARPS: u32 = THREADS / 32;
     const _: () = assert!(DIGITS == THREADS && WARPS == 8 && ROUNDS == 16);
 
     /// The key in sorting order, smallest first; `flip` is all ones for the largest.

@@ -2,7 +2,7 @@
 //!
 //! * `binary`: `y = op(a, b)`; element i of `a` meets element `i / inner % period` of `b`: the same shape (inner 1,
 //!   period n), one row for all rows (inner 1, period of a row), or one value per row (inner of a row, period the number
-//!   of rows). `unary`: `y = f(a)`, f a [`Function`] with its parameters.
+//!   of rows). `unary`: `y = f(a)`, f a `Function` with its parameters.
 //! * Shapes: n elements, dense, 16-byte aligned. Where inner or period is not 1 or n, all of n, inner (if not 1) and period
 //!   (if inner is 1) are multiples of 4. `y` may be `a` or, where the shapes agree, `b`.
 //! * Geometry: 256 threads per CTA, a float4 per thread; the last thread takes what is left of n.

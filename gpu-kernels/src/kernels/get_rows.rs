@@ -1,6 +1,6 @@
 //! Rows of a matrix by their numbers, decoded: `y[i][c] = w[ids[i]][c]`.
 //!
-//! * Shapes: `ids` i32 [n_ids], each below the matrix's rows; `y` f32 [n_ids, k], 16-byte aligned, k a multiple of 4.
+//! * Shapes: `ids` i32 `[n_ids]`, each below the matrix's rows; `y` f32 [n_ids, k], 16-byte aligned, k a multiple of 4.
 //!   `w` [n_rows, k] tiled (`tile.rs`) in any format of weights, or plain f32 rows. Nothing overlaps.
 //! * Geometry, block formats: 128 threads per CTA; a lane takes a span of 256 weights of one row, its warp writes the 32
 //!   spans group by group, each 128 bytes in one piece. Floats: a thread per four columns.

@@ -1,9 +1,9 @@
 //! Gated activations: `y = f(gate) · up`, row by row.
 //!
-//! * f is a [`Function`], or gpt-oss's form ([`Kind::SwigluOai`]): gate clamped to at most `limit`, up to ±limit,
+//! * f is a `Function`, or gpt-oss's form ([`Kind::SwigluOai`]): gate clamped to at most `limit`, up to ±limit,
 //!   `gate · sigmoid(alpha · gate) · (up + 1)`.
 //! * Shapes: `gate`, `up` [n_rows, n] f32 with strides between rows (so that both may be halves of one matrix), `y`
-//!   [n_rows, n] dense, in any [`Output`] type; 16-byte aligned, n and strides multiples of 4. `y` (f32, equal strides) may
+//!   [n_rows, n] dense, in any `Output` type; 16-byte aligned, n and strides multiples of 4. `y` (f32, equal strides) may
 //!   be `gate` or `up`; nothing else overlaps.
 //! * Geometry: 128 threads per CTA, a warp per span of 256 of a row; lane l takes the float4s l and l + 32 of it.
 //! * Bytes: 8 per element, and `y`'s own. FLOPs: 4 per element.

@@ -192,8 +192,18 @@ mod device {
         [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
     }
 
-    /// Stores group `j` of row `row`: its codes without the bias, and its floats into planes `[plane][group][row]`. Of 32
-    /// rows, those eight apart are neighbours there, since a lane's accumulators need them together.
+    /// A group's codes without the bias, as signed bytes.
+    #[inline(always)]
+    pub fn signed_codes<F: BlockFormat>(group: &Group) -> [u32; 8] {
+        // code - BIAS as a signed byte: no byte carries, since code + 128 - BIAS is at most 255.
+        const { assert!(F::CODE_MAX as i32 - F::BIAS <= 127 && F::BIAS <= 128) };
+        let signed = |word: u32| {
+            if F::BIAS == 0 { word } else { (word + (128 - F::BIAS) as u32 * 0x0101_0101) ^ 0x8080_8080 }
+        };
+        group.codes.map(signed)
+    }
+
+    /// Stores group `j` of row `row`: its codes without the bias, and its floats.
     #[inline(always)]
     #[track_caller]
     pub fn put_group<F: BlockFormat, const GROUPS: usize, const ROWS: usize>(
@@ -203,13 +213,20 @@ mod device {
         j: u32,
         group: &Group,
     ) {
-        // code - BIAS as a signed byte: no byte carries, since code + 128 - BIAS is at most 255.
-        const { assert!(F::CODE_MAX as i32 - F::BIAS <= 127 && F::BIAS <= 128) };
-        let signed = |word: u32| {
-            if F::BIAS == 0 { word } else { (word + (128 - F::BIAS) as u32 * 0x0101_0101) ^ 0x8080_8080 }
-        };
-        let codes_of_group = group.codes.map(signed);
-        put_codes(codes, row, j, codes_of_group);
+        put_codes(codes, row, j, signed_codes::<F>(group));
+        put_floats::<F, GROUPS, ROWS>(floats, row, j, group);
+    }
+
+    /// Stores the floats of group `j` of row `row` into planes `[plane][group][row]`. Of 32 rows, those eight apart are
+    /// neighbours there, since a lane's accumulators need them together.
+    #[inline(always)]
+    #[track_caller]
+    pub fn put_floats<F: BlockFormat, const GROUPS: usize, const ROWS: usize>(
+        floats: Smem<f32>,
+        row: u32,
+        j: u32,
+        group: &Group,
+    ) {
         let place = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
         let put = |plane: usize, value: f32| {
             floats.st((plane * GROUPS * ROWS) as u32 + j * ROWS as u32 + place, value);

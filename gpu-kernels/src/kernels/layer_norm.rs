@@ -1,6 +1,6 @@
 //! Layer norm: `y = (x − mean) / sqrt(var + eps) · weight + bias`, row by row.
 //!
-//! * Shapes: `x` [n_rows, n], `weight`, `bias` `[n]` or absent, f32; `y` [n_rows, n] in any [`Output`] type. Dense, 16-byte
+//! * Shapes: `x` [n_rows, n], `weight`, `bias` `[n]` or absent, f32; `y` [n_rows, n] in any `Output` type. Dense, 16-byte
 //!   aligned, n a multiple of 4. `y` (f32) may be `x`; nothing else overlaps.
 //! * Geometry: a CTA per row with a warp per 256 values, up to 32; lane l of a warp holds the float4s l and l + 32 of a span.
 //! * Bytes: 4 per element and `y`'s own; weight and bias come from L2. FLOPs: 7 per element.

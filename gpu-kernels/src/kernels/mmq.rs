@@ -13,7 +13,7 @@
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
-//! Two ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
+//! Three ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
 //!
 //! * *Wide*, 128 rows × 128 columns a CTA, for full machines. Spans pass through a pipeline in shared memory: raw tiles and
 //!   activations arrive by asynchronous copies one span ahead; half of the warps unpack the next span before they multiply
@@ -22,13 +22,13 @@
 //! * *Narrow*, 32 rows × 16 or 32 columns a CTA, where that would leave SMs idle, as for 9 to 64 columns, bound by
 //!   memory: each of eight warps multiplies a span of its own straight from registers, with no barrier but one pair for
 //!   every eight spans, when their partial sums are added in order.
-//!
-//! On sm_90a `wgmma` could take the place of `mma` in the wide cut, and bulk copies that of its raw tiles: each is
-//! one contiguous piece. It would spare the loads of fragments, which are 5 % of the instructions; the float operations
-//! per group, which are 80 %, stay (`int8_tile.rs`).
+//! * *Warpgroups*, 128 × 128 on Hopper: `mmq_hopper.rs`.
 
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use gpu::{NONE, Work, group, groups_of, units_of};
+pub(crate) use gpu::warpgroups;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+pub(crate) use gpu::{NONE, Shape, Work, group, groups_of, units_of};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
@@ -42,6 +42,8 @@ mod gpu {
     use crate::device::{Glb, U32x2, U32x4, thread};
     use crate::kernels::int8_tile::Native;
     use crate::kernels::lookup::InMemory;
+    #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+    use crate::kernels::mmq_hopper;
     use crate::kernels::mmq_narrow::narrow;
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     use crate::kernels::mmq_wide::wide;
@@ -51,7 +53,7 @@ mod gpu {
     /// What the parts have in common.
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     #[repr(C)]
-    pub(super) struct Shape {
+    pub(crate) struct Shape {
         n_groups: u32,
         n_cols: u32,
         /// In a mixture: pairs that share a row of activations.
@@ -186,7 +188,7 @@ mod gpu {
         ($(#[$meta:meta])* $name:ident, $cols:literal, |$work:ident| $body:expr) => {
             $(#[$meta])*
             #[inline(always)]
-            pub(super) fn $name<F: BlockFormat + Tiled>(
+            pub(crate) fn $name<F: BlockFormat + Tiled>(
                 p0: Part,
                 p1: Part,
                 p2: Part,
@@ -214,6 +216,8 @@ mod gpu {
     cut!(n32, 32, |work| narrow::<F, Native, 32, 4>(work, work.cta));
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     cut!(n128, 128, |work| wide::<F>(work));
+    #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+    cut!(warpgroups, 128, |work| mmq_hopper::multiply::<F>(work));
 
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_75)))]
     pub(super) use {n32_in_pieces as n32, n128_in_pieces as n128};
@@ -260,6 +264,9 @@ macro_rules! entries {
                         (concat!("mmq_", stringify!($id), "_n32"), narrow_bytes::<formats::$module::Block>(32))
                     }
                     Cut::Wide => (concat!("mmq_", stringify!($id), "_n128"), wide_bytes::<formats::$module::Block>()),
+                    Cut::Warpgroups => {
+                        (concat!("mmq_hopper_", stringify!($id)), mmq_hopper::bytes::<formats::$module::Block>())
+                    }
                 }),)*
                 _ => None,
             }
@@ -278,7 +285,10 @@ use {
     crate::kernels::product::{Gate, Part},
 };
 #[cfg(not(target_arch = "nvptx64"))]
-use {crate::kernels::mmq_narrow::narrow_bytes, crate::kernels::mmq_wide::wide_bytes};
+use {
+    crate::kernels::mmq_hopper, crate::kernels::mmq_narrow::narrow_bytes,
+    crate::kernels::mmq_wide::wide_bytes,
+};
 quant::for_each_block_format!(entries![]);
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -290,6 +300,8 @@ mod host {
 
     use super::{FORMATS, THREADS, entry};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::driver::DeviceInfo;
+    use crate::kernels::mmq_hopper;
     use crate::kernels::mmq_wide::WIDE;
     #[cfg(all(test, feature = "emu"))]
     use crate::kernels::mmvq::reference_bits;
@@ -308,6 +320,8 @@ mod host {
         Narrow32,
         /// 128 rows (of a gated pair 64 of each), 128 columns. Takes some 200 KiB of shared memory.
         Wide,
+        /// As wide, for Hopper: only there is its kernel.
+        Warpgroups,
     }
 
     /// SMs that the choice of a cut counts on: an H100's. With another number a choice may be slower, never different in
@@ -315,6 +329,8 @@ mod host {
     const N_SM: usize = 132;
     /// Cycles per span of a CTA, by instructions issued: of the wide cut, and of a narrow one of 32 columns.
     const SPAN_CYCLES: [usize; 2] = [4400, 362];
+    /// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
+    const HOPPER_DRIVER: u32 = 12_040;
 
     impl Cut {
         /// Columns of a CTA.
@@ -323,18 +339,24 @@ mod host {
                 Cut::Narrow16 => 16,
                 Cut::Narrow32 => 32,
                 Cut::Wide => WIDE,
+                Cut::Warpgroups => mmq_hopper::TILE,
             }
         }
 
-        /// The faster cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device that gives a CTA so
-        /// much shared memory.
-        pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, smem_per_cta_bytes: u32) -> Cut {
-            let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= smem_per_cta_bytes);
+        /// Threads of a CTA.
+        pub fn threads(self) -> u32 {
+            if self == Cut::Warpgroups { mmq_hopper::THREADS } else { THREADS }
+        }
+
+        /// The faster cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device.
+        pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, device: &DeviceInfo) -> Cut {
+            let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
             let waves =
                 |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
             let [wide, narrow] = [waves(WIDE, WIDE) * SPAN_CYCLES[0], waves(ROWS, 32) * SPAN_CYCLES[1]];
             if n_cols > 16 && wide <= narrow && fits(Cut::Wide) {
-                Cut::Wide
+                let is_hopper = device.sm == 90 && device.driver_version >= HOPPER_DRIVER;
+                if is_hopper { Cut::Warpgroups } else { Cut::Wide }
             } else if n_cols > 16 && fits(Cut::Narrow32) {
                 Cut::Narrow32
             } else {
@@ -348,10 +370,10 @@ mod host {
             n_rows: usize,
             n_expert: usize,
             n_pairs: usize,
-            smem_per_cta_bytes: u32,
+            device: &DeviceInfo,
         ) -> Cut {
             // As if all experts had equally many pairs: their rows are then rows of one matrix.
-            Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), smem_per_cta_bytes)
+            Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), device)
         }
     }
 
@@ -410,8 +432,8 @@ mod host {
         };
         let rows_per_cta = match (cut, product.glu) {
             (Cut::Narrow16 | Cut::Narrow32, _) => ROWS,
-            (Cut::Wide, Some(_)) => WIDE / 2,
-            (Cut::Wide, None) => WIDE,
+            (Cut::Wide | Cut::Warpgroups, Some(_)) => cut.cols() / 2,
+            (Cut::Wide | Cut::Warpgroups, None) => cut.cols(),
         };
         let ctas = |rows: u32| rows.div_ceil(rows_per_cta as u32);
         let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
@@ -419,7 +441,7 @@ mod host {
         let params = with_gate(params, product.glu).with(n_groups).with(n_cols).with(pairs_per_x);
         // Column tiles first: CTAs that run together share the weights, which pass from memory once.
         let grid = [check.size("tiles", n_tiles)?, check.grid("row tiles", n_ctas as usize)?, 1];
-        Ok(Launch { entry, grid, cta: THREADS, cluster: 1, smem_bytes, params })
+        Ok(Launch { entry, grid, cta: cut.threads(), cluster: 1, smem_bytes, params })
     }
 
     /// The row in the registry.
@@ -448,7 +470,7 @@ mod host {
     }
 
     /// A case without extras.
-    pub(super) const fn plain(
+    pub(crate) const fn plain(
         format: FormatId,
         cut: Cut,
         n_rows: &'static [usize],
@@ -789,7 +811,7 @@ mod tests {
     use super::host::{Case, Cut, plain};
     use super::{gpu, *};
     use crate::case::{Buffer, Random};
-    use crate::driver::{Driver, MemKind, StreamId};
+    use crate::driver::{DeviceInfo, Driver, MemKind, StreamId};
     use crate::emu::{Emulator, Entry, Options};
     use crate::launch::DevicePtr;
 
@@ -838,8 +860,16 @@ mod tests {
         for format in FORMATS {
             // More spans than a narrow round has for one, a short span for the other.
             let ks = [2368, 320].map(|k: usize| k.next_multiple_of(quant::info(*format).elems));
-            for (cut, k) in [(Cut::Narrow16, ks[0]), (Cut::Narrow32, ks[1]), (Cut::Wide, ks[1])] {
-                let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &[ENTRIES]);
+            let of_cuts = [
+                (Cut::Narrow16, ks[0]),
+                (Cut::Narrow32, ks[1]),
+                (Cut::Wide, ks[1]),
+                // More stages than a ring has.
+                (Cut::Warpgroups, 1024 + ks[1]),
+            ];
+            for (cut, k) in of_cuts {
+                let tables = [ENTRIES, mmq_hopper::ENTRIES];
+                let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &tables);
                 assert_eq!(expected, got, "{format} {cut:?}");
             }
         }
@@ -860,16 +890,29 @@ mod tests {
 
     #[test]
     fn cuts_fit_the_work_and_the_device() {
-        let (h100, turing) = (227 * 1024, 64 * 1024);
-        let choose = |rows, cols, smem| Cut::choose(FormatId::Q8_0, rows, cols, smem);
-        assert_eq!(choose(4096, 512, h100), Cut::Wide);
-        assert_eq!(choose(4096, 512, turing), Cut::Narrow32);
-        assert_eq!(choose(4096, 512, 48 * 1024), Cut::Narrow16);
-        assert_eq!(choose(4096, 64, h100), Cut::Narrow32);
-        assert_eq!(choose(4096, 9, h100), Cut::Narrow16);
+        let device = |sm: u32, smem_per_cta_bytes: u32, driver_version: u32| DeviceInfo {
+            sm,
+            smem_per_cta_bytes,
+            driver_version,
+            ..DeviceInfo::default()
+        };
+        let (h100, old_driver, turing) =
+            (device(90, 227 << 10, 13_000), device(90, 227 << 10, 12_020), device(75, 64 << 10, 13_000));
+        let choose = |rows, cols, device: &DeviceInfo| Cut::choose(FormatId::Q8_0, rows, cols, device);
+        assert_eq!(choose(4096, 512, &h100), Cut::Warpgroups);
+        assert_eq!(choose(4096, 512, &old_driver), Cut::Wide);
+        assert_eq!(choose(4096, 512, &turing), Cut::Narrow32);
+        assert_eq!(choose(4096, 512, &device(61, 48 << 10, 12_000)), Cut::Narrow16);
+        assert_eq!(choose(4096, 64, &h100), Cut::Narrow32);
+        assert_eq!(choose(4096, 9, &h100), Cut::Narrow16);
         for format in FORMATS {
-            for (cut, most) in [(Cut::Narrow16, 48 << 10), (Cut::Narrow32, 64 << 10), (Cut::Wide, 227 << 10)]
-            {
+            let most = [
+                (Cut::Narrow16, 48 << 10),
+                (Cut::Narrow32, 64 << 10),
+                (Cut::Wide, 227 << 10),
+                (Cut::Warpgroups, 227 << 10),
+            ];
+            for (cut, most) in most {
                 assert!(entry(*format, cut).unwrap().1 <= most, "{format} {cut:?}");
             }
         }

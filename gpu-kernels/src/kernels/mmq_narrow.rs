@@ -10,7 +10,7 @@ use quant::BlockFormat;
 
 use super::int8_tile::{column_planes, row_planes};
 use super::mmq::WARPS;
-use crate::tile::{ROWS, SPAN_GROUPS};
+use crate::tile::ROWS;
 
 /// Groups that a warp unpacks at a time.
 const CHUNK: usize = 2;
@@ -43,7 +43,7 @@ mod device {
     use crate::kernels::int8_tile::{self, Accumulators, Codes, Product, Tile};
     use crate::kernels::mmq::{Work, group, groups_of, units_of};
     use crate::kernels::quantise_act::ActScale;
-    use crate::tile::{Tiled, load_span};
+    use crate::tile::{SPAN_GROUPS, Tiled, load_span};
 
     /// Chunks of a span.
     const SPAN_CHUNKS: u32 = (SPAN_GROUPS / CHUNK) as u32;

@@ -40,7 +40,7 @@ pub const fn wide_bytes<F: BlockFormat + Tiled>() -> u32 {
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub use device::wide;
+pub use device::{load_row, store_columns, wide};
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
@@ -64,7 +64,7 @@ mod device {
     /// The calling lane's row of a raw row tile in shared memory; what no group needs is not loaded.
     #[inline(always)]
     #[track_caller]
-    fn load_row<F: Tiled, U: Word>(raw: Smem<U>, first_byte: u32, n_units: u32) -> F::Words {
+    pub fn load_row<F: Tiled, U: Word>(raw: Smem<U>, first_byte: u32, n_units: u32) -> F::Words {
         let (units, words) = (F::LAYOUT.span_units(), size_of::<U>() / 4);
         let mut row = F::Words::zeroed();
         let first = first_byte / size_of::<U>() as u32 + thread::lane_id();
@@ -244,10 +244,26 @@ mod device {
         }); }); });
         sync::sync_threads();
 
+        store_columns(work, columns, finished, FINISHED_STRIDE, warp_id, WARPS);
+    }
+
+    /// Ends the outputs of a finished tile, whose columns start `stride` elements apart: each of `n_warps` warps takes whole
+    /// columns.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    pub fn store_columns(
+        work: &Work,
+        columns: Smem<u32>,
+        finished: Smem<f32>,
+        stride: u32,
+        warp: u32,
+        n_warps: u32,
+    ) {
+        let lane = thread::lane_id();
         let gated = work.gate.is_some();
         let slots = if gated { WIDE_TILES / 2 } else { WIDE_TILES };
         let first_row = work.cta * slots * ROWS as u32;
-        let mut c = warp_id;
+        let mut c = warp;
         while c < work.columns.n {
             let output = columns.ld(WIDE as u32 + c);
             let mut slot = 0;
@@ -255,13 +271,13 @@ mod device {
                 let in_tile = slot * ROWS as u32 + lane;
                 let row = first_row + in_tile;
                 if row < work.part.n_rows {
-                    let at = c * FINISHED_STRIDE + in_tile;
+                    let at = c * stride + in_tile;
                     let up = if gated { finished.ld(at + WIDE as u32 / 2) } else { 0.0 };
                     work.finish(output, row, [finished.ld(at), up]);
                 }
                 slot += 1;
             }
-            c += WARPS;
+            c += n_warps;
         }
     }
 

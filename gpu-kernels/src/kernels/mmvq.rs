@@ -13,7 +13,7 @@
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
 //! * Geometry: lane = row, a warp works on one span of a row tile at a time (of two row tiles where several columns make
 //!   activations dear), a CTA on one row tile: its warps stride over the spans, leave partial sums in shared memory, and
-//!   add them in order. Warps per CTA by shape ([`warps`]). One column has a kernel of its own, `mmvq_column`.
+//!   add them in order. Warps per CTA by shape (`warps`). One column has a kernel of its own, `mmvq_column`.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
 //! Done for speed: (1) a span's weights come by 128-bit coalesced loads, all issued before the first is used, past L1;

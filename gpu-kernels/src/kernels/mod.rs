@@ -15,6 +15,7 @@ pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
 pub mod mmq;
+pub mod mmq_hopper;
 mod mmq_narrow;
 mod mmq_wide;
 pub mod mmvf;

@@ -1,6 +1,6 @@
 //! Pairs of a mixture by expert: a stable counting sort, and the list of column tiles that `mmq` works through.
 //!
-//! * Shapes: `ids` [n_pairs] u32, the expert of each (token, slot) pair, all below n_expert; `order` [n_pairs] u32, the
+//! * Shapes: `ids` `[n_pairs]` u32, the expert of each (token, slot) pair, all below n_expert; `order` `[n_pairs]` u32, the
 //!   pairs by expert and, of one expert, in order; `tiles` [max_tiles] of (expert, first, number, 0): `number` columns (1 to
 //!   `tile_cols`) from `order[first]` on are `expert`'s. Entries that no columns fill are zeros. Nothing overlaps.
 //! * Geometry: a CTA of 256 threads per expert. Each counts all pairs, so that none waits for another; no result depends

@@ -167,7 +167,7 @@ mod host {
     pub struct Matrix {
         /// [n_rows, k] (in a mixture [n_expert, n_rows, k]), tiled.
         pub w: DevicePtr,
-        /// f32 [n_rows] (in a mixture [n_expert, n_rows]), or null.
+        /// f32 `[n_rows]` (in a mixture [n_expert, n_rows]), or null.
         pub bias: DevicePtr,
         /// f32, of `y`'s shape, added last; may be `y`; or null.
         pub residual: DevicePtr,

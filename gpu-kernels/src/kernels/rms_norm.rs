@@ -2,7 +2,7 @@
 //! `y = h / sqrt(mean(h²) + eps) · weight + add`, row by row.
 //!
 //! * Shapes: `x`, `residual`, `h`, `add`, `y` [n_rows, n]; `weight` `[n]`. f32, dense, 16-byte aligned, n a multiple of 4.
-//!   `residual` with `h`, `weight` and `add` may be absent; without `residual`, h is `x`. `y` in any [`Output`] type.
+//!   `residual` with `h`, `weight` and `add` may be absent; without `residual`, h is `x`. `y` in any `Output` type.
 //!   `h` may be `x` or `residual`, `y` (f32) may be any of them; nothing else overlaps.
 //! * Geometry: rows of up to 256 (heads) take a warp each, 8 to a CTA. Longer ones take a CTA with a warp per 256 values, up
 //!   to 32; lane l of a warp holds the float4s l and l + 32 of a span of 256.

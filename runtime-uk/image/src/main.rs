@@ -26,11 +26,13 @@ use engine::backends::cpu::{Cpu, Isa};
 use engine::backends::cuda::Cuda;
 use engine::{Context, ContextParams, Executor, Model};
 use gpu_kernels::driver::Driver;
+use server::Server;
+use server::scheduler::Scheduler;
 use uk_kernel::devices::Devices;
 use uk_kernel::exit::{Exit, exit};
 use uk_kernel::heap::Heap;
 use uk_kernel::machine::Machine;
-use uk_kernel::options::Device;
+use uk_kernel::options::{Device, Options};
 use uk_kernel::{say, serial};
 
 #[global_allocator]
@@ -64,21 +66,51 @@ extern "C" fn main(eax: u32, ebx: u32) -> ! {
 fn run(machine: &Machine, mut devices: Devices) -> Result<(), Box<dyn Error>> {
     let options = &machine.options;
     let model = Arc::new(model::load(options.model, &machine.modules, &mut devices)?);
+    let causal = model.hparams().causal;
     let (backend, name) = backend(machine, &mut devices, &model)?;
-    let params = ContextParams {
-        n_ctx: options.n_ctx.min(model.hparams().n_ctx_train),
-        n_seq: options.n_seq,
-        ..ContextParams::default()
-    };
-    let mut context = Context::new(model.clone(), backend, params)?;
+    let params = params(options, &model);
+    let (n_seq, n_batch) = (params.n_seq, params.n_ubatch);
+    let mut context = Context::new(model.clone(), backend, params.clone())?;
     say!("{} on {name}", model.arch_name());
-    if let Some(prompt) = &options.prompt {
-        answer::answer(&mut context, prompt.as_bytes(), options.n_predict)?;
+    match &options.prompt {
+        Some(prompt) if causal => answer::answer(&mut context, prompt.as_bytes(), options.n_predict)?,
+        Some(_) => say!("prompt: {} is a model for embeddings, it generates no text", model.arch_name()),
+        None => {}
     }
-    if !options.exit {
-        serve::serve(machine, &mut devices, context)?;
+    if options.exit {
+        return Ok(());
     }
-    Ok(())
+    let (scheduler, embedder) = if causal {
+        // On the cores, whatever the device: a second context there would hold the weights twice.
+        let embedder = options.embeddings.then(|| {
+            let backend = Cpu::new(model.weights().clone(), machine.cores.clone(), Isa::detect());
+            let params = ContextParams { n_seq: 1, embeddings: true, ..params };
+            Context::new(model.clone(), Box::new(backend), params)
+        });
+        (Some(Scheduler::new(&model, context, n_seq, n_batch)), embedder.transpose()?)
+    } else {
+        (None, Some(context))
+    };
+    let templates = serve::templates(options, &model)?;
+    let server = Server::new(&model, scheduler, embedder, templates, serve::config(options, &model));
+    serve::serve(machine, &mut devices, server)
+}
+
+fn params(options: &Options, model: &Model) -> ContextParams {
+    let (n_ctx, causal) = (options.n_ctx.min(model.hparams().n_ctx_train), model.hparams().causal);
+    let n_batch = options.n_batch.unwrap_or(match options.device {
+        // The network waits for a batch to end.
+        Device::Cpu => 64,
+        Device::Gpu => 512,
+    });
+    ContextParams {
+        n_ctx,
+        n_seq: if causal { options.n_seq } else { 1 },
+        // Without a causal mask a text must fit one step.
+        n_ubatch: if causal { n_batch } else { n_ctx },
+        embeddings: !causal,
+        ..ContextParams::default()
+    }
 }
 
 /// What computes, and its name for the log.

@@ -30,4 +30,5 @@ pub mod net;
 pub mod options;
 pub mod paging;
 pub mod port;
+pub mod rtc;
 pub mod serial;

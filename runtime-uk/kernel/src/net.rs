@@ -24,8 +24,8 @@ use crate::devices::Dma;
 use crate::options::Address;
 use crate::{clock, say};
 
-/// Connections at once, and waiting to be.
-const SOCKETS: usize = 64;
+/// Connections at once.
+pub const SOCKETS: usize = 64;
 /// Requests are small; what does not fit is taken in pieces.
 const RECEIVE_BYTES: usize = 16 << 10;
 /// A window full of streamed answer.
@@ -33,6 +33,8 @@ const SEND_BYTES: usize = 32 << 10;
 /// A peer that says nothing for so long, keep-alives included, is gone.
 const PEER_TIMEOUT: Duration = Duration::from_secs(60);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How long a peer may take to close its side after ours.
+const LINGER: Duration = Duration::from_secs(2);
 /// Descriptors of each queue of the card.
 const QUEUE: usize = 64;
 /// An Ethernet frame with virtio's header.
@@ -143,6 +145,8 @@ struct Slot {
     open: bool,
     /// The service knows that no more comes.
     ended: bool,
+    /// When we closed our side.
+    closed: Option<Duration>,
 }
 
 /// A network card with its sockets.
@@ -188,7 +192,7 @@ impl Network {
             socket.set_keep_alive(Some(KEEP_ALIVE.into()));
             // An answer is streamed token by token: waiting to fill a segment would only delay it.
             socket.set_nagle_enabled(false);
-            Slot { handle: sockets.add(socket), open: false, ended: false }
+            Slot { handle: sockets.add(socket), open: false, ended: false, closed: None }
         });
         let slots = slots.collect();
         Ok(Network { phy, interface, sockets, dhcp, slots, port })
@@ -283,7 +287,7 @@ fn poll_slot(
         return busy;
     }
     if !slot.open {
-        (slot.open, slot.ended) = (true, false);
+        (slot.open, slot.ended, slot.closed) = (true, false, None);
         service.open(connection);
         busy = true;
     }
@@ -313,7 +317,12 @@ fn poll_slot(
     }
     if service.finished(connection) && socket.may_send() {
         socket.close();
+        slot.closed = Some(clock::now());
         busy = true;
+    }
+    // Its socket is wanted for others.
+    if slot.closed.is_some_and(|at| clock::now() - at > LINGER) {
+        socket.abort();
     }
     busy
 }

@@ -77,6 +77,8 @@ pub struct Options {
     pub n_ctx: usize,
     /// `parallel=N`: sequences at once.
     pub n_seq: usize,
+    /// `batch=N`: tokens computed at once; what suits the device if not given.
+    pub n_batch: Option<usize>,
     /// `prompt="…"`: answered on the serial line before anything is served.
     pub prompt: Option<String>,
     /// `predict=N`: tokens of that answer.
@@ -87,6 +89,14 @@ pub struct Options {
     pub port: u16,
     /// `ip=dhcp` or `ip=ADDRESS/BITS[,GATEWAY]`
     pub address: Address,
+    /// `alias=NAME`: the model's name for clients.
+    pub alias: Option<String>,
+    /// `key=TEXT`: what clients must send as a bearer token.
+    pub api_key: Option<String>,
+    /// `chat=NAME`: the chat format, if it is not to be that of the model's own template.
+    pub chat: Option<String>,
+    /// `embeddings`: compute them too, with a model that generates text.
+    pub embeddings: bool,
     /// `debug`: say more.
     pub debug: bool,
     /// `selftest=NAME`: break the machine on purpose, for tests of what happens then.
@@ -105,11 +115,16 @@ impl Default for Options {
             threads: None,
             n_ctx: 4096,
             n_seq: 4,
+            n_batch: None,
             prompt: None,
             n_predict: 64,
             exit: false,
             port: 8080,
             address: Address::Dhcp,
+            alias: None,
+            api_key: None,
+            chat: None,
+            embeddings: false,
             debug: false,
             selftest: None,
             mmio: Vec::new(),
@@ -174,6 +189,9 @@ impl Options {
             "parallel" => {
                 self.n_seq = number(value, 1, 256).ok_or_else(|| bad("a number from 1 to 256"))?;
             }
+            "batch" => {
+                self.n_batch = Some(number(value, 1, 1 << 16).ok_or_else(|| bad("a number from 1 to 2^16"))?);
+            }
             "prompt" => self.prompt = Some(value.to_string()),
             "predict" => {
                 self.n_predict = number(value, 0, 1 << 24).ok_or_else(|| bad("a number up to 2^24"))?;
@@ -184,6 +202,10 @@ impl Options {
                 self.port = port as u16;
             }
             "ip" => self.address = address(value).ok_or_else(|| bad("dhcp or ADDRESS/BITS[,GATEWAY]"))?,
+            "alias" => self.alias = Some(value.to_string()),
+            "key" => self.api_key = Some(value.to_string()),
+            "chat" => self.chat = Some(value.to_string()),
+            "embeddings" => self.embeddings = true,
             "debug" => self.debug = true,
             "selftest" => self.selftest = Some(value.to_string()),
             "virtio_mmio.device" => {
@@ -276,11 +298,16 @@ mod tests {
 
     #[test]
     fn a_whole_line() {
-        let line = br#"model=pmem  threads=2 prompt="Once \"upon\"\na time" "predict=7" exit ip=10.0.2.15/24,10.0.2.2 virtio_mmio.device=512@0xfeb00e00:12 pci=off"#;
+        let line = br#"model=pmem  threads=2 batch=8 chat=llama3 embeddings alias=a key="b c" prompt="Once \"upon\"\na time" "predict=7" exit ip=10.0.2.15/24,10.0.2.2 virtio_mmio.device=512@0xfeb00e00:12 pci=off"#;
         let options = Options::parse(line).unwrap();
         let expected = Options {
             model: ModelSource::Pmem,
             threads: Some(2),
+            n_batch: Some(8),
+            chat: Some("llama3".into()),
+            embeddings: true,
+            alias: Some("a".into()),
+            api_key: Some("b c".into()),
             prompt: Some("Once \"upon\"\na time".into()),
             n_predict: 7,
             exit: true,
@@ -313,6 +340,7 @@ mod tests {
             "virtio_mmio.device=9@0xfeb00000:1",
             "predict=-1",
             "parallel=0",
+            "batch=0",
             "virtio_mmio.device=18446744073709551615K@1:1",
         ] {
             let error = Options::parse(line.as_bytes()).unwrap_err();

@@ -77,7 +77,7 @@ pub fn line(text: fmt::Arguments<'_>) {
     let _ = Uart.write_fmt(format_args!("[{:3}.{:06}] {text}\n", at / 1_000_000, at % 1_000_000));
 }
 
-/// Writes without taking turns: for the last words of a machine that may have stopped inside [`line`].
+/// Writes without taking turns: for the last words of a machine that may have stopped inside [`line()`].
 pub fn last_words(text: fmt::Arguments<'_>) {
     let _ = Uart.write_fmt(text);
 }

@@ -100,7 +100,7 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
             let w = p.parts[0].w;
             let (ids, n_pairs, n_expert) = (p.ids, p.n * p.n_used, w.n_expert);
             let rows = p.parts.iter().map(|part| part.w.rows).sum();
-            let cut = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device.smem_per_cta_bytes);
+            let cut = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device);
             let tile_cols = cut.cols();
             let found = sorted.iter().find(|(place, s)| *place == ids && s.cut.cols() == tile_cols);
             let of = match found {
@@ -470,7 +470,7 @@ impl Emit<'_> {
                 if n <= MMVQ_MAX_COLS {
                     return Ok(mmvq::launch_normed(&product, norm)?);
                 }
-                let cut = Cut::choose(format, rows, n, self.device.smem_per_cta_bytes);
+                let cut = Cut::choose(format, rows, n, self.device);
                 Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
             }
             None => self.float_product(&matrices, glu, x, n, k, format),

@@ -7,7 +7,7 @@ use quant::FormatId;
 use super::{
     CAUSAL, MAX_DIM_V, MERGE_THREADS, NO_SEQUENCE, PAGE, PER_TOKEN, PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile,
 };
-use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
 /// Formats that the cache may have.
@@ -746,6 +746,7 @@ impl Kernel for Flash {
     ];
     const BENCH: &'static [Case] = BENCH;
     const NMSE_MAX: f64 = 2e-6;
+    const TIERS: Tiers = Tiers::From(80);
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
         &[super::attend::DECODE, super::attend::LARGE_DECODE, super::attend::PREFILL, super::merge::ENTRIES];
@@ -804,6 +805,7 @@ impl Kernel for FlashSplit {
         },
     ];
     const NMSE_MAX: f64 = 1e-9;
+    const TIERS: Tiers = Tiers::From(80);
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
         &[super::attend::SPLIT_DECODE, super::attend::SPLIT_PREFILL];

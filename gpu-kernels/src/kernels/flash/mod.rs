@@ -6,7 +6,7 @@
 //! without a value. A token that sees nothing, and one whose sequence is [`NO_SEQUENCE`] (padding), gets zeros.
 //!
 //! * Shapes: `q` [n_tokens, n_head · head_dim_k], `out` [n_tokens, n_head · head_dim_v] f32; `k`, `v`: the layer's part of the
-//!   cache, [page][kv head][64 positions][head_dim] in the cache's format; `positions`, `token_sequences` `[n_tokens]` u32;
+//!   cache, `[page][kv head][64 positions][head_dim]` in the cache's format; `positions`, `token_sequences` `[n_tokens]` u32;
 //!   `sequences` of (first page, positions) u32 pairs; `pages` u32; `sinks`, `slopes` `[n_head]` f32 or absent. Head
 //!   dimensions are multiples of 8, at most 256, or (576, 512). Arrays are 16-byte aligned. Nothing overlaps. Everything
 //!   that changes from step to step is in device memory, so a captured launch can be replayed.
@@ -78,7 +78,7 @@ macro_rules! for_each_table {
 mod attend;
 #[cfg(not(target_arch = "nvptx64"))]
 mod host;
-#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod merge;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod plain;
@@ -134,6 +134,10 @@ struct Tile {
 
 /// Offsets of a CTA's shared memory in 16-byte units, and the whole.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(any(target_arch = "nvptx64", feature = "emu")),
+    expect(dead_code, reason = "a host that only launches needs the end alone")
+)]
 struct Layout {
     k: usize,
     v: usize,

@@ -127,9 +127,7 @@ impl Hosted {
         let device = device::find(index)?;
         let info = device::info(device)?;
         let context = Context::new(device).map_err(cust_error("open the device"))?;
-        context
-            .set_flags(ContextFlags::SCHED_BLOCKING_SYNC)
-            .map_err(cust_error("let waiting threads sleep"))?;
+        context.set_flags(ContextFlags::SCHED_SPIN).map_err(cust_error("let waiting threads spin"))?;
         let mut streams = Slots::default();
         let stream = streams.insert(new_stream()?);
         assert_eq!(StreamId(stream), StreamId::DEFAULT);

@@ -1,0 +1,315 @@
+//! Conversations as tokens: chat formats that need no template engine, and the rule that special tokens are never read
+//! from what people say.
+//!
+//! The formats are those of llama.cpp's `llama_chat_builtin_templates` (`src/llama-chat.cpp`) that the engine's models
+//! use, told apart as `llama_chat_detect_template` does by what a file's own template contains. Where that template says
+//! more, such as a system message of its own, a format does not; whoever has a template engine gives the server that.
+
+use alloc::borrow::ToOwned;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::cmp::Reverse;
+use core::ops::Range;
+
+use engine::Tokenizer;
+use engine::tokenizer::{EncodeOptions, TokenAttr, TokenizerError};
+
+use crate::server::{Message, Templates};
+
+/// What comes before and behind a message.
+type Around = (&'static str, &'static str);
+
+/// How a conversation is written.
+#[derive(Debug)]
+pub struct ChatFormat {
+    /// llama.cpp's name of it.
+    pub name: &'static str,
+    /// A template with all texts of one of these sets is of this format, unless of that of an earlier row.
+    marks: &'static [&'static [&'static str]],
+    /// Opens a turn: what comes before the first message, and before each that follows an answer.
+    open: (&'static str, &'static str),
+    system: Around,
+    user: Around,
+    assistant: Around,
+    /// What the system says is put before the next user's message, with a blank line between.
+    system_joins_user: bool,
+    /// Whose messages lose the white space around them.
+    trims: Trims,
+    /// Opens an answer.
+    answer: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trims {
+    Nobody,
+    Assistant,
+    All,
+}
+
+/// What a row leaves out.
+const PLAIN: ChatFormat = ChatFormat {
+    name: "",
+    marks: &[],
+    open: ("", ""),
+    system: ("", ""),
+    user: ("", ""),
+    assistant: ("", ""),
+    system_joins_user: false,
+    trims: Trims::Nobody,
+    answer: "",
+};
+
+const LLAMA2: ChatFormat =
+    ChatFormat { open: ("[INST] ", "[INST] "), user: ("", " [/INST]"), assistant: ("", "</s>"), ..PLAIN };
+
+const LLAMA2_SYS: Around = ("<<SYS>>\n", "\n<</SYS>>\n\n");
+
+/// All formats, those with more marks before those with fewer.
+static FORMATS: &[ChatFormat] = &[
+    ChatFormat {
+        name: "phi4",
+        marks: &[&["<|im_start|>", "<|im_sep|>"]],
+        system: ("<|im_start|>system<|im_sep|>", "<|im_end|>"),
+        user: ("<|im_start|>user<|im_sep|>", "<|im_end|>"),
+        assistant: ("<|im_start|>assistant<|im_sep|>", "<|im_end|>"),
+        answer: "<|im_start|>assistant<|im_sep|>",
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "chatml",
+        marks: &[&["<|im_start|>"]],
+        system: ("<|im_start|>system\n", "<|im_end|>\n"),
+        user: ("<|im_start|>user\n", "<|im_end|>\n"),
+        assistant: ("<|im_start|>assistant\n", "<|im_end|>\n"),
+        answer: "<|im_start|>assistant\n",
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "mistral-v7",
+        marks: &[&["[INST]", "[SYSTEM_PROMPT]"]],
+        system: ("[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]"),
+        user: ("[INST] ", "[/INST]"),
+        assistant: (" ", "</s>"),
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "mistral-v1",
+        marks: &[&["' [INST] ' + system_message"], &["[AVAILABLE_TOOLS]", " [INST]"]],
+        open: (" [INST] ", " [INST] "),
+        system: ("", "\n\n"),
+        user: ("", " [/INST]"),
+        assistant: (" ", "</s>"),
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "mistral-v3-tekken",
+        marks: &[&["[AVAILABLE_TOOLS]", "\"[INST]\""]],
+        open: ("[INST]", "[INST]"),
+        system: ("", "\n\n"),
+        user: ("", "[/INST]"),
+        assistant: ("", "</s>"),
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "mistral-v3",
+        marks: &[&["[AVAILABLE_TOOLS]", "[INST]"]],
+        open: ("[INST] ", "[INST] "),
+        system: ("", "\n\n"),
+        user: ("", "[/INST]"),
+        assistant: (" ", "</s>"),
+        trims: Trims::Assistant,
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "llama2-sys-strip",
+        marks: &[&["[INST]", "content.strip()"]],
+        system: LLAMA2_SYS,
+        trims: Trims::All,
+        ..LLAMA2
+    },
+    ChatFormat {
+        name: "llama2-sys-bos",
+        marks: &[&["[INST]", "bos_token + '[INST]"]],
+        open: ("[INST] ", "<s>[INST] "),
+        system: LLAMA2_SYS,
+        ..LLAMA2
+    },
+    ChatFormat { name: "llama2-sys", marks: &[&["[INST]", "<<SYS>>"]], system: LLAMA2_SYS, ..LLAMA2 },
+    ChatFormat { name: "llama2", marks: &[&["[INST]"]], system: ("", "\n"), ..LLAMA2 },
+    ChatFormat {
+        name: "phi3",
+        marks: &[&["<|assistant|>", "<|end|>"]],
+        system: ("<|system|>\n", "<|end|>\n"),
+        user: ("<|user|>\n", "<|end|>\n"),
+        assistant: ("<|assistant|>\n", "<|end|>\n"),
+        answer: "<|assistant|>\n",
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "gemma",
+        marks: &[&["<start_of_turn>"]],
+        user: ("<start_of_turn>user\n", "<end_of_turn>\n"),
+        assistant: ("<start_of_turn>model\n", "<end_of_turn>\n"),
+        system_joins_user: true,
+        trims: Trims::All,
+        answer: "<start_of_turn>model\n",
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "llama3",
+        marks: &[&["<|start_header_id|>", "<|end_header_id|>"]],
+        system: ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        user: ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        assistant: ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+        trims: Trims::All,
+        answer: "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ..PLAIN
+    },
+    ChatFormat {
+        name: "gpt-oss",
+        marks: &[&["<|start|>", "<|channel|>"]],
+        system: ("<|start|>system<|message|>", "<|end|>"),
+        user: ("<|start|>user<|message|>", "<|end|>"),
+        assistant: ("<|start|>assistant<|message|>", "<|return|>"),
+        answer: "<|start|>assistant",
+        ..PLAIN
+    },
+];
+
+/// A conversation as text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// Where in it people speak.
+    pub foreign: Vec<Range<usize>>,
+}
+
+impl ChatFormat {
+    /// Names of all formats.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        FORMATS.iter().map(|format| format.name)
+    }
+
+    /// A format by its name.
+    pub fn named(name: &str) -> Option<&'static ChatFormat> {
+        FORMATS.iter().find(|format| format.name == name)
+    }
+
+    /// The format of a file's own template.
+    pub fn detect(template: &str) -> Option<&'static ChatFormat> {
+        let is = |marks: &&[&str]| marks.iter().all(|mark| template.contains(mark));
+        FORMATS.iter().find(|format| format.marks.iter().any(is))
+    }
+
+    /// The text of a conversation, with what opens an answer. `Err`: a role that the format has no words for.
+    pub fn render(&self, messages: &[Message]) -> Result<Rendered, String> {
+        let mut out = Rendered::default();
+        let mut system = Rendered::default();
+        let mut open = false;
+        for (i, message) in messages.iter().enumerate() {
+            let role = message.role.as_str();
+            let (around, trims) = match role {
+                "system" => (self.system, self.trims == Trims::All),
+                "user" => (self.user, self.trims == Trims::All),
+                "assistant" => (self.assistant, self.trims != Trims::Nobody),
+                _ => {
+                    return Err(format!(
+                        "a message has the role '{role}'; the chat format {} knows system, user and assistant",
+                        self.name
+                    ));
+                }
+            };
+            let content = if trims { message.content.trim() } else { &message.content };
+            if role == "system" && self.system_joins_user {
+                system.say(content);
+                continue;
+            }
+            if !open {
+                out.text.push_str(if i == 0 { self.open.0 } else { self.open.1 });
+            }
+            open = role != "assistant";
+            out.text.push_str(around.0);
+            if role == "user" && !system.text.is_empty() {
+                out.say(&core::mem::take(&mut system).text);
+                out.text.push_str("\n\n");
+            }
+            out.say(content);
+            out.text.push_str(around.1);
+        }
+        out.text.push_str(self.answer);
+        Ok(out)
+    }
+}
+
+impl Rendered {
+    fn say(&mut self, content: &str) {
+        let start = self.text.len();
+        self.text.push_str(content);
+        self.foreign.push(start..self.text.len());
+    }
+}
+
+impl Templates for &ChatFormat {
+    fn encode(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
+        let Rendered { text, foreign } = self.render(messages)?;
+        let specials = special_texts(tokenizer);
+        let ids = if messages.iter().any(|m| holds_special(&m.content, &specials)) {
+            encode_parts(&text, &foreign, &specials, tokenizer)
+        } else {
+            tokenizer.encode(text.as_bytes(), EncodeOptions { add_special: true, parse_special: true })
+        };
+        ids.map_err(|error| error.to_string())
+    }
+}
+
+/// Texts of all tokens that are found only where special tokens are asked for, longest first.
+pub fn special_texts(tokenizer: &Tokenizer) -> Vec<String> {
+    let special = TokenAttr::CONTROL.with(TokenAttr::UNKNOWN);
+    let mut texts: Vec<String> = (0..tokenizer.n_vocab() as u32)
+        .map(|id| tokenizer.token(id))
+        .filter(|(text, attr)| attr.is_any(special) && !text.is_empty())
+        .filter_map(|(text, _)| core::str::from_utf8(text).ok().map(ToOwned::to_owned))
+        .collect();
+    texts.sort_by_key(|t| Reverse(t.len()));
+    texts
+}
+
+/// Whether what somebody says holds the text of a special token.
+pub fn holds_special(content: &str, specials: &[String]) -> bool {
+    specials.iter().any(|special| content.contains(special.as_str()))
+}
+
+/// Encodes text with special tokens found only outside the `foreign` ranges.
+pub fn encode_parts(
+    text: &str,
+    foreign: &[Range<usize>],
+    specials: &[String],
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, TokenizerError> {
+    let mut ids = Vec::new();
+    let mut flush = |piece: &str, parse_special: bool, first: bool| -> Result<(), TokenizerError> {
+        if !piece.is_empty() || first {
+            let options = EncodeOptions { add_special: first, parse_special };
+            ids.extend(tokenizer.encode(piece.as_bytes(), options)?);
+        }
+        Ok(())
+    };
+    let (mut start, mut at, mut first) = (0, 0, true);
+    while at < text.len() {
+        let rest = &text[at..];
+        let own = |len: usize| foreign.iter().all(|r| r.end <= at || r.start >= at + len);
+        match specials.iter().find(|s| rest.starts_with(s.as_str()) && own(s.len())) {
+            Some(special) => {
+                flush(&text[start..at], false, first)?;
+                flush(special, true, false)?;
+                at += special.len();
+                (start, first) = (at, false);
+            }
+            None => at += rest.chars().next().map_or(1, char::len_utf8),
+        }
+    }
+    flush(&text[start..], false, first)?;
+    Ok(ids)
+}

@@ -1,0 +1,668 @@
+//! The cut of `mmq` for Hopper (sm_90a): a CTA multiplies 128 rows by 128 columns with `wgmma`, in three warpgroups of
+//! their own kinds. Contract, arguments and result are `mmq`'s, bit for bit; cut and launch too (`Cut::Warpgroups`).
+//!
+//! * Producers, 128 threads: warp w unpacks row tile w of the CTA's four, lane = row, into the layout that `wgmma` reads,
+//!   and copies the activations there. Raw row tiles come a span at a time by bulk copies of one piece, ahead of it all.
+//! * Consumers, two warpgroups of 64 rows each: `wgmma` sums a group of 32 exactly for 64 columns into 32 registers,
+//!   while the sums of the other 64 columns are scaled and added: a conversion, a product of scales, an fma for each
+//!   output and group, as `BlockFormat::dot_group` has them (one fma more for an offset). Both halves take turns, so the
+//!   tensor cores' time is hidden; the float operations, 80 % of all instructions, are what bounds the kernel.
+//! * A stage is half a span, 128 weights of each row and column: a row of 128 bytes in the swizzled layout. Stages form a
+//!   ring; mbarriers say when one is full and when it is empty. A group whose halves have scales of their own lies there
+//!   twice, with either half zero, since `wgmma` has no product of 16 bytes of k.
+//! * A consumer thread keeps the span's 64 sums in registers, the totals in shared memory, where it meets them once per
+//!   span.
+//! * Row tile slots 0 to 3 as in the wide cut; of a gated pair 0 and 1 are the gate's, 2 and 3 the same rows of up.
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use host::MmqHopper;
+use quant::BlockFormat;
+
+use super::int8_tile::{column_planes, row_planes};
+use crate::tile::{ROWS, Tiled};
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+use {
+    crate::device::{Glb, U32x2, U32x4},
+    crate::kernels::mmq::Shape,
+    crate::kernels::product::{Gate, Part},
+    quant::formats,
+};
+
+/// Rows and columns of a CTA's tile.
+pub const TILE: usize = 128;
+/// Threads of a CTA: a warpgroup of producers, two of consumers.
+pub const THREADS: u32 = 384;
+/// Row tiles of a CTA.
+const ROW_TILES: usize = TILE / ROWS;
+/// Groups of a stage.
+const STAGE_GROUPS: usize = 4;
+/// Bytes of one stage's codes of 128 rows or columns.
+const CODES_BYTES: u32 = (TILE * STAGE_GROUPS * 32) as u32;
+/// Floats of one plane of a stage.
+const PLANE: u32 = (TILE * STAGE_GROUPS) as u32;
+/// Most shared memory of a CTA on Hopper.
+const MOST_BYTES: u32 = 227 << 10;
+
+/// Whether the halves of a group have scales of their own.
+const fn halved<F: BlockFormat>() -> bool {
+    F::SCALE_ELEMS == 16
+}
+
+/// Products per group: one, or one for each half.
+const fn steps<F: BlockFormat>() -> u32 {
+    1 + halved::<F>() as u32
+}
+
+/// Stages of the ring: as many as fit beside two spans of raw weights.
+const fn stages<F: BlockFormat>() -> u32 {
+    if halved::<F>() { 2 } else { 3 }
+}
+
+/// Bytes of a span of one raw row tile.
+const fn raw_bytes<F: Tiled>() -> u32 {
+    (ROWS * F::LAYOUT.span_bytes) as u32
+}
+
+/// Shared memory: where codes of the weights and of the activations, floats of rows and of columns, totals, barriers, the
+/// list of columns and raw row tiles start.
+struct Layout {
+    b: u32,
+    row_floats: u32,
+    column_floats: u32,
+    totals: u32,
+    barriers: u32,
+    columns: u32,
+    raw: u32,
+    /// Spans of raw row tiles.
+    raw_stages: u32,
+    bytes: u32,
+}
+
+const fn layout<F: BlockFormat + Tiled>() -> Layout {
+    let n = stages::<F>();
+    let b = n * steps::<F>() * CODES_BYTES;
+    let row_floats = b + n * CODES_BYTES;
+    let column_floats = row_floats + n * 4 * PLANE * row_planes::<F>() as u32;
+    let totals = column_floats + n * 4 * PLANE * column_planes::<F>() as u32;
+    let barriers = totals + (4 * TILE * TILE) as u32;
+    let columns = barriers + 256;
+    let raw = columns + 8 * TILE as u32;
+    let of_span = ROW_TILES as u32 * raw_bytes::<F>();
+    let raw_stages = if raw + 2 * of_span <= MOST_BYTES { 2 } else { 1 };
+    let bytes = raw + raw_stages * of_span;
+    Layout { b, row_floats, column_floats, totals, barriers, columns, raw, raw_stages, bytes }
+}
+
+/// Shared memory of a CTA.
+pub const fn bytes<F: BlockFormat + Tiled>() -> u32 {
+    layout::<F>().bytes
+}
+
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+pub(crate) use device::multiply;
+
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod device {
+    use core::marker::PhantomData;
+
+    use super::*;
+    use crate::device::sync::{self, Mbarrier};
+    use crate::device::wgmma::{self, Operand, Registers, S8N64, Sums};
+    use crate::device::{F32x2, F32x4, Smem, async_copy, bulk_copy, math, thread, warp};
+    use crate::kernels::int8_tile;
+    use crate::kernels::mmq::{NONE, Work, group, units_of};
+    use crate::kernels::mmq_wide::{load_row, store_columns};
+    use crate::kernels::quantise_act::ActScale;
+    use crate::tile::SPAN_GROUPS;
+
+    /// Threads and warps of the consumers.
+    const CONSUMERS: u32 = THREADS - 128;
+    const CONSUMER_WARPS: u32 = CONSUMERS / 32;
+    /// Registers of a producer and of a consumer thread: of the 168 that each of three warpgroups starts with.
+    const PRODUCER_REGISTERS: u32 = 104;
+    const CONSUMER_REGISTERS: u32 = 200;
+    const _: () = assert!(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
+    /// Columns whose products a warpgroup starts at a time.
+    const HALF: u32 = TILE as u32 / 2;
+    /// 16-byte chunks of a stage of codes, and of a row in it.
+    const STAGE_CHUNKS: u32 = CODES_BYTES / 16;
+    const ROW_CHUNKS: u32 = 2 * STAGE_GROUPS as u32;
+
+    /// Groups of stage `h` of the whole product.
+    #[inline(always)]
+    fn groups_of_stage(h: u32, n_groups: u32) -> u32 {
+        let rest = n_groups - h * STAGE_GROUPS as u32;
+        if rest < STAGE_GROUPS as u32 { rest } else { STAGE_GROUPS as u32 }
+    }
+
+    /// Where a column's floats lie among 16: a thread's four columns of two neighbouring products are neighbours.
+    #[inline(always)]
+    fn column_place(column: u32) -> u32 {
+        column / 16 * 16 + column % 8 / 2 * 4 + column % 16 / 8 * 2 + column % 2
+    }
+
+    /// A place in the ring.
+    #[derive(Clone, Copy)]
+    struct Place {
+        slot: u32,
+        parity: u32,
+    }
+
+    impl Place {
+        const FIRST: Place = Place { slot: 0, parity: 0 };
+
+        #[inline(always)]
+        fn next<F: BlockFormat>(self) -> Place {
+            if self.slot + 1 == stages::<F>() {
+                Place { slot: 0, parity: self.parity ^ 1 }
+            } else {
+                Place { slot: self.slot + 1, parity: self.parity }
+            }
+        }
+    }
+
+    /// A CTA's shared memory.
+    struct Shared<F> {
+        a: Smem<U32x4>,
+        b: Smem<U32x4>,
+        row_floats: Smem<f32>,
+        column_floats: Smem<f32>,
+        totals: Smem<F32x4>,
+        barriers: Smem<u64>,
+        columns: Smem<u32>,
+        raw: Smem<u32>,
+        format: PhantomData<F>,
+    }
+
+    impl<F: BlockFormat + Tiled> Shared<F> {
+        const ROW_FLOATS: u32 = PLANE * row_planes::<F>() as u32;
+        const COLUMN_FLOATS: u32 = PLANE * column_planes::<F>() as u32;
+        const RAW_STAGES: u32 = layout::<F>().raw_stages;
+
+        #[inline(always)]
+        fn new() -> Shared<F> {
+            let layout = const { &layout::<F>() };
+            let n = stages::<F>();
+            Shared {
+                a: Smem::dynamic(0, n * steps::<F>() * STAGE_CHUNKS),
+                b: Smem::dynamic(layout.b, n * STAGE_CHUNKS),
+                row_floats: Smem::dynamic(layout.row_floats, n * Self::ROW_FLOATS),
+                column_floats: Smem::dynamic(layout.column_floats, n * Self::COLUMN_FLOATS),
+                totals: Smem::dynamic(layout.totals, (TILE * TILE / 4) as u32),
+                barriers: Smem::dynamic(layout.barriers, 32),
+                columns: Smem::dynamic(layout.columns, 2 * TILE as u32),
+                raw: Smem::dynamic(layout.raw, layout.raw_stages * ROW_TILES as u32 * raw_bytes::<F>() / 4),
+                format: PhantomData,
+            }
+        }
+
+        /// Ends its phase when the producers have filled a stage.
+        #[inline(always)]
+        #[track_caller]
+        fn full(&self, slot: u32) -> Mbarrier {
+            Mbarrier::at(self.barriers, slot)
+        }
+
+        /// Ends its phase when the consumers have read a stage.
+        #[inline(always)]
+        #[track_caller]
+        fn empty(&self, slot: u32) -> Mbarrier {
+            Mbarrier::at(self.barriers, 4 + slot)
+        }
+
+        /// Ends its phase when a span of a warp's raw row tile is there.
+        #[inline(always)]
+        #[track_caller]
+        fn raw_full(&self, slot: u32, stage: u32) -> Mbarrier {
+            Mbarrier::at(self.barriers, 8 + 2 * slot + stage)
+        }
+
+        #[inline(always)]
+        #[track_caller]
+        fn init(&self) {
+            unroll!(I in 0..4 {
+                if (I as u32) < stages::<F>() {
+                    self.full(I as u32).init(ROW_TILES as u32);
+                    self.empty(I as u32).init(CONSUMER_WARPS);
+                }
+                unroll!(S in 0..2 { self.raw_full(I as u32, S as u32).init(1); });
+            });
+        }
+
+        /// Starts the copy of a span of the warp's raw row tile.
+        #[inline(always)]
+        #[track_caller]
+        fn copy_raw(&self, w: Glb<u8>, slot: u32, span: u32, n_groups: u32) {
+            let stage = span % Self::RAW_STAGES;
+            let source = w.offset(F::LAYOUT.span_offset(span as usize)).cast::<U32x4>();
+            let vectors = units_of::<F>(span, n_groups) * (ROWS * F::LAYOUT.unit_bytes / 16) as u32;
+            let barrier = self.raw_full(slot, stage);
+            barrier.arrive_expect(16 * vectors);
+            let target = (stage * ROW_TILES as u32 + slot) * (raw_bytes::<F>() / 16);
+            bulk_copy::copy(self.raw.cast(), target, source, 0, vectors, barrier);
+        }
+
+        /// Unpacks half `H` of a span into a stage: each lane four groups of a row of the warp's row tile.
+        #[inline(always)]
+        #[track_caller]
+        fn unpack<const H: usize>(&self, slot: u32, span: u32, n_groups: u32, stage: u32) {
+            let raw = (span % Self::RAW_STAGES * ROW_TILES as u32 + slot) * raw_bytes::<F>();
+            let units = units_of::<F>(span, n_groups);
+            let words = match F::LAYOUT.unit_bytes {
+                16 => load_row::<F, U32x4>(self.raw.cast(), raw, units),
+                8 => load_row::<F, U32x2>(self.raw.cast(), raw, units),
+                _ => load_row::<F, u32>(self.raw, raw, units),
+            };
+            let row = slot * ROWS as u32 + thread::lane_id();
+            let a = self.a.skip(stage * steps::<F>() * STAGE_CHUNKS);
+            let floats = self.row_floats.skip(stage * Self::ROW_FLOATS);
+            unroll!(J in 0..4 {
+                let group = group::<F>(&words, STAGE_GROUPS * H + J);
+                let codes = int8_tile::signed_codes::<F>(&group);
+                let [low, high] = [0, 4].map(|i: usize| U32x4([codes[i], codes[i + 1], codes[i + 2], codes[i + 3]]));
+                let [first, second] = [0, 1].map(|chunk| Operand::place(row, 2 * J as u32 + chunk));
+                if halved::<F>() {
+                    let zero = U32x4([0; 4]);
+                    a.st(first, low);
+                    a.st(second, zero);
+                    a.st(STAGE_CHUNKS + first, zero);
+                    a.st(STAGE_CHUNKS + second, high);
+                } else {
+                    a.st(first, low);
+                    a.st(second, high);
+                }
+                int8_tile::put_floats::<F, STAGE_GROUPS, TILE>(floats, row, J as u32, &group);
+            });
+        }
+
+        /// What the producers do, for warp `slot`.
+        #[inline(always)]
+        #[track_caller]
+        fn produce(&self, work: &Work, slot: u32) {
+            let (w, tile) = if work.gate.is_some() {
+                (if slot < 2 { work.part.w } else { work.up.w }, 2 * work.cta + slot % 2)
+            } else {
+                (work.part.w, ROW_TILES as u32 * work.cta + slot)
+            };
+            // Beyond the last row the last tile again; its outputs are not stored.
+            let n_tiles = work.part.n_rows.div_ceil(ROWS as u32);
+            let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
+            let w = w.offset(work.tile_at::<F>(tile));
+
+            let n_groups = work.n_groups;
+            let (n_stages, n_spans) =
+                (n_groups.div_ceil(STAGE_GROUPS as u32), n_groups.div_ceil(SPAN_GROUPS as u32));
+            let (thread, lane) = (thread::thread_idx_x(), thread::lane_id());
+            if lane == 0 {
+                self.copy_raw(w, slot, 0, n_groups);
+                if Self::RAW_STAGES == 2 && n_spans > 1 {
+                    self.copy_raw(w, slot, 1, n_groups);
+                }
+            }
+            // Activations: eight threads a column, each a chunk of eight columns that are 16 apart.
+            let chunk = thread % ROW_CHUNKS;
+            let first_column = thread / ROW_CHUNKS;
+            let mut sources = [0; 8];
+            unroll!(I in 0..8 {
+                sources[I] = self.columns.ld(first_column + 16 * I as u32) * (2 * n_groups) + chunk;
+            });
+            let target = Operand::place(first_column, chunk);
+            // Floats of a column.
+            let scales = work.scales.offset(self.columns.ld(thread) as usize * n_groups as usize);
+
+            let mut place = Place::FIRST;
+            let mut h = 0;
+            while h < n_stages {
+                let (span, there) = (h / 2, groups_of_stage(h, n_groups));
+                self.empty(place.slot).wait(place.parity ^ 1);
+                if chunk < 2 * there {
+                    let stage = self.b.skip(place.slot * STAGE_CHUNKS);
+                    unroll!(I in 0..8 {
+                        async_copy::copy16(stage, target + I as u32 * (16 * ROW_CHUNKS), work.q, sources[I] + h * ROW_CHUNKS);
+                    });
+                }
+                async_copy::commit();
+                let mut acts = [U32x2([0; 2]); STAGE_GROUPS];
+                unroll!(J in 0..4 {
+                    if (J as u32) < there {
+                        acts[J] = scales.ld_nc(h * STAGE_GROUPS as u32 + J as u32);
+                    }
+                });
+                if h.is_multiple_of(2) {
+                    let stage = span % Self::RAW_STAGES;
+                    self.raw_full(slot, stage).wait(span / Self::RAW_STAGES % 2);
+                    self.unpack::<0>(slot, span, n_groups, place.slot);
+                } else {
+                    self.unpack::<1>(slot, span, n_groups, place.slot);
+                }
+                let floats = self.column_floats.skip(place.slot * Self::COLUMN_FLOATS);
+                unroll!(J in 0..4 {
+                    let U32x2([d, extra]) = acts[J];
+                    let act = ActScale { d: f32::from_bits(d), extra };
+                    int8_tile::put_column::<F, STAGE_GROUPS, TILE>(floats, column_place(thread), J as u32, act);
+                });
+                async_copy::wait::<0>();
+                sync::fence_async_proxy();
+                warp::sync_warp();
+                if lane == 0 {
+                    self.full(place.slot).arrive();
+                    if !h.is_multiple_of(2) && span + Self::RAW_STAGES < n_spans {
+                        self.copy_raw(w, slot, span + Self::RAW_STAGES, n_groups);
+                    }
+                }
+                place = place.next::<F>();
+                h += 1;
+            }
+        }
+
+        /// Starts the product of step `step` from the place on (a group, or one half of it) with 64 columns.
+        #[inline(always)]
+        #[track_caller]
+        fn start(&self, sums: &mut Sums<32>, at: &At, half: u32, step: u32) {
+            let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
+            wgmma::fence();
+            let a = at.a.skip((at.place.slot * steps::<F>() + step) * STAGE_CHUNKS + 2 * j);
+            let b = at.b.skip(at.place.slot * STAGE_CHUNKS + half * HALF * ROW_CHUNKS + 2 * j);
+            S8N64::shared::<false>(sums, a, b);
+            wgmma::commit();
+        }
+
+        /// Adds the products of `STEPS` steps. While the sums of 64 columns are added, the tensor cores make those of the
+        /// others; none is under way at the end, since ptxas follows them through straight code only.
+        #[inline(always)]
+        #[track_caller]
+        fn add_products<const STEPS: usize>(&self, acc: &mut [[f32; 32]; 2], at: &At) {
+            let mut sums = [Sums::<32>::zero(); 2];
+            self.start(&mut sums[0], at, 0, 0);
+            self.start(&mut sums[1], at, 1, 0);
+            unroll!(S in 0..4 {
+                if S < STEPS {
+                    sums[0].wait::<1>();
+                    self.fold(&mut acc[0], &sums[0], at, 0, S as u32);
+                    if S + 1 < STEPS {
+                        self.start(&mut sums[0], at, 0, S as u32 + 1);
+                        sums[1].wait::<1>();
+                    } else {
+                        sums[1].wait::<0>();
+                    }
+                    self.fold(&mut acc[1], &sums[1], at, 1, S as u32);
+                    if S + 1 < STEPS {
+                        self.start(&mut sums[1], at, 1, S as u32 + 1);
+                    }
+                }
+            });
+        }
+
+        /// Scales the sums of a product and adds them.
+        #[inline(always)]
+        #[track_caller]
+        fn fold(&self, acc: &mut [f32; 32], sums: &Sums<32>, at: &At, half: u32, step: u32) {
+            let t = thread::lane_id() % 4;
+            let n_scales = steps::<F>();
+            let (j, step) = (at.j + step / n_scales, step % n_scales);
+            let last = step + 1 == n_scales;
+            let rows = self.row_floats.skip(at.place.slot * Self::ROW_FLOATS).cast::<F32x2>();
+            let row = |plane: u32| rows.ld(plane * (PLANE / 2) + j * (TILE as u32 / 2) + at.row).0;
+            let scale = row(step);
+            let mut offsets = [[0.0; 2]; 2];
+            if F::HAS_OFFSET && last {
+                offsets[0] = row(n_scales);
+                if halved::<F>() {
+                    offsets[1] = row(n_scales + 1);
+                }
+            }
+            let columns = self.column_floats.skip(at.place.slot * Self::COLUMN_FLOATS).cast::<F32x4>();
+            let at_column = (j * TILE as u32 + half * HALF) / 4 + t;
+            unroll!(Q in 0..4 {
+                let column = |plane: u32| columns.ld(plane * (PLANE / 4) + at_column + 4 * Q as u32).0;
+                let d = column(0);
+                let mut values = [[0.0; 4]; 2];
+                if F::HAS_OFFSET && last {
+                    values[0] = column(1);
+                    if halved::<F>() {
+                        values[1] = column(2);
+                    }
+                }
+                unroll!(E in 0..8 {
+                    let (r, c) = (E / 2 % 2, E / 4 * 2 + E % 2);
+                    let out = &mut acc[8 * Q + E];
+                    let sum = sums.get(8 * Q + E) as i32 as f32;
+                    *out = math::fma(math::mul(scale[r], d[c]), sum, *out);
+                    if F::HAS_OFFSET && last {
+                        *out = math::fma(offsets[0][r], values[0][c], *out);
+                        if halved::<F>() {
+                            *out = math::fma(offsets[1][r], values[1][c], *out);
+                        }
+                    }
+                });
+            });
+        }
+
+        /// Adds a span's sums to the thread's totals and clears them.
+        #[inline(always)]
+        #[track_caller]
+        fn add_span(&self, acc: &mut [[f32; 32]; 2]) {
+            let totals = self.totals.skip(thread::thread_idx_x() - 128);
+            unroll!(H in 0..2 { unroll!(Q in 0..8 {
+                let at = (8 * H + Q) as u32 * CONSUMERS;
+                let F32x4(mut total) = totals.ld(at);
+                unroll!(E in 0..4 {
+                    total[E] += acc[H][4 * Q + E];
+                    acc[H][4 * Q + E] = 0.0;
+                });
+                totals.st(at, F32x4(total));
+            }); });
+        }
+
+        /// What the consumers do.
+        #[inline(always)]
+        #[track_caller]
+        fn consume(&self, work: &Work) {
+            let warp = thread::warp_id() - 4;
+            let lane = thread::lane_id();
+            let totals = self.totals.skip(thread::thread_idx_x() - 128);
+            unroll!(Q in 0..16 {
+                // -0 + x is x, whatever x.
+                totals.st(Q as u32 * CONSUMERS, F32x4([-0.0; 4]));
+            });
+
+            let mut at = At {
+                a: Operand::at(self.a, warp / 4 * (64 * ROW_CHUNKS)),
+                b: Operand::at(self.b, 0),
+                // Of 32 rows, those eight apart are neighbours.
+                row: (warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2) / 2,
+                place: Place::FIRST,
+                j: 0,
+            };
+            let mut acc = [[0.0f32; 32]; 2];
+            let n_stages = work.n_groups.div_ceil(STAGE_GROUPS as u32);
+            let mut h = 0;
+            while h < n_stages {
+                self.full(at.place.slot).wait(at.place.parity);
+                let there = groups_of_stage(h, work.n_groups);
+                at.j = 0;
+                if there == STAGE_GROUPS as u32 {
+                    while at.j < STAGE_GROUPS as u32 {
+                        self.add_products::<4>(&mut acc, &at);
+                        at.j += 4 / steps::<F>();
+                    }
+                } else {
+                    while at.j < there {
+                        if halved::<F>() {
+                            self.add_products::<2>(&mut acc, &at);
+                        } else {
+                            self.add_products::<1>(&mut acc, &at);
+                        }
+                        at.j += 1;
+                    }
+                }
+                warp::sync_warp();
+                if lane == 0 {
+                    self.empty(at.place.slot).arrive();
+                }
+                h += 1;
+                if h.is_multiple_of(2) || h == n_stages {
+                    self.add_span(&mut acc);
+                }
+                at.place = at.place.next::<F>();
+            }
+
+            // Where the codes were: by now nobody reads them.
+            let finished = Smem::<f32>::dynamic(0, TILE as u32 * FINISHED_STRIDE);
+            sync::barrier::<1>(CONSUMERS);
+            let (row, column) = (16 * warp + lane / 4, 2 * (lane % 4));
+            unroll!(Q in 0..16 {
+                let F32x4(total) = totals.ld(Q as u32 * CONSUMERS);
+                unroll!(E in 0..4 {
+                    let column = column + (8 * Q + E % 2) as u32;
+                    finished.st(column * FINISHED_STRIDE + row + (E / 2 * 8) as u32, total[E]);
+                });
+            });
+            sync::barrier::<1>(CONSUMERS);
+            store_columns(work, self.columns, finished, FINISHED_STRIDE, warp, CONSUMER_WARPS);
+        }
+    }
+
+    /// Elements between the columns of the finished tile in shared memory: four column pairs in different banks.
+    const FINISHED_STRIDE: u32 = TILE as u32 + 4;
+
+    /// Where a consumer is.
+    #[derive(Clone, Copy)]
+    struct At {
+        /// The warpgroup's rows and all columns, in stage 0.
+        a: Operand,
+        b: Operand,
+        /// The thread's two rows among a group's floats.
+        row: u32,
+        place: Place,
+        /// Group of the stage.
+        j: u32,
+    }
+
+    /// The CTA's work.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn multiply<F: BlockFormat + Tiled>(work: &Work) {
+        let thread = thread::thread_idx_x();
+        let shared = Shared::<F>::new();
+        if thread < TILE as u32 {
+            shared.columns.st(thread, work.columns.input(thread));
+            let output = if thread < work.columns.n { work.columns.output(thread) } else { NONE };
+            shared.columns.st(TILE as u32 + thread, output);
+        }
+        if thread == 0 {
+            shared.init();
+        }
+        sync::sync_threads();
+        if thread < 128 {
+            warp::give_registers::<PRODUCER_REGISTERS>();
+            shared.produce(work, thread::warp_id());
+        } else {
+            warp::take_registers::<CONSUMER_REGISTERS>();
+            shared.consume(work);
+        }
+    }
+}
+
+/// Entries of every format that models use for weights.
+macro_rules! entries {
+    ([] $($rows:tt)*) => { entries! { @used [] $($rows)* } };
+    // Formats of activations only.
+    (@used [$($used:tt)*] Q8_1 => $module:ident :: Block, $($rest:tt)*) => { entries! { @used [$($used)*] $($rest)* } };
+    (@used [$($used:tt)*] Q8_K => $module:ident :: Block, $($rest:tt)*) => { entries! { @used [$($used)*] $($rest)* } };
+    (@used [$($used:tt)*] $id:ident => $module:ident :: Block, $($rest:tt)*) => {
+        entries! { @used [$($used)* $id => $module,] $($rest)* }
+    };
+    (@used [$($id:ident => $module:ident,)*]) => {
+        #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmq_hopper";
+            pub(super) ENTRIES: threads(384, 1);
+            fn (
+                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
+                gate: Gate, shape: Shape,
+            );
+            $(concat!("mmq_hopper_", stringify!($id)) => crate::kernels::mmq::warpgroups::<formats::$module::Block>;)*
+        }
+    };
+}
+quant::for_each_block_format!(entries![]);
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod host {
+    use quant::FormatId;
+
+    use crate::case::{Kernel, Problem, Random, Tiers};
+    use crate::kernels::mmq::{Case, Cut, Mmq, plain};
+    use crate::kernels::product::Glu;
+
+    /// The row in the registry.
+    #[derive(Debug)]
+    pub struct MmqHopper;
+
+    const fn case(format: FormatId, n_rows: &'static [usize], k: usize, n_cols: usize) -> Case {
+        plain(format, Cut::Warpgroups, n_rows, k, n_cols)
+    }
+
+    /// Every kind of format (with halves, with an offset, with both), the edges of tiles, stages, spans and the ring, and
+    /// each extra.
+    const CASES: &[Case] = &[
+        case(FormatId::Q4_0, &[127], 32, 1),
+        case(FormatId::Q4_0, &[40], 128, 9),
+        case(FormatId::Q4_0, &[130], 1184, 129),
+        case(FormatId::Q8_0, &[129], 288, 127),
+        case(FormatId::Q4_1, &[128], 800, 128),
+        case(FormatId::Q5_1, &[65], 416, 65),
+        case(FormatId::Q4_K, &[1], 1280, 140),
+        case(FormatId::Q2_K, &[70], 768, 40),
+        case(FormatId::Q6_K, &[20, 140, 1], 768, 20),
+        case(FormatId::NVFP4, &[33], 320, 17),
+        case(FormatId::IQ3_XXS, &[97], 512, 66),
+        Case { added: true, ..case(FormatId::Q4_0, &[37, 130], 288, 12) },
+        Case { added: true, glu: Some(Glu::Silu), ..case(FormatId::Q8_0, &[70; 2], 544, 20) },
+        Case { added: true, mixture: Some((3, 2, true)), ..case(FormatId::Q5_0, &[50], 64, 90) },
+    ];
+
+    /// The shapes of `mmq`'s wide cut.
+    const BENCH: &[Case] = &[
+        case(FormatId::Q4_0, &[4096], 14336, 512),
+        case(FormatId::Q4_0, &[14336], 4096, 512),
+        case(FormatId::Q4_0, &[14336], 4096, 2048),
+        case(FormatId::Q8_0, &[4096], 14336, 512),
+        case(FormatId::Q4_K, &[4096], 14336, 512),
+        case(FormatId::Q6_K, &[4096], 14336, 512),
+        case(FormatId::IQ3_XXS, &[4096], 14336, 512),
+        case(FormatId::IQ2_XXS, &[4096], 14336, 512),
+        Case { glu: Some(Glu::Silu), ..case(FormatId::Q4_0, &[14336; 2], 4096, 512) },
+    ];
+
+    impl Kernel for MmqHopper {
+        const NAME: &'static str = "mmq_hopper";
+        type Case = Case;
+        const CASES: &'static [Case] = CASES;
+        const BENCH: &'static [Case] = BENCH;
+        const NMSE_MAX: f64 = Mmq::NMSE_MAX;
+        const TIERS: Tiers = Tiers::Only("sm_90a");
+        #[cfg(feature = "emu")]
+        const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
+
+        fn problem(case: &Case, random: &mut Random) -> Problem {
+            Mmq::problem(case, random)
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            Mmq::peer(case)
+        }
+
+        fn bytes(case: &Case) -> u64 {
+            Mmq::bytes(case)
+        }
+
+        fn flops(case: &Case) -> u64 {
+            Mmq::flops(case)
+        }
+    }
+}
