@@ -18,9 +18,9 @@ use super::lookup::{SharedBook, book_bytes};
 use super::mmvq::gpu::{Stage, span_sums};
 use super::mmvq::{COLUMN_FIXED_BYTES, Shape, stage_bytes};
 use super::output::gpu::{read, read_early};
-use super::product::{Gate, Part, choose};
+use super::product::{Gate, Part, choose, choose_at};
 use super::rms_norm::gpu::{normalise, scale_of, squares};
-use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
+use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread, warp};
 use crate::tile::{ROWS, SPAN_GROUPS, Tiled, load_span};
 
 /// The kernel.
@@ -60,7 +60,6 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     let n_tiles = part.n_rows.div_ceil(ROWS as u32);
     let tile = thread::block_idx_x() - part.first_cta;
     let at = (expert as usize * n_tiles as usize + tile as usize) * tile_bytes;
-    let row = tile * ROWS as u32 + lane;
 
     // An item is a span of one matrix; gate and up alternate.
     let n_items = if gated_pair { 2 * n_spans } else { n_spans };
@@ -72,9 +71,11 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             shape.n_groups - span * groups
         }
     };
+    // The CTA's part. Looked up anew where it is needed: in between others need the registers.
+    let own = || choose_at(p0, p1, p2, math::fresh(thread::block_idx_x()));
     let weights_of = |item: u32| {
         let (span, second) = item_of(item);
-        (if second { p1.w } else { part.w }).offset(at + F::LAYOUT.span_offset(span as usize))
+        (if second { p1.w } else { own().w }).offset(at + F::LAYOUT.span_offset(span as usize))
     };
     let units_of = |item: u32| {
         if F::ELEMS == crate::tile::SPAN || groups_of(item_of(item).0) == groups {
@@ -133,7 +134,10 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     }
 
     let mut start = 0;
-    let ends_rows = warp_id == 0 && row < part.n_rows;
+    let ending = || {
+        let part = own();
+        (part, (thread::block_idx_x() - part.first_cta) * ROWS as u32 + thread::lane_id())
+    };
     let (mut total, mut residual) = ([0.0f32; 2], 0.0);
     loop {
         let end = if start + shape.window < n_items { start + shape.window } else { n_items };
@@ -164,8 +168,11 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
                 words = load(item);
             }
         }
-        if ends_rows && end == n_items {
-            residual = part.residual(pair, row);
+        if warp_id == 0 && end == n_items {
+            let (part, row) = ending();
+            if row < part.n_rows {
+                residual = part.residual(thread::block_idx_y(), row);
+            }
         }
         sync::sync_threads();
 
@@ -200,7 +207,8 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             words = load(item);
         }
     }
-    if ends_rows {
-        part.finish_with(gate, p1, expert, pair, row, total, residual);
+    let (part, row) = ending();
+    if warp_id == 0 && row < part.n_rows {
+        part.finish_with(gate, p1, expert, thread::block_idx_y(), row, total, residual);
     }
 }
