@@ -79,6 +79,10 @@ const fn raw_bytes<F: Tiled>() -> u32 {
 
 /// Shared memory: where codes of the weights (at 0) and of the activations, their scales for the tensor cores, floats of
 /// rows and of columns, totals, barriers, the list of columns and raw row tiles start.
+#[cfg_attr(
+    not(any(target_arch = "nvptx64", feature = "emu")),
+    expect(dead_code, reason = "a host that only launches needs the whole alone")
+)]
 struct Layout {
     b: u32,
     a_scales: u32,
