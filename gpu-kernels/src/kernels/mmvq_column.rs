@@ -50,7 +50,8 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         // Which weights these are an earlier launch says.
         grid::wait_for_earlier();
     }
-    let expert = if mixture { ids.ld_nc(pair) } else { 0 };
+    // Looked up anew where it is needed, as what follows from it: in between others need the registers.
+    let expert = || if ids.is_null() { 0 } else { ids.ld_nc(thread::block_idx_y()) };
     let first_x = if mixture { pair / shape.pairs_per_x } else { 0 };
 
     let groups = SPAN_GROUPS as u32;
@@ -59,7 +60,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     let tile_bytes = F::LAYOUT.tile_bytes(k);
     let n_tiles = part.n_rows.div_ceil(ROWS as u32);
     let tile = thread::block_idx_x() - part.first_cta;
-    let at = (expert as usize * n_tiles as usize + tile as usize) * tile_bytes;
+    let at = (expert() as usize * n_tiles as usize + tile as usize) * tile_bytes;
 
     // An item is a span of one matrix; gate and up alternate.
     let n_items = if gated_pair { 2 * n_spans } else { n_spans };
@@ -71,7 +72,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             shape.n_groups - span * groups
         }
     };
-    // The CTA's part. Looked up anew where it is needed: in between others need the registers.
+    // The CTA's part, likewise.
     let own = || choose_at(p0, p1, p2, math::fresh(thread::block_idx_x()));
     let weights_of = |item: u32| {
         let (span, second) = item_of(item);
@@ -209,6 +210,6 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     }
     let (part, row) = ending();
     if warp_id == 0 && row < part.n_rows {
-        part.finish_with(gate, p1, expert, thread::block_idx_y(), row, total, residual);
+        part.finish_with(gate, p1, expert(), thread::block_idx_y(), row, total, residual);
     }
 }
