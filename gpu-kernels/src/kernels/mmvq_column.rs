@@ -110,6 +110,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     if item < n_items {
         words = load(item);
     }
+    let first_weight = read_early(norm, warp_id, 8 * shape.n_groups, 1.0);
     if !norm.is_null() && thread::thread_idx_x() == 0 {
         norm.cast::<u8>().prefetch(4 * k as u32);
     }
@@ -119,15 +120,21 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
 
     let x: Glb<F32x4> = q.cast::<F32x4>().offset((first_x * shape.n_groups) as usize * 8);
     let n4 = 8 * shape.n_groups;
+    let mut first_values = [[0.0; 4]; 2];
+    if scales.is_null() {
+        first_values = read(x, warp_id, n4, 0.0);
+    }
     let mut scale = 1.0;
     if !norm.is_null() {
         let mut span = warp_id;
+        let mut v = first_values;
         while span < n_spans {
-            let sum = warp::sum_f32(squares(read(x, span, n4, 0.0)));
+            let next = read(x, span + n_warps, n4, 0.0);
+            let sum = warp::sum_f32(squares(v));
             if lane == 0 {
                 span_squares.st(span, sum);
             }
-            span += n_warps;
+            (v, span) = (next, span + n_warps);
         }
         sync::sync_threads();
         let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
@@ -143,20 +150,35 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     loop {
         let end = if start + shape.window < n_items { start + shape.window } else { n_items };
         let (first_span, _) = item_of(start);
-        let mut span = first_span + warp_id;
         let (end_span, _) = item_of(end);
-        while span < end_span {
-            if scales.is_null() {
-                let mut v = read(x, span, n4, 0.0);
+        if scales.is_null() {
+            let mut span = first_span + warp_id;
+            let mut v = first_values;
+            if start != 0 {
+                v = read(x, span, n4, 0.0);
+            }
+            let mut weight = first_weight;
+            while span < end_span {
+                // The next span's loads beside this one's arithmetic.
+                let next = span + n_warps;
+                let next_v = read(x, next, n4, 0.0);
+                let next_weight = read_early(norm, next, n4, 1.0);
                 if !norm.is_null() {
-                    v = normalise(v, read_early(norm, span, n4, 1.0), [[0.0; 4]; 2], scale);
+                    v = normalise(v, weight, [[0.0; 4]; 2], scale);
                 }
                 stage(span - first_span).quantise::<F>(v);
-            } else {
-                let first = first_x * shape.n_groups + span * groups;
-                stage(span - first_span).fill::<F, 1>(q, scales, groups_of(span), |_| first);
+                (v, weight, span) = (next_v, next_weight, next);
             }
-            span += n_warps;
+        } else {
+            Stage::fill_all::<F>(
+                stages,
+                q,
+                scales,
+                first_x * shape.n_groups,
+                shape.n_groups,
+                first_span,
+                end_span,
+            );
         }
         sync::sync_threads();
 
@@ -209,7 +231,11 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         }
     }
     let (part, row) = ending();
-    if warp_id == 0 && row < part.n_rows {
+    if gate.quantises() {
+        if warp_id == 0 {
+            part.finish_quantised(gate, p1, thread::block_idx_x(), total);
+        }
+    } else if warp_id == 0 && row < part.n_rows {
         part.finish_with(gate, p1, expert(), thread::block_idx_y(), row, total, residual);
     }
 }
