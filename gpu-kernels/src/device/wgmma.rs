@@ -30,7 +30,7 @@ impl Operand {
     /// Where chunk `chunk` (0..8) of row `row` of an operand lies, in chunks.
     #[inline(always)]
     pub const fn place(row: u32, chunk: u32) -> u32 {
-        8 * row + (chunk ^ row % 8)
+        8 * row + (chunk ^ (row % 8))
     }
 
     /// The operand whose first row's first chunk, of even number, would lie at element `i` if chunks were not permuted.
