@@ -161,6 +161,8 @@ pub trait BlockFormat: Pod + 'static {
     const CODE_MAX: u8;
     /// Weights that share a scale within a group: 16 or 32.
     const SCALE_ELEMS: usize = GROUP;
+    /// Whether scales are values of f16: their products with another such are exact in f32.
+    const SCALE_IS_F16: bool = false;
     /// Whether `offset` can be non-zero.
     const HAS_OFFSET: bool = false;
     /// How activations are rounded before a product with this format: ggml's choice.

@@ -60,14 +60,19 @@ impl<T> Smem<T> {
         }
     }
 
-    /// The same bytes as elements of another type, at least as large.
+    /// The same bytes as elements of another type; the size of one is a multiple of the other's.
     #[inline(always)]
     pub fn cast<U>(self) -> Smem<U> {
-        const { assert!(size_of::<U>() >= size_of::<T>() && size_of::<U>().is_multiple_of(size_of::<T>())) };
+        const {
+            assert!(
+                size_of::<U>().is_multiple_of(size_of::<T>())
+                    || size_of::<T>().is_multiple_of(size_of::<U>())
+            )
+        };
         Smem {
             address: self.address,
             #[cfg(not(target_arch = "nvptx64"))]
-            elems: self.elems / (size_of::<U>() / size_of::<T>()) as u32,
+            elems: self.elems * size_of::<T>() as u32 / size_of::<U>() as u32,
             element: PhantomData,
         }
     }

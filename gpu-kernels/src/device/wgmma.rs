@@ -24,10 +24,13 @@ use {super::intrinsics, core::arch::asm};
 pub struct Operand(u64);
 
 impl Operand {
+    /// No operand, for a place that a kernel's form does not use.
+    pub const NONE: Operand = Operand(0);
+
     /// Where chunk `chunk` (0..8) of row `row` of an operand lies, in chunks.
     #[inline(always)]
     pub const fn place(row: u32, chunk: u32) -> u32 {
-        8 * row + (chunk ^ row % 8)
+        8 * row + (chunk ^ (row % 8))
     }
 
     /// The operand whose first row's first chunk, of even number, would lie at element `i` if chunks were not permuted.

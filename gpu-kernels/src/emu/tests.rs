@@ -6,7 +6,7 @@ use std::string::{String, ToString};
 use super::{Emulator, Entry, Options};
 use crate::device::sync::{self, Mbarrier};
 use crate::device::thread::{self, thread_idx_x};
-use crate::device::{Glb, Smem, U32x4, async_copy, atomic, mma, warp};
+use crate::device::{Glb, Smem, U32x4, async_copy, atomic, grid, mma, warp};
 use crate::driver::{Driver, DriverError, MemKind, StreamId};
 use crate::launch::{DevicePtr, Launch, Params};
 
@@ -58,21 +58,61 @@ fn initialised() -> Smem<u32> {
     Shared::words()
 }
 
-/// A test for one kernel: `bug` is 1 to misbehave.
+/// A test for one kernel: `bug` is 1 to misbehave. An `early` one waits for earlier launches itself.
 macro_rules! plant {
-    ($name:ident, $what:literal, |$memory:ident, $bug:ident| $body:block) => {
+    ($name:ident, $what:literal, $($early:ident,)? |$memory:ident, $bug:ident| $body:block) => {
         #[test]
         fn $name() {
             fn kernel($memory: Glb<u32>, $bug: u32) $body
             kernels! {
                 in "emulator_tests";
-                TABLE: threads(64);
+                TABLE: threads(64) $(, $early)?;
                 fn (memory: Glb<u32>, bug: u32);
                 stringify!($name) => kernel;
             }
             planted(&TABLE[0], $what);
         }
     };
+}
+
+plant!(load_before_earlier_launches_have_ended, "Read at", early, |memory, bug| {
+    let weight = memory.ld_early(0);
+    if bug == 1 {
+        memory.st(200 + thread::index_1d(), memory.ld(1) + weight);
+    }
+    grid::wait_for_earlier();
+    memory.st(200 + thread::index_1d(), memory.ld(1) + weight);
+});
+
+plant!(store_before_earlier_launches_have_ended, "Write at", early, |memory, bug| {
+    if bug == 1 {
+        memory.st(thread::index_1d(), 1);
+    }
+    grid::wait_for_earlier();
+    memory.st(thread::index_1d(), 1);
+});
+
+plant!(prefetch_out_of_bounds, "a prefetch of 16 bytes", |memory, bug| {
+    memory.cast::<u8>().offset(if bug == 1 { BYTES as usize } else { 0 }).prefetch(16);
+});
+
+/// Later launches would not know when earlier ones have ended.
+#[test]
+fn thread_that_does_not_wait_for_earlier_launches() {
+    fn kernel(_memory: Glb<u32>, bug: u32) {
+        if bug == 0 || thread_idx_x() != 5 {
+            grid::wait_for_earlier();
+        }
+    }
+    kernels! {
+        in "emulator_tests";
+        TABLE: threads(64), early;
+        fn (memory: Glb<u32>, bug: u32);
+        "thread_that_does_not_wait" => kernel;
+    }
+    run(&TABLE[0], 0).unwrap();
+    let error = run(&TABLE[0], 1).unwrap_err();
+    assert!(error.contains("ended without waiting") && error.contains("thread 5"), "{error}");
 }
 
 plant!(shared_race_after_a_write, "race: shared memory", |_memory, bug| {

@@ -217,6 +217,12 @@ mod device {
         put_floats::<F, GROUPS, ROWS>(floats, row, j, group);
     }
 
+    /// Where a row's floats lie in a plane.
+    #[inline(always)]
+    pub fn row_place(row: u32) -> u32 {
+        row / 32 * 32 + row % 8 * 4 + row % 32 / 8
+    }
+
     /// Stores the floats of group `j` of row `row` into planes `[plane][group][row]`. Of 32 rows, those eight apart are
     /// neighbours there, since a lane's accumulators need them together.
     #[inline(always)]
@@ -227,7 +233,7 @@ mod device {
         j: u32,
         group: &Group,
     ) {
-        let place = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
+        let place = row_place(row);
         let put = |plane: usize, value: f32| {
             floats.st((plane * GROUPS * ROWS) as u32 + j * ROWS as u32 + place, value);
         };

@@ -10,6 +10,9 @@
 //! * A stage is half a span, 128 weights of each row and column: a row of 128 bytes in the swizzled layout. Stages form a
 //!   ring; mbarriers say when one is full and when it is empty. A group whose halves have scales of their own lies there
 //!   twice, with either half zero, since `wgmma` has no product of 16 bytes of k.
+//! * Where both scales are values of f16, their product is exact in f32: then a product of 16 bytes of k on tensor cores,
+//!   all zeros but for a group's two scales, makes it, and what is left to do for an output and group is a conversion
+//!   and an fma. (An activation's scale that overflows f16 gives NaN where other kernels may give an infinity.)
 //! * A consumer thread keeps the span's 64 sums in registers, the totals in shared memory, where it meets them once per
 //!   span.
 //! * Row tile slots 0 to 3 as in the wide cut; of a gated pair 0 and 1 are the gate's, 2 and 3 the same rows of up.
@@ -17,6 +20,7 @@
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::MmqHopper;
 use quant::BlockFormat;
+use quant::act::ActKind;
 
 use super::int8_tile::{column_planes, row_planes};
 use crate::tile::{ROWS, Tiled};
@@ -53,9 +57,19 @@ const fn steps<F: BlockFormat>() -> u32 {
     1 + halved::<F>() as u32
 }
 
+/// Whether tensor cores multiply the scales. With an offset a consumer's registers would not suffice.
+const fn exact<F: BlockFormat>() -> bool {
+    F::SCALE_IS_F16 && !halved::<F>() && !F::HAS_OFFSET && !matches!(F::ACT, ActKind::Q8K)
+}
+
 /// Stages of the ring: as many as fit beside two spans of raw weights.
 const fn stages<F: BlockFormat>() -> u32 {
-    if halved::<F>() { 2 } else { 3 }
+    if halved::<F>() || exact::<F>() { 2 } else { 3 }
+}
+
+/// Floats per row and group that consumers read, and per column and group.
+const fn planes<F: BlockFormat>() -> [u32; 2] {
+    if exact::<F>() { [0; 2] } else { [row_planes::<F>() as u32, column_planes::<F>() as u32] }
 }
 
 /// Bytes of a span of one raw row tile.
@@ -63,10 +77,16 @@ const fn raw_bytes<F: Tiled>() -> u32 {
     (ROWS * F::LAYOUT.span_bytes) as u32
 }
 
-/// Shared memory: where codes of the weights and of the activations, floats of rows and of columns, totals, barriers, the
-/// list of columns and raw row tiles start.
+/// Shared memory: where codes of the weights (at 0) and of the activations, their scales for the tensor cores, floats of
+/// rows and of columns, totals, barriers, the list of columns and raw row tiles start.
+#[cfg_attr(
+    not(any(target_arch = "nvptx64", feature = "emu")),
+    expect(dead_code, reason = "a host that only launches needs the whole alone")
+)]
 struct Layout {
     b: u32,
+    a_scales: u32,
+    b_scales: u32,
     row_floats: u32,
     column_floats: u32,
     totals: u32,
@@ -81,16 +101,30 @@ struct Layout {
 const fn layout<F: BlockFormat + Tiled>() -> Layout {
     let n = stages::<F>();
     let b = n * steps::<F>() * CODES_BYTES;
-    let row_floats = b + n * CODES_BYTES;
-    let column_floats = row_floats + n * 4 * PLANE * row_planes::<F>() as u32;
-    let totals = column_floats + n * 4 * PLANE * column_planes::<F>() as u32;
+    let a_scales = b + n * CODES_BYTES;
+    let b_scales = a_scales + exact::<F>() as u32 * n * CODES_BYTES;
+    let row_floats = b_scales + exact::<F>() as u32 * CODES_BYTES;
+    let column_floats = row_floats + n * 4 * PLANE * planes::<F>()[0];
+    let totals = column_floats + n * 4 * PLANE * planes::<F>()[1];
     let barriers = totals + (4 * TILE * TILE) as u32;
     let columns = barriers + 256;
     let raw = columns + 8 * TILE as u32;
     let of_span = ROW_TILES as u32 * raw_bytes::<F>();
     let raw_stages = if raw + 2 * of_span <= MOST_BYTES { 2 } else { 1 };
     let bytes = raw + raw_stages * of_span;
-    Layout { b, row_floats, column_floats, totals, barriers, columns, raw, raw_stages, bytes }
+    Layout {
+        b,
+        a_scales,
+        b_scales,
+        row_floats,
+        column_floats,
+        totals,
+        barriers,
+        columns,
+        raw,
+        raw_stages,
+        bytes,
+    }
 }
 
 /// Shared memory of a CTA.
@@ -107,9 +141,11 @@ pub(crate) use device::multiply;
 mod device {
     use core::marker::PhantomData;
 
+    use quant::bits::f32_to_f16;
+
     use super::*;
     use crate::device::sync::{self, Mbarrier};
-    use crate::device::wgmma::{self, Operand, Registers, S8N64, Sums};
+    use crate::device::wgmma::{self, F16N64, Operand, Registers, S8N64, Sums};
     use crate::device::{F32x2, F32x4, Smem, async_copy, bulk_copy, math, thread, warp};
     use crate::kernels::int8_tile;
     use crate::kernels::mmq::{NONE, Work, group, units_of};
@@ -124,6 +160,10 @@ mod device {
     const PRODUCER_REGISTERS: u32 = 104;
     const CONSUMER_REGISTERS: u32 = 200;
     const _: () = assert!(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
+    /// The same where tensor cores multiply scales.
+    const EXACT_PRODUCER_REGISTERS: u32 = 72;
+    const EXACT_CONSUMER_REGISTERS: u32 = 216;
+    const _: () = assert!(EXACT_PRODUCER_REGISTERS + 2 * EXACT_CONSUMER_REGISTERS <= 3 * 168);
     /// Columns whose products a warpgroup starts at a time.
     const HALF: u32 = TILE as u32 / 2;
     /// 16-byte chunks of a stage of codes, and of a row in it.
@@ -167,6 +207,10 @@ mod device {
     struct Shared<F> {
         a: Smem<U32x4>,
         b: Smem<U32x4>,
+        /// As codes lie there: of each group a row's 32 bytes with the scale, an f16, in the group's place, else zeros.
+        a_scales: Smem<U32x4>,
+        /// All stages' columns: of each stage a column's 32 bytes with the scales of the groups.
+        b_scales: Smem<U32x4>,
         row_floats: Smem<f32>,
         column_floats: Smem<f32>,
         totals: Smem<F32x4>,
@@ -177,8 +221,8 @@ mod device {
     }
 
     impl<F: BlockFormat + Tiled> Shared<F> {
-        const ROW_FLOATS: u32 = PLANE * row_planes::<F>() as u32;
-        const COLUMN_FLOATS: u32 = PLANE * column_planes::<F>() as u32;
+        const ROW_FLOATS: u32 = PLANE * planes::<F>()[0];
+        const COLUMN_FLOATS: u32 = PLANE * planes::<F>()[1];
         const RAW_STAGES: u32 = layout::<F>().raw_stages;
 
         #[inline(always)]
@@ -188,6 +232,8 @@ mod device {
             Shared {
                 a: Smem::dynamic(0, n * steps::<F>() * STAGE_CHUNKS),
                 b: Smem::dynamic(layout.b, n * STAGE_CHUNKS),
+                a_scales: Smem::dynamic(layout.a_scales, exact::<F>() as u32 * n * STAGE_CHUNKS),
+                b_scales: Smem::dynamic(layout.b_scales, exact::<F>() as u32 * STAGE_CHUNKS),
                 row_floats: Smem::dynamic(layout.row_floats, n * Self::ROW_FLOATS),
                 column_floats: Smem::dynamic(layout.column_floats, n * Self::COLUMN_FLOATS),
                 totals: Smem::dynamic(layout.totals, (TILE * TILE / 4) as u32),
@@ -229,6 +275,22 @@ mod device {
                 }
                 unroll!(S in 0..2 { self.raw_full(I as u32, S as u32).init(1); });
             });
+        }
+
+        /// Zeros around the scales.
+        #[inline(always)]
+        #[track_caller]
+        fn clear_scales(&self) {
+            let clear = |chunks: Smem<U32x4>, n: u32| {
+                let mut i = thread::thread_idx_x();
+                while i < n {
+                    chunks.st(i, U32x4([0; 4]));
+                    i += THREADS;
+                }
+            };
+            clear(self.a_scales, stages::<F>() * STAGE_CHUNKS);
+            clear(self.b_scales, STAGE_CHUNKS);
+            sync::fence_async_proxy();
         }
 
         /// Starts the copy of a span of the warp's raw row tile.
@@ -273,8 +335,30 @@ mod device {
                     a.st(first, low);
                     a.st(second, high);
                 }
-                int8_tile::put_floats::<F, STAGE_GROUPS, TILE>(floats, row, J as u32, &group);
+                if exact::<F>() {
+                    let scales = self.a_scales.skip(stage * STAGE_CHUNKS).cast::<u16>();
+                    scales.st(8 * first + J as u32, f32_to_f16(group.scale[0]));
+                } else {
+                    int8_tile::put_floats::<F, STAGE_GROUPS, TILE>(floats, row, J as u32, &group);
+                }
             });
+        }
+
+        /// Stores the floats of a column's groups of a stage.
+        #[inline(always)]
+        #[track_caller]
+        fn put_column(&self, stage: u32, column: u32, acts: [ActScale; STAGE_GROUPS]) {
+            if exact::<F>() {
+                let half = |j: usize| u32::from(f32_to_f16(acts[j].d));
+                let scales = U32x2([half(0) | half(1) << 16, half(2) | half(3) << 16]);
+                self.b_scales.cast::<U32x2>().st(2 * Operand::place(column, 2 * stage), scales);
+            } else {
+                let (floats, place) =
+                    (self.column_floats.skip(stage * Self::COLUMN_FLOATS), column_place(column));
+                unroll!(J in 0..4 {
+                    int8_tile::put_column::<F, STAGE_GROUPS, TILE>(floats, place, J as u32, acts[J]);
+                });
+            }
         }
 
         /// What the producers do, for warp `slot`.
@@ -304,10 +388,6 @@ mod device {
             // Activations: eight threads a column, each a chunk of eight columns that are 16 apart.
             let chunk = thread % ROW_CHUNKS;
             let first_column = thread / ROW_CHUNKS;
-            let mut sources = [0; 8];
-            unroll!(I in 0..8 {
-                sources[I] = self.columns.ld(first_column + 16 * I as u32) * (2 * n_groups) + chunk;
-            });
             let target = Operand::place(first_column, chunk);
             // Floats of a column.
             let scales = work.scales.offset(self.columns.ld(thread) as usize * n_groups as usize);
@@ -319,8 +399,10 @@ mod device {
                 self.empty(place.slot).wait(place.parity ^ 1);
                 if chunk < 2 * there {
                     let stage = self.b.skip(place.slot * STAGE_CHUNKS);
+                    let at = h * ROW_CHUNKS + chunk;
                     unroll!(I in 0..8 {
-                        async_copy::copy16(stage, target + I as u32 * (16 * ROW_CHUNKS), work.q, sources[I] + h * ROW_CHUNKS);
+                        let source = self.columns.ld(first_column + 16 * I as u32) * (2 * n_groups) + at;
+                        async_copy::copy16(stage, target + I as u32 * (16 * ROW_CHUNKS), work.q, source);
                     });
                 }
                 async_copy::commit();
@@ -337,12 +419,8 @@ mod device {
                 } else {
                     self.unpack::<1>(slot, span, n_groups, place.slot);
                 }
-                let floats = self.column_floats.skip(place.slot * Self::COLUMN_FLOATS);
-                unroll!(J in 0..4 {
-                    let U32x2([d, extra]) = acts[J];
-                    let act = ActScale { d: f32::from_bits(d), extra };
-                    int8_tile::put_column::<F, STAGE_GROUPS, TILE>(floats, column_place(thread), J as u32, act);
-                });
+                let acts = acts.map(|U32x2([d, extra])| ActScale { d: f32::from_bits(d), extra });
+                self.put_column(place.slot, thread, acts);
                 async_copy::wait::<0>();
                 sync::fence_async_proxy();
                 warp::sync_warp();
@@ -357,87 +435,140 @@ mod device {
             }
         }
 
-        /// Starts the product of step `step` from the place on (a group, or one half of it) with 64 columns.
+        /// Starts the products of step `step` from the place on (a group, or one half of it) with 64 columns.
         #[inline(always)]
         #[track_caller]
-        fn start(&self, sums: &mut Sums<32>, at: &At, half: u32, step: u32) {
+        fn start(&self, products: &mut Products, at: &At, half: u32, step: u32) {
             let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
+            let (slot, columns) = (at.place.slot, half * HALF * ROW_CHUNKS);
             wgmma::fence();
-            let a = at.a.skip((at.place.slot * steps::<F>() + step) * STAGE_CHUNKS + 2 * j);
-            let b = at.b.skip(at.place.slot * STAGE_CHUNKS + half * HALF * ROW_CHUNKS + 2 * j);
-            S8N64::shared::<false>(sums, a, b);
+            let a = at.a.skip((slot * steps::<F>() + step) * STAGE_CHUNKS + 2 * j);
+            S8N64::shared::<false>(&mut products.sums, a, at.b.skip(slot * STAGE_CHUNKS + columns + 2 * j));
+            if exact::<F>() {
+                let a = at.a_scales.skip(slot * STAGE_CHUNKS + 2 * j);
+                F16N64::shared::<false>(&mut products.scales, a, at.b_scales.skip(columns + 2 * slot));
+            }
             wgmma::commit();
         }
 
-        /// Adds the products of `STEPS` steps. While the sums of 64 columns are added, the tensor cores make those of the
-        /// others; none is under way at the end, since ptxas follows them through straight code only.
+        /// Waits until at most `PENDING` of the products started last are under way.
+        #[inline(always)]
+        #[track_caller]
+        fn wait<const PENDING: u32>(products: &mut Products) {
+            products.sums.wait::<PENDING>();
+            if exact::<F>() {
+                products.scales.wait::<PENDING>();
+            }
+        }
+
+        /// Adds the products of `STEPS` steps. While those with 64 columns are added, the tensor cores make those with the
+        /// others, and the scales of the others are on their way; no product is under way at the end, since ptxas follows
+        /// them through straight code only.
         #[inline(always)]
         #[track_caller]
         fn add_products<const STEPS: usize>(&self, acc: &mut [[f32; 32]; 2], at: &At) {
-            let mut sums = [Sums::<32>::zero(); 2];
-            self.start(&mut sums[0], at, 0, 0);
-            self.start(&mut sums[1], at, 1, 0);
+            let mut products = [Products { sums: Sums::zero(), scales: Sums::zero() }; 2];
+            self.start(&mut products[0], at, 0, 0);
+            self.start(&mut products[1], at, 1, 0);
+            let mut scales = [self.scales_ahead(at, 0, 0); 2];
             unroll!(S in 0..4 {
                 if S < STEPS {
-                    sums[0].wait::<1>();
-                    self.fold(&mut acc[0], &sums[0], at, 0, S as u32);
+                    let step = S as u32;
+                    scales[1] = self.scales_ahead(at, 1, step);
+                    Self::wait::<1>(&mut products[0]);
+                    self.fold(&mut acc[0], &products[0], &scales[0], at, 0, step);
                     if S + 1 < STEPS {
-                        self.start(&mut sums[0], at, 0, S as u32 + 1);
-                        sums[1].wait::<1>();
+                        self.start(&mut products[0], at, 0, step + 1);
+                        scales[0] = self.scales_ahead(at, 0, step + 1);
+                        Self::wait::<1>(&mut products[1]);
                     } else {
-                        sums[1].wait::<0>();
+                        Self::wait::<0>(&mut products[1]);
                     }
-                    self.fold(&mut acc[1], &sums[1], at, 1, S as u32);
+                    self.fold(&mut acc[1], &products[1], &scales[1], at, 1, step);
                     if S + 1 < STEPS {
-                        self.start(&mut sums[1], at, 1, S as u32 + 1);
+                        self.start(&mut products[1], at, 1, step + 1);
                     }
                 }
             });
         }
 
-        /// Scales the sums of a product and adds them.
+        /// A plane's two floats of the thread's rows, for group `j` of the stage.
         #[inline(always)]
         #[track_caller]
-        fn fold(&self, acc: &mut [f32; 32], sums: &Sums<32>, at: &At, half: u32, step: u32) {
-            let t = thread::lane_id() % 4;
-            let n_scales = steps::<F>();
-            let (j, step) = (at.j + step / n_scales, step % n_scales);
-            let last = step + 1 == n_scales;
+        fn of_rows(&self, at: &At, plane: u32, j: u32) -> [f32; 2] {
             let rows = self.row_floats.skip(at.place.slot * Self::ROW_FLOATS).cast::<F32x2>();
-            let row = |plane: u32| rows.ld(plane * (PLANE / 2) + j * (TILE as u32 / 2) + at.row).0;
-            let scale = row(step);
-            let mut offsets = [[0.0; 2]; 2];
-            if F::HAS_OFFSET && last {
-                offsets[0] = row(n_scales);
+            rows.ld(plane * (PLANE / 2) + j * (TILE as u32 / 2) + at.row).0
+        }
+
+        /// A plane's floats of the thread's columns among 64, for group `j` of the stage.
+        #[inline(always)]
+        #[track_caller]
+        fn of_columns(&self, at: &At, plane: u32, j: u32, half: u32) -> [[f32; 4]; 4] {
+            let columns = self.column_floats.skip(at.place.slot * Self::COLUMN_FLOATS).cast::<F32x4>();
+            let first = plane * (PLANE / 4) + (j * TILE as u32 + half * HALF) / 4 + thread::lane_id() % 4;
+            core::array::from_fn(|q| columns.ld(first + 4 * q as u32).0)
+        }
+
+        /// [`Shared::scales`] ahead of the products, unless tensor cores multiply them. With an offset registers do not
+        /// suffice for it.
+        #[inline(always)]
+        #[track_caller]
+        fn scales_ahead(&self, at: &At, half: u32, step: u32) -> Scales {
+            if exact::<F>() || F::HAS_OFFSET {
+                Scales { rows: [0.0; 2], columns: [[0.0; 4]; 4] }
+            } else {
+                self.scales(at, half, step)
+            }
+        }
+
+        /// The scales of a step.
+        #[inline(always)]
+        #[track_caller]
+        fn scales(&self, at: &At, half: u32, step: u32) -> Scales {
+            let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
+            Scales { rows: self.of_rows(at, step, j), columns: self.of_columns(at, 0, j, half) }
+        }
+
+        /// Scales the sums of a step and adds them.
+        #[inline(always)]
+        #[track_caller]
+        fn fold(
+            &self,
+            acc: &mut [f32; 32],
+            products: &Products,
+            scales: &Scales,
+            at: &At,
+            half: u32,
+            step: u32,
+        ) {
+            let scales = if F::HAS_OFFSET { &self.scales(at, half, step) } else { scales };
+            let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
+            let with_offset = F::HAS_OFFSET && step + 1 == steps::<F>();
+            let (mut offsets, mut values) = ([[0.0; 2]; 2], [[[0.0; 4]; 4]; 2]);
+            if with_offset {
+                offsets[0] = self.of_rows(at, steps::<F>(), j);
+                values[0] = self.of_columns(at, 1, j, half);
                 if halved::<F>() {
-                    offsets[1] = row(n_scales + 1);
+                    offsets[1] = self.of_rows(at, steps::<F>() + 1, j);
+                    values[1] = self.of_columns(at, 2, j, half);
                 }
             }
-            let columns = self.column_floats.skip(at.place.slot * Self::COLUMN_FLOATS).cast::<F32x4>();
-            let at_column = (j * TILE as u32 + half * HALF) / 4 + t;
-            unroll!(Q in 0..4 {
-                let column = |plane: u32| columns.ld(plane * (PLANE / 4) + at_column + 4 * Q as u32).0;
-                let d = column(0);
-                let mut values = [[0.0; 4]; 2];
-                if F::HAS_OFFSET && last {
-                    values[0] = column(1);
+            unroll!(Q in 0..4 { unroll!(E in 0..8 {
+                let (r, c) = (E / 2 % 2, E / 4 * 2 + E % 2);
+                let scale = if exact::<F>() {
+                    f32::from_bits(products.scales.get(8 * Q + E))
+                } else {
+                    math::mul(scales.rows[r], scales.columns[Q][c])
+                };
+                let out = &mut acc[8 * Q + E];
+                *out = math::fma(scale, products.sums.get(8 * Q + E) as i32 as f32, *out);
+                if with_offset {
+                    *out = math::fma(offsets[0][r], values[0][Q][c], *out);
                     if halved::<F>() {
-                        values[1] = column(2);
+                        *out = math::fma(offsets[1][r], values[1][Q][c], *out);
                     }
                 }
-                unroll!(E in 0..8 {
-                    let (r, c) = (E / 2 % 2, E / 4 * 2 + E % 2);
-                    let out = &mut acc[8 * Q + E];
-                    let sum = sums.get(8 * Q + E) as i32 as f32;
-                    *out = math::fma(math::mul(scale[r], d[c]), sum, *out);
-                    if F::HAS_OFFSET && last {
-                        *out = math::fma(offsets[0][r], values[0][c], *out);
-                        if halved::<F>() {
-                            *out = math::fma(offsets[1][r], values[1][c], *out);
-                        }
-                    }
-                });
-            });
+            }); });
         }
 
         /// Adds a span's sums to the thread's totals and clears them.
@@ -471,6 +602,12 @@ mod device {
             let mut at = At {
                 a: Operand::at(self.a, warp / 4 * (64 * ROW_CHUNKS)),
                 b: Operand::at(self.b, 0),
+                a_scales: if exact::<F>() {
+                    Operand::at(self.a_scales, warp / 4 * (64 * ROW_CHUNKS))
+                } else {
+                    Operand::NONE
+                },
+                b_scales: if exact::<F>() { Operand::at(self.b_scales, 0) } else { Operand::NONE },
                 // Of 32 rows, those eight apart are neighbours.
                 row: (warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2) / 2,
                 place: Place::FIRST,
@@ -528,12 +665,28 @@ mod device {
     /// Elements between the columns of the finished tile in shared memory: four column pairs in different banks.
     const FINISHED_STRIDE: u32 = TILE as u32 + 4;
 
+    /// A step's products with 64 columns: sums over codes, and of the scales where tensor cores multiply them.
+    #[derive(Clone, Copy)]
+    struct Products {
+        sums: Sums<32>,
+        scales: Sums<32>,
+    }
+
+    /// Scales of the thread's rows and, of 64 columns, of its own.
+    #[derive(Clone, Copy)]
+    struct Scales {
+        rows: [f32; 2],
+        columns: [[f32; 4]; 4],
+    }
+
     /// Where a consumer is.
     #[derive(Clone, Copy)]
     struct At {
         /// The warpgroup's rows and all columns, in stage 0.
         a: Operand,
         b: Operand,
+        a_scales: Operand,
+        b_scales: Operand,
         /// The thread's two rows among a group's floats.
         row: u32,
         place: Place,
@@ -555,12 +708,23 @@ mod device {
         if thread == 0 {
             shared.init();
         }
+        if exact::<F>() {
+            shared.clear_scales();
+        }
         sync::sync_threads();
         if thread < 128 {
-            warp::give_registers::<PRODUCER_REGISTERS>();
+            if exact::<F>() {
+                warp::give_registers::<EXACT_PRODUCER_REGISTERS>();
+            } else {
+                warp::give_registers::<PRODUCER_REGISTERS>();
+            }
             shared.produce(work, thread::warp_id());
         } else {
-            warp::take_registers::<CONSUMER_REGISTERS>();
+            if exact::<F>() {
+                warp::take_registers::<EXACT_CONSUMER_REGISTERS>();
+            } else {
+                warp::take_registers::<CONSUMER_REGISTERS>();
+            }
             shared.consume(work);
         }
     }
@@ -632,6 +796,7 @@ mod host {
         case(FormatId::Q4_0, &[14336], 4096, 512),
         case(FormatId::Q4_0, &[14336], 4096, 2048),
         case(FormatId::Q8_0, &[4096], 14336, 512),
+        case(FormatId::MXFP4, &[4096], 14336, 512),
         case(FormatId::Q4_K, &[4096], 14336, 512),
         case(FormatId::Q6_K, &[4096], 14336, 512),
         case(FormatId::IQ3_XXS, &[4096], 14336, 512),

@@ -200,6 +200,62 @@ pub(super) mod gpu {
             span_to(F::ACT, v, Staging::<F> { stage: self, format: core::marker::PhantomData }, 0);
         }
 
+        /// Fills the stages, `stages` and on, of spans `first_span` to `end_span` of one column, whose `n` groups start at
+        /// group `column` of the arrays. Groups beyond a short span become zeros. The CTA calls together.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn fill_all<F: BlockFormat>(
+            stages: u32,
+            q: Glb<U32x4>,
+            scales: Glb<U32x2>,
+            column: u32,
+            n: u32,
+            first_span: u32,
+            end_span: u32,
+        ) {
+            let (tid, threads) = (thread::thread_idx_x(), thread::block_dim_x());
+            let groups = SPAN_GROUPS as u32;
+            let first = first_span * groups;
+            let end = end_span * groups - first;
+            let stage = |group: u32| {
+                Stage::at::<F, 1>(stages + group / groups * super::stage_bytes(F::SCALE_ELEMS, 1))
+            };
+            // A group is two vectors of codes and a pair of words; the loads of four groups per thread are under way, more
+            // than 448 threads have of 14,336 values.
+            let mut at = tid;
+            while at < 2 * end {
+                let (mut codes, mut acts) = ([U32x4([0; 4]); 4], [U32x2([0; 2]); 2]);
+                unroll!(I in 0..4 {
+                    let i = at + I as u32 * threads;
+                    if i < 2 * end && first + i / 2 < n {
+                        codes[I] = q.ld_nc(2 * (column + first) + i);
+                    }
+                });
+                // Half as many groups as vectors: those of the first half of the same stretch.
+                let group = (at - tid) / 2 + tid;
+                unroll!(I in 0..2 {
+                    let i = group + I as u32 * threads;
+                    if i < end && first + i < n {
+                        acts[I] = scales.ld_nc(column + first + i);
+                    }
+                });
+                unroll!(I in 0..4 {
+                    let i = at + I as u32 * threads;
+                    if i < 2 * end {
+                        stage(i / 2).codes.cast::<U32x4>().st(i % (2 * groups), codes[I]);
+                    }
+                });
+                unroll!(I in 0..2 {
+                    let i = group + I as u32 * threads;
+                    if i < end {
+                        let U32x2([d, extra]) = acts[I];
+                        stage(i).set_scale::<F>(i % groups, ActScale { d: f32::from_bits(d), extra });
+                    }
+                });
+                at += 4 * threads;
+            }
+        }
+
         /// Fills it with `n` groups from group `column(c)` of each column c; the span's other groups become zeros. The
         /// warp calls together.
         #[inline(always)]
@@ -598,6 +654,8 @@ macro_rules! entries {
             host::Case { rows: &[33], k: 768, n_cols: 2, mixture: Some((4, 2, true)), x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_K) },
             host::Case { rows: &[35, 5], k: 576, x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[33, 33], k: 4096, glu: Some(Glu::Silu), x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_K) },
+            host::Case { rows: &[64, 64], k: 288, glu: Some(Glu::Silu), acts: true, ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[96, 96], k: 512, glu: Some(Glu::Gelu), x: host::X::Normed, acts: true, ..host::Case::of(quant::FormatId::Q4_1) },
             // More spans than fit shared memory at a time.
             host::Case { rows: &[3], k: 256 * 130 + 64, extras: true, x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[2, 2], k: 256 * 90, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::IQ2_XXS) },
@@ -660,7 +718,10 @@ mod host {
     use super::{COLUMN_FIXED_BYTES, MAX_WARPS, SMEM_BYTES, tiles_per_warp};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
     use crate::kernels::output::{self, Output};
-    use crate::kernels::product::{Args, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
+    use crate::kernels::product::{
+        AS_Q8_0, AS_Q8_1, Args, Glu, Matrix, Mixture, epilogue_reference, with_parts, with_quantising_gate,
+    };
+    use crate::kernels::quantise_act::ActScale;
     use crate::kernels::{quantise_act, rms_norm};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
     use crate::tile::{self, ROWS, SPAN, SPAN_GROUPS, TileLayout};
@@ -707,13 +768,24 @@ mod host {
     /// Longest row that is normed on the way: `rms_norm`'s sum of more than 32 spans has another order.
     pub const MAX_NORM_K: usize = 32 * SPAN;
 
-    /// One launch for all matrices.
-    pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
-        launch_normed(args, None)
+    /// What a product of one column may do besides.
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    pub struct Besides {
+        /// Norm its activations, which are f32.
+        pub norm: Option<Norm>,
+        /// Write what gate and up give quantised, as `quantise_act` would: codes to the first matrix's `y`, scales to the
+        /// second's. Not as Q8K, whose super-blocks span CTAs.
+        pub acts: Option<ActKind>,
     }
 
-    /// [`launch`] of one column of f32 that is normed first.
-    pub fn launch_normed(args: &Args<'_>, norm: Option<Norm>) -> Result<Launch, LaunchError> {
+    /// One launch for all matrices.
+    pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
+        launch_with(args, Besides::default())
+    }
+
+    /// [`launch`] of one column with more than the product.
+    pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchError> {
+        let Besides { norm, acts } = besides;
         let kernel = Mmvq::NAME;
         let check = Check(kernel);
         let columns = if args.mixture.is_some() { 1 } else { args.n_cols };
@@ -732,6 +804,30 @@ mod host {
             if args.k > MAX_NORM_K {
                 return Err(check.shape("k of normed activations", "at most 8192", args.k));
             }
+        }
+        let mark = match acts {
+            None => 0,
+            Some(ActKind::Q8_0) => AS_Q8_0,
+            Some(ActKind::Q8_1) => AS_Q8_1,
+            Some(ActKind::Q8K) => return Err(check.shape("kind of quantised results", "Q8_0 or Q8_1", 2)),
+        };
+        if acts.is_some() {
+            let ([gate, up], None) = (args.parts, args.mixture) else {
+                return Err(check.shape("parts of quantised results", "gate and up", args.parts.len()));
+            };
+            if args.glu.is_none()
+                || columns != 1
+                || up.y == DevicePtr::NULL
+                || gate.residual != DevicePtr::NULL
+            {
+                return Err(check.shape(
+                    "columns of quantised results",
+                    "1, gated, without residual",
+                    columns,
+                ));
+            }
+            check.multiple("n_rows of quantised results", gate.n_rows, ROWS, "a multiple of 32")?;
+            check.aligned("scales of the results", up.y, 8)?;
         }
         let entry = super::entry(args.format, columns);
         let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
@@ -777,7 +873,7 @@ mod host {
             (window, fixed + window * outputs_bytes)
         };
         let params = params.with(args.q).with(args.scales).with(ids);
-        let params = with_gate(params, args.glu).with(k / 32).with(columns as u32);
+        let params = with_quantising_gate(params, args.glu, mark).with(k / 32).with(columns as u32);
         let mut params = params.with(window).with(pairs_per_x);
         if n_cols == 1 {
             let Norm { weight, eps } = norm.unwrap_or(Norm { weight: DevicePtr::NULL, eps: 0.0 });
@@ -816,6 +912,8 @@ mod host {
         pub mixture: Option<(usize, usize, bool)>,
         /// How the activations come.
         pub x: X,
+        /// Whether gate and up's results are written quantised.
+        pub acts: bool,
     }
 
     /// Form of a case's activations.
@@ -841,6 +939,7 @@ mod host {
                 extras: false,
                 mixture: None,
                 x: X::Acts,
+                acts: false,
             }
         }
     }
@@ -976,6 +1075,112 @@ mod host {
         }
     }
 
+    /// A problem of one column with a norm before it or quantised results, which must have the bits of separate launches.
+    fn both_ways(case: &Case, random: &mut Random) -> Problem {
+        let Case { format, rows, k, glu, x: form, acts, .. } = *case;
+        let kind = ActKindOf.of(format);
+        let n_parts = rows.len();
+        let n_outputs = if glu.is_some() { 1 } else { n_parts };
+        let mut buffers: Vec<Buffer> = rows
+            .iter()
+            .map(|&n_rows| {
+                let weights = with_format(format, Weights(random, n_rows * k));
+                let (blocks, _) = weights.expect("cases name formats of weights");
+                Buffer::Input(tile::pack(format, &blocks, n_rows, k))
+            })
+            .collect();
+        let scale_bytes = |n: usize| n / 32 * size_of::<ActScale>();
+        let zeros = |bytes: usize| Buffer::Input(vec![0; bytes]);
+        buffers.extend([
+            Buffer::Input(bytes_of(&random.values(k))),
+            Buffer::Input(bytes_of(&random.values(k))),
+            zeros(k),
+            zeros(scale_bytes(k)),
+        ]);
+        // What the separate launches write, the floats first.
+        let plain = buffers.len();
+        buffers.extend(rows[..n_outputs].iter().map(|n_rows| zeros(4 * n_rows)));
+        let checked: Vec<(usize, usize)> = if acts {
+            let codes = buffers.len();
+            buffers.extend([zeros(rows[0]), zeros(scale_bytes(rows[0]))]);
+            vec![(codes, rows[0]), (codes + 1, scale_bytes(rows[0]))]
+        } else {
+            (0..n_outputs).map(|part| (plain + part, 4 * rows[part])).collect()
+        };
+        let outputs = buffers.len();
+        let same = |(buffer, bytes)| Buffer::Output(Expected::Same { buffer, bytes });
+        buffers.extend(checked.into_iter().map(same));
+
+        let launches = move |at: &[DevicePtr]| {
+            let [x, weight, q, scales] = at[n_parts..plain] else { unreachable!("four of these") };
+            let parts = |y: &[DevicePtr]| -> Vec<Matrix> {
+                let none = DevicePtr::NULL;
+                let y = |p: usize| y.get(p).copied().unwrap_or(none);
+                let part = |(p, &n_rows): (usize, &usize)| Matrix {
+                    w: at[p],
+                    bias: none,
+                    residual: none,
+                    y: y(p),
+                    n_rows,
+                };
+                rows.iter().enumerate().map(part).collect()
+            };
+            let quantise = |x, q, scales, k| {
+                quantise_act::launch(&quantise_act::Args { kind, x, q, scales, n_cols: 1, k })
+            };
+            let normed = form == X::Normed;
+            let mut launches = vec![if normed {
+                rms_norm::launch(&rms_norm::Args {
+                    x,
+                    residual: DevicePtr::NULL,
+                    h: DevicePtr::NULL,
+                    weight,
+                    add: DevicePtr::NULL,
+                    output: Output::Act(kind),
+                    y: q,
+                    scales,
+                    n_rows: 1,
+                    n: k,
+                    eps: EPS,
+                })?
+            } else {
+                quantise(x, q, scales, k)?
+            }];
+            let (separate, fused) = (parts(&at[plain..plain + n_outputs]), parts(&at[outputs..]));
+            let args = Args { format, parts: &separate, glu, q, scales, k, n_cols: 1, mixture: None };
+            launches.push(launch(&args)?);
+            if acts {
+                launches.push(quantise(at[plain], at[plain + 1], at[plain + 2], rows[0])?);
+            }
+            let args = Args { parts: &fused, ..args };
+            let args = if form == X::Acts { args } else { Args { q: x, scales: DevicePtr::NULL, ..args } };
+            let norm = normed.then_some(Norm { weight, eps: EPS });
+            launches.push(launch_with(&args, Besides { norm, acts: acts.then_some(kind) })?);
+            Ok(launches)
+        };
+        let problem = Problem { buffers, launches: Box::new(launches) };
+        if random.is_timing() { output::last_launch(problem) } else { problem }
+    }
+
+    /// How activations are rounded for weights of a format.
+    struct ActKindOf;
+
+    impl ActKindOf {
+        fn of(self, format: FormatId) -> ActKind {
+            with_format(format, self).expect("cases name formats of weights")
+        }
+    }
+
+    impl Visitor for ActKindOf {
+        type Output = ActKind;
+        fn block<F: BlockFormat>(self) -> ActKind {
+            F::ACT
+        }
+        fn float<F: FloatFormat>(self) -> ActKind {
+            unreachable!("{:?} has no blocks", F::ID)
+        }
+    }
+
     /// ggml's name of a product: of one matrix, with nothing fused.
     pub(crate) fn peer(
         format: FormatId,
@@ -1009,14 +1214,14 @@ mod host {
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ONE, super::FEW, super::MORE];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { format, rows, k, n_cols, glu, extras, mixture, x: form } = *case;
+            if case.x == X::Normed || case.acts {
+                return both_ways(case, random);
+            }
+            let Case { format, rows, k, n_cols, glu, extras, mixture, .. } = *case;
             let (n_expert, n_used, per_slot) = mixture.unwrap_or((1, 1, false));
             let n_pairs = n_cols * n_used;
             let n_x = if per_slot { n_pairs } else { n_cols };
             let x = random.values(n_x * k);
-            // Of two ways with equal bits: only the rounding of the norm is not the definition's.
-            let normed = form == X::Normed;
-            let norm = if normed { random.values(k) } else { vec![] };
             let ids: Vec<u32> = (0..n_pairs).map(|_| random.below(n_expert as u64) as u32).collect();
 
             let mut kind = ActKind::Q8_0;
@@ -1067,12 +1272,7 @@ mod host {
                     |i| given(sums[1].1[i]),
                     |i| given(residual[i].into()),
                 );
-                let plain = n_inputs + outputs + 5 + part;
-                buffers.push(Buffer::Output(if normed {
-                    Expected::Same { buffer: plain, bytes: 4 * expected.len() }
-                } else {
-                    Expected::F32(expected)
-                }));
+                buffers.push(Buffer::Output(Expected::F32(expected)));
             }
             let (q, scales) = quantise_act::reference(kind, &x);
             buffers.extend([
@@ -1080,57 +1280,27 @@ mod host {
                 Buffer::Input(bytes_of(&scales)),
                 Buffer::Input(bytes_of(&ids)),
                 Buffer::Input(bytes_of(&x)),
-                Buffer::Input(bytes_of(&norm)),
             ]);
-            if normed {
-                let plain = |rows: &usize| Buffer::Input(vec![0; 4 * n_pairs * rows]);
-                buffers.extend(rows[..outputs].iter().map(plain));
-            }
-            let problem = Problem {
+            let floats = case.x == X::Floats;
+            Problem {
                 buffers,
                 launches: Box::new(move |at| {
                     let given = |at: DevicePtr| if extras { at } else { DevicePtr::NULL };
-                    let parts = |y: &[DevicePtr]| -> Vec<Matrix> {
-                        let part = |(p, &n_rows): (usize, &usize)| Matrix {
-                            w: at[3 * p],
-                            bias: given(at[3 * p + 1]),
-                            residual: given(at[3 * p + 2]),
-                            y: y.get(p).copied().unwrap_or(DevicePtr::NULL),
-                            n_rows,
-                        };
-                        rows.iter().enumerate().map(part).collect()
+                    let part = |(p, &n_rows): (usize, &usize)| Matrix {
+                        w: at[3 * p],
+                        bias: given(at[3 * p + 1]),
+                        residual: given(at[3 * p + 2]),
+                        y: if p < outputs { at[n_inputs + p] } else { DevicePtr::NULL },
+                        n_rows,
                     };
-                    let [ys, rest] = [&at[n_inputs..][..outputs], &at[n_inputs + outputs..]];
-                    let [q, scales, ids, x, weight] = rest[..5] else { unreachable!("five of these") };
+                    let parts: Vec<Matrix> = rows.iter().enumerate().map(part).collect();
+                    let rest = &at[n_inputs + outputs..];
                     let pairs_per_x = if per_slot { 1 } else { n_used };
-                    let mixture = mixture.map(|_| Mixture { ids, n_pairs, pairs_per_x });
-                    let (parts, plain) = (parts(ys), parts(&rest[5..]));
-                    let acts = Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture };
-                    let floats = Args { q: x, scales: DevicePtr::NULL, ..acts };
-                    Ok(match form {
-                        X::Acts => vec![launch(&acts)?],
-                        X::Floats => vec![launch(&floats)?],
-                        X::Normed => vec![
-                            rms_norm::launch(&rms_norm::Args {
-                                x,
-                                residual: DevicePtr::NULL,
-                                h: DevicePtr::NULL,
-                                weight,
-                                add: DevicePtr::NULL,
-                                output: Output::Act(kind),
-                                y: q,
-                                scales,
-                                n_rows: n_x,
-                                n: k,
-                                eps: EPS,
-                            })?,
-                            launch(&Args { parts: &plain, ..acts })?,
-                            launch_normed(&floats, Some(Norm { weight, eps: EPS }))?,
-                        ],
-                    })
+                    let mixture = mixture.map(|_| Mixture { ids: rest[2], n_pairs, pairs_per_x });
+                    let (q, scales) = if floats { (rest[3], DevicePtr::NULL) } else { (rest[0], rest[1]) };
+                    Ok(vec![launch(&Args { format, parts: &parts, glu, q, scales, k, n_cols, mixture })?])
                 }),
-            };
-            if random.is_timing() { output::last_launch(problem) } else { problem }
+            }
         }
 
         fn peer(case: &Case) -> Option<alloc::string::String> {

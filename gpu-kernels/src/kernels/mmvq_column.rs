@@ -18,9 +18,9 @@ use super::lookup::{SharedBook, book_bytes};
 use super::mmvq::gpu::{Stage, span_sums};
 use super::mmvq::{COLUMN_FIXED_BYTES, Shape, stage_bytes};
 use super::output::gpu::{read, read_early};
-use super::product::{Gate, Part, choose};
+use super::product::{Gate, Part, choose, choose_at};
 use super::rms_norm::gpu::{normalise, scale_of, squares};
-use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
+use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread, warp};
 use crate::tile::{ROWS, SPAN_GROUPS, Tiled, load_span};
 
 /// The kernel.
@@ -50,7 +50,8 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         // Which weights these are an earlier launch says.
         grid::wait_for_earlier();
     }
-    let expert = if mixture { ids.ld_nc(pair) } else { 0 };
+    // Looked up anew where it is needed, as what follows from it: in between others need the registers.
+    let expert = || if ids.is_null() { 0 } else { ids.ld_nc(thread::block_idx_y()) };
     let first_x = if mixture { pair / shape.pairs_per_x } else { 0 };
 
     let groups = SPAN_GROUPS as u32;
@@ -59,8 +60,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     let tile_bytes = F::LAYOUT.tile_bytes(k);
     let n_tiles = part.n_rows.div_ceil(ROWS as u32);
     let tile = thread::block_idx_x() - part.first_cta;
-    let at = (expert as usize * n_tiles as usize + tile as usize) * tile_bytes;
-    let row = tile * ROWS as u32 + lane;
+    let at = (expert() as usize * n_tiles as usize + tile as usize) * tile_bytes;
 
     // An item is a span of one matrix; gate and up alternate.
     let n_items = if gated_pair { 2 * n_spans } else { n_spans };
@@ -72,9 +72,11 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             shape.n_groups - span * groups
         }
     };
+    // The CTA's part, likewise.
+    let own = || choose_at(p0, p1, p2, math::fresh(thread::block_idx_x()));
     let weights_of = |item: u32| {
         let (span, second) = item_of(item);
-        (if second { p1.w } else { part.w }).offset(at + F::LAYOUT.span_offset(span as usize))
+        (if second { p1.w } else { own().w }).offset(at + F::LAYOUT.span_offset(span as usize))
     };
     let units_of = |item: u32| {
         if F::ELEMS == crate::tile::SPAN || groups_of(item_of(item).0) == groups {
@@ -108,6 +110,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     if item < n_items {
         words = load(item);
     }
+    let first_weight = read_early(norm, warp_id, 8 * shape.n_groups, 1.0);
     if !norm.is_null() && thread::thread_idx_x() == 0 {
         norm.cast::<u8>().prefetch(4 * k as u32);
     }
@@ -117,15 +120,21 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
 
     let x: Glb<F32x4> = q.cast::<F32x4>().offset((first_x * shape.n_groups) as usize * 8);
     let n4 = 8 * shape.n_groups;
+    let mut first_values = [[0.0; 4]; 2];
+    if scales.is_null() {
+        first_values = read(x, warp_id, n4, 0.0);
+    }
     let mut scale = 1.0;
     if !norm.is_null() {
         let mut span = warp_id;
+        let mut v = first_values;
         while span < n_spans {
-            let sum = warp::sum_f32(squares(read(x, span, n4, 0.0)));
+            let next = read(x, span + n_warps, n4, 0.0);
+            let sum = warp::sum_f32(squares(v));
             if lane == 0 {
                 span_squares.st(span, sum);
             }
-            span += n_warps;
+            (v, span) = (next, span + n_warps);
         }
         sync::sync_threads();
         let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
@@ -133,25 +142,43 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     }
 
     let mut start = 0;
-    let ends_rows = warp_id == 0 && row < part.n_rows;
+    let ending = || {
+        let part = own();
+        (part, (thread::block_idx_x() - part.first_cta) * ROWS as u32 + thread::lane_id())
+    };
     let (mut total, mut residual) = ([0.0f32; 2], 0.0);
     loop {
         let end = if start + shape.window < n_items { start + shape.window } else { n_items };
         let (first_span, _) = item_of(start);
-        let mut span = first_span + warp_id;
         let (end_span, _) = item_of(end);
-        while span < end_span {
-            if scales.is_null() {
-                let mut v = read(x, span, n4, 0.0);
+        if scales.is_null() {
+            let mut span = first_span + warp_id;
+            let mut v = first_values;
+            if start != 0 {
+                v = read(x, span, n4, 0.0);
+            }
+            let mut weight = first_weight;
+            while span < end_span {
+                // The next span's loads beside this one's arithmetic.
+                let next = span + n_warps;
+                let next_v = read(x, next, n4, 0.0);
+                let next_weight = read_early(norm, next, n4, 1.0);
                 if !norm.is_null() {
-                    v = normalise(v, read_early(norm, span, n4, 1.0), [[0.0; 4]; 2], scale);
+                    v = normalise(v, weight, [[0.0; 4]; 2], scale);
                 }
                 stage(span - first_span).quantise::<F>(v);
-            } else {
-                let first = first_x * shape.n_groups + span * groups;
-                stage(span - first_span).fill::<F, 1>(q, scales, groups_of(span), |_| first);
+                (v, weight, span) = (next_v, next_weight, next);
             }
-            span += n_warps;
+        } else {
+            Stage::fill_all::<F>(
+                stages,
+                q,
+                scales,
+                first_x * shape.n_groups,
+                shape.n_groups,
+                first_span,
+                end_span,
+            );
         }
         sync::sync_threads();
 
@@ -164,8 +191,11 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
                 words = load(item);
             }
         }
-        if ends_rows && end == n_items {
-            residual = part.residual(pair, row);
+        if warp_id == 0 && end == n_items {
+            let (part, row) = ending();
+            if row < part.n_rows {
+                residual = part.residual(thread::block_idx_y(), row);
+            }
         }
         sync::sync_threads();
 
@@ -200,7 +230,12 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             words = load(item);
         }
     }
-    if ends_rows {
-        part.finish_with(gate, p1, expert, pair, row, total, residual);
+    let (part, row) = ending();
+    if gate.quantises() {
+        if warp_id == 0 {
+            part.finish_quantised(gate, p1, thread::block_idx_x(), total);
+        }
+    } else if warp_id == 0 && row < part.n_rows {
+        part.finish_with(gate, p1, expert(), thread::block_idx_y(), row, total, residual);
     }
 }

@@ -10,6 +10,10 @@
 /// Most matrices in a launch.
 pub const MAX_PARTS: usize = 3;
 
+/// Mark in a gate's kind, above its low byte: the result is written quantised, as Q8_0 or as Q8_1.
+pub(super) const AS_Q8_0: u32 = 1;
+pub(super) const AS_Q8_1: u32 = 2;
+
 /// How a gated pair of matrices is combined.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Glu {
@@ -35,6 +39,7 @@ pub use host::*;
 mod device {
     use crate::device::math::{self, fma};
     use crate::device::{Glb, thread};
+    use crate::kernels::quantise_act::gpu::warp_group;
 
     /// One matrix as kernels take it: what [`super::host`]'s `with_parts` writes.
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -82,11 +87,17 @@ mod device {
             self.kind != 0
         }
 
+        /// Whether the result is written quantised.
+        #[inline(always)]
+        pub(crate) fn quantises(self) -> bool {
+            self.kind >> 8 != 0
+        }
+
         #[inline(always)]
         fn apply(self, gate: f32, up: f32) -> f32 {
             // The very operations of the kernel `glu`, so that a fused step gives the bits of separate ones. `mul`: the
             // residual's addition does not fuse with it.
-            match self.kind {
+            match self.kind & 0xff {
                 1 => math::mul(gate * math::sigmoid(gate), up),
                 2 => {
                     // 0.5 · (1 + tanh u) is sigmoid(2u), u = √(2/π) · x · (1 + 0.044715 x²).
@@ -141,14 +152,28 @@ mod device {
             sum: [f32; 2],
             residual: f32,
         ) {
-            let mut v = self.biased(expert, row, sum[0]);
-            if gate.is_some() {
-                v = gate.apply(v, up.biased(expert, row, sum[1]));
-            }
+            let mut v = self.ended(gate, up, expert, row, sum);
             if !self.residual.is_null() {
                 v += residual;
             }
             self.of_line(self.y, line).st(row, v);
+        }
+
+        /// The epilogue up to the residual.
+        #[inline(always)]
+        #[track_caller]
+        fn ended(self, gate: Gate, up: Part, expert: u32, row: u32, sum: [f32; 2]) -> f32 {
+            let v = self.biased(expert, row, sum[0]);
+            if gate.is_some() { gate.apply(v, up.biased(expert, row, sum[1])) } else { v }
+        }
+
+        /// Ends the warp's 32 rows from `32 · group` on of line 0, a row per lane, quantised: codes go where the first
+        /// part's floats would, scales to the second's place.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn finish_quantised(self, gate: Gate, up: Part, group: u32, sum: [f32; 2]) {
+            let v = self.ended(gate, up, 0, 32 * group + thread::lane_id(), sum);
+            warp_group(v, self.y.cast(), up.y.cast(), group, gate.kind >> 8 == super::AS_Q8_1);
         }
     }
 }
@@ -264,13 +289,18 @@ mod host {
 
     /// A gate's three words.
     pub(crate) fn with_gate(params: Params, glu: Option<Glu>) -> Params {
+        with_quantising_gate(params, glu, 0)
+    }
+
+    /// [`with_gate`] with a mark for how the result is written.
+    pub(crate) fn with_quantising_gate(params: Params, glu: Option<Glu>, mark: u32) -> Params {
         let (kind, alpha, limit) = match glu {
             None => (0u32, 0.0, 0.0),
             Some(Glu::Silu) => (1, 0.0, 0.0),
             Some(Glu::Gelu) => (2, 0.0, 0.0),
             Some(Glu::SwigluOai { alpha, limit }) => (3, alpha, limit),
         };
-        params.with(kind).with(alpha).with(limit)
+        params.with(kind | mark << 8).with(alpha).with(limit)
     }
 
     /// The definition of [`Glu`].

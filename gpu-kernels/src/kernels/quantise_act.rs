@@ -119,19 +119,49 @@ pub(crate) mod gpu {
                 amax = math::fmax(amax, f32::from_bits(warp::shfl_xor(amax.to_bits(), 4 >> S)));
             }
         });
+        let (d, inverse) = scales_of(amax);
+        store(to, i, v.map(|v| code_of(v, inverse)), |sums| scale_of_group(d, sums, offset_value));
+    }
+
+    /// Scale of a group, before it is rounded, and what values are multiplied by.
+    #[inline(always)]
+    fn scales_of(amax: f32) -> (f32, f32) {
         let d = amax / 127.0;
-        let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
+        (d, if d != 0.0 { 1.0 / d } else { 0.0 })
+    }
+
+    #[inline(always)]
+    fn code_of(v: f32, inverse: f32) -> i32 {
         // Rounded apart from the sum in `round_half_away`: the CPU does not fuse them.
-        let codes = v.map(|v| round_half_away(math::mul(v, inverse)).clamp(-127, 127));
-        store(to, i, codes, |sums| {
-            let stored = f16_to_f32(f32_to_f16(d));
-            if offset_value {
-                let value = f16_to_f32(f32_to_f16(d * (sums[0] + sums[1]) as f32));
-                ActScale { d: stored, extra: value.to_bits() }
-            } else {
-                ActScale::with_sums(stored, sums)
-            }
-        });
+        round_half_away(math::mul(v, inverse)).clamp(-127, 127)
+    }
+
+    #[inline(always)]
+    fn scale_of_group(d: f32, sums: [i32; 2], offset_value: bool) -> ActScale {
+        let stored = f16_to_f32(f32_to_f16(d));
+        if offset_value {
+            let value = f16_to_f32(f32_to_f16(d * (sums[0] + sums[1]) as f32));
+            ActScale { d: stored, extra: value.to_bits() }
+        } else {
+            ActScale::with_sums(stored, sums)
+        }
+    }
+
+    /// Quantises a group of which each lane of the warp has a value, as group `group` of the arrays. With `offset_value`
+    /// as Q8_1, else as Q8_0.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn warp_group(v: f32, q: Glb<u8>, scales: Glb<U32x2>, group: u32, offset_value: bool) {
+        let lane = thread::lane_id();
+        let (d, inverse) = scales_of(warp::max_f32(math::fabs(v)));
+        let code = code_of(v, inverse);
+        let sum = sum_of(code, 16);
+        let other_half = warp::shfl_xor(sum as u32, 16) as i32;
+        q.st(32 * group + lane, code as u8);
+        if lane == 0 {
+            let ActScale { d, extra } = scale_of_group(d, [sum, other_half], offset_value);
+            scales.st(group, U32x2([d.to_bits(), extra]));
+        }
     }
 
     /// The value of larger magnitude; of equal ones the one that comes first in the super-block.

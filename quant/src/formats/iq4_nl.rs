@@ -130,6 +130,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 32;
     const BIAS: i32 = BIAS;
     const CODE_MAX: u8 = CODE_MAX;
+    const SCALE_IS_F16: bool = true;
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]

@@ -28,6 +28,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 128;
     const BIAS: i32 = 1;
     const CODE_MAX: u8 = 2;
+    const SCALE_IS_F16: bool = true;
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]

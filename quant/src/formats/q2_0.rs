@@ -29,6 +29,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 64;
     const BIAS: i32 = 1;
     const CODE_MAX: u8 = 3;
+    const SCALE_IS_F16: bool = true;
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]

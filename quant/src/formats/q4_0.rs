@@ -69,6 +69,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 32;
     const BIAS: i32 = 8;
     const CODE_MAX: u8 = 15;
+    const SCALE_IS_F16: bool = true;
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]

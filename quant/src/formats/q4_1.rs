@@ -71,6 +71,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 32;
     const BIAS: i32 = 0;
     const CODE_MAX: u8 = 15;
+    const SCALE_IS_F16: bool = true;
     const HAS_OFFSET: bool = true;
     const ACT: ActKind = ActKind::Q8_1;
     const ENCODE: Encode = Encode::Yes;

@@ -40,6 +40,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 32;
     const BIAS: i32 = 16;
     const CODE_MAX: u8 = 31;
+    const SCALE_IS_F16: bool = true;
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]

@@ -35,6 +35,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 32;
     const BIAS: i32 = 0;
     const CODE_MAX: u8 = 31;
+    const SCALE_IS_F16: bool = true;
     const HAS_OFFSET: bool = true;
     const ACT: ActKind = ActKind::Q8_1;
     const ENCODE: Encode = Encode::Yes;

@@ -37,6 +37,7 @@ impl BlockFormat for Block {
     const ELEMS: usize = 32;
     const BIAS: i32 = 128;
     const CODE_MAX: u8 = 255;
+    const SCALE_IS_F16: bool = true;
     const ENCODE: Encode = Encode::Yes;
 
     #[inline(always)]

@@ -432,7 +432,13 @@ impl Emit<'_> {
         Ok(launches?)
     }
 
-    fn matrices(&self, parts: &[Part], gated: bool) -> Vec<product::Matrix> {
+    /// The matrices of a product, and where their results go: of gate and up one, or as codes and scales.
+    fn matrices(&self, parts: &[Part], gated: bool, acts: Option<Acts>) -> Vec<product::Matrix> {
+        let y = |i: usize, part: &Part| match acts {
+            Some(acts) => self.value(if i == 0 { acts.q } else { acts.scales }),
+            None if gated && i == 1 => DevicePtr::NULL,
+            None => self.value(part.out),
+        };
         parts
             .iter()
             .enumerate()
@@ -440,7 +446,7 @@ impl Emit<'_> {
                 w: part.w.at,
                 bias: self.opt(part.bias),
                 residual: self.opt(part.residual),
-                y: if gated && i == 1 { DevicePtr::NULL } else { self.value(part.out) },
+                y: y(i, part),
                 n_rows: part.w.rows,
             })
             .collect()
@@ -449,18 +455,12 @@ impl Emit<'_> {
     fn product(&self, p: &Product) -> Result<Vec<Launch>, Refusal> {
         let glu = self.own_glu(p.glu)?;
         let chunks = p.parts.chunks(MAX_PARTS);
-        chunks.map(|parts| self.product_of(parts, glu, p.x, p.n, p.k)).collect()
+        chunks.map(|parts| self.product_of(p, parts, glu)).collect()
     }
 
-    fn product_of(
-        &self,
-        parts: &[Part],
-        glu: Option<product::Glu>,
-        x: Factor,
-        n: usize,
-        k: usize,
-    ) -> Result<Launch, Refusal> {
-        let matrices = self.matrices(parts, glu.is_some());
+    fn product_of(&self, p: &Product, parts: &[Part], glu: Option<product::Glu>) -> Result<Launch, Refusal> {
+        let &Product { x, n, k, acts, .. } = p;
+        let matrices = self.matrices(parts, glu.is_some(), acts);
         let format = parts[0].w.format;
         let rows = matrices.iter().map(|m| m.n_rows).sum();
         match self.integers(x, format) {
@@ -468,7 +468,8 @@ impl Emit<'_> {
                 let (parts, mixture) = (&matrices[..], None);
                 let product = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
                 if n <= MMVQ_MAX_COLS {
-                    return Ok(mmvq::launch_normed(&product, norm)?);
+                    let besides = mmvq::Besides { norm, acts: acts.map(|acts| acts.kind) };
+                    return Ok(mmvq::launch_with(&product, besides)?);
                 }
                 let cut = Cut::choose(format, rows, n, self.device);
                 Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
@@ -542,7 +543,7 @@ impl Emit<'_> {
 
     fn expert_product(&self, p: &ExpertProduct) -> Result<Vec<Launch>, Refusal> {
         let glu = self.own_glu(p.glu)?;
-        let matrices = self.matrices(&p.parts, glu.is_some());
+        let matrices = self.matrices(&p.parts, glu.is_some(), None);
         let format = p.parts[0].w.format;
         let n_pairs = p.n * p.n_used;
         let pairs_per_x = if p.per_used { 1 } else { p.n_used };
@@ -551,7 +552,7 @@ impl Emit<'_> {
         if let Some((q, scales, norm)) = self.integers(p.x, format) {
             let product = product::Args { format, parts, glu, q, scales, k, n_cols, mixture };
             let Some(Sorted { order, tiles, cut }) = p.sorted else {
-                return one(mmvq::launch_normed(&product, norm));
+                return one(mmvq::launch_with(&product, mmvq::Besides { norm, acts: None }));
             };
             let sorted = mmq::Sorted {
                 order: self.value(order),

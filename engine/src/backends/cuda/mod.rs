@@ -149,11 +149,17 @@ impl Ready {
                 Ok(()) => {
                     let launched = launch(self);
                     // The capture ends in any case; what is incomplete is dropped.
-                    let captured = device.end_capture(stream);
-                    let graph = Captured::Graph { device: device.clone(), id: captured? };
-                    launched?;
-                    self.graph = graph;
-                    self.submit(device, stream)
+                    let captured =
+                        device.end_capture(stream).map(|id| Captured::Graph { device: device.clone(), id });
+                    match launched.and(captured) {
+                        Ok(graph) => {
+                            self.graph = graph;
+                            self.submit(device, stream)
+                        }
+                        // What another thread asks of the driver can spoil a capture: the next run tries again.
+                        Err(DriverError::Capture { .. }) => launch(self),
+                        Err(error) => Err(error),
+                    }
                 }
                 Err(DriverError::Unsupported { .. }) => {
                     self.graph = Captured::Never;

@@ -99,6 +99,8 @@ pub struct Product {
     pub k: usize,
     /// `f(parts[0]) · parts[1]` is what is written, to `parts[0].out`.
     pub glu: Option<Glu>,
+    /// With a gate and one token: where the result goes quantised, instead of `parts[0].out`.
+    pub acts: Option<Acts>,
 }
 
 /// `w[ids[t, j]] · x[t, j or 0]`.
@@ -509,6 +511,7 @@ impl Action {
                 acts(&n.acts, f);
             }
             Action::Quantise { acts: a, .. } => acts(&Some(*a), f),
+            Action::Product(Product { acts: Some(a), .. }) => acts(&Some(*a), f),
             Action::Product(Product { parts, glu, .. })
             | Action::ExpertProduct(ExpertProduct { parts, glu, .. }) => {
                 let written = if glu.is_some() { 1 } else { parts.len() };

@@ -329,7 +329,7 @@ impl<'a> Translator<'a> {
                     let (now, later): (Vec<Part>, Vec<Part>) =
                         parts.into_iter().partition(|p| p.w.format == format);
                     let x = self.factor(x, n, k, format);
-                    self.push(Action::Product(Product { parts: now, x, n, k, glu: None }));
+                    self.push(Action::Product(Product { parts: now, x, n, k, glu: None, acts: None }));
                     parts = later;
                 }
             }

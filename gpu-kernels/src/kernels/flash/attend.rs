@@ -64,6 +64,8 @@ const ROW_LOW: u32 = 1;
 const ROW_HIGH: u32 = 2;
 const LOW: u32 = 3;
 const HIGH: u32 = 4;
+/// Pages that a CTA asks for while it waits for earlier launches: a span's.
+const PREFETCH_PAGES: u32 = (SPAN / PAGE) as u32;
 /// Sequence of a row that does not exist.
 const ABSENT: u32 = NO_SEQUENCE - 1;
 
@@ -617,6 +619,33 @@ impl<
         end
     }
 
+    /// Asks L2 for the first pages that the tile's token sees, a thread for each: all but the newest row lie there long
+    /// before an earlier launch of the step ends.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    fn prefetch(x: &Inputs, span: Span) {
+        let nth = thread::thread_idx_x();
+        let token = span.first / (x.n_head / x.n_head_kv);
+        let sequence = x.token_sequences.ld_early(token);
+        if nth >= PREFETCH_PAGES || sequence == NO_SEQUENCE {
+            return;
+        }
+        let pos = x.positions.ld_early(token);
+        let U32x2([first_page, len]) = x.sequences.ld_early(sequence);
+        let (low, high) = super::visible(pos, len, x.flags & CAUSAL != 0, x.window);
+        let first = if x.n_spans > 0 { thread::block_idx_z() * SPAN as u32 } else { 0 };
+        let first = if first < low { low } else { first };
+        let page = first / PAGE as u32 + nth;
+        if page * (PAGE as u32) < high {
+            let page = x.pages.ld_early(first_page + page);
+            let head = page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize;
+            unroll!(PART in 0..2 {
+                let bytes = PAGE as u32 * x.row_bytes[PART];
+                [x.k, x.v][PART].offset(head * bytes as usize).prefetch(bytes);
+            });
+        }
+    }
+
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     pub(super) fn run(x: Inputs) {
@@ -642,6 +671,9 @@ impl<
             Self::table(SEQUENCE).st(tid, row[0]);
             Self::table(ROW_LOW).st(tid, row[1]);
             Self::table(ROW_HIGH).st(tid, row[2]);
+        }
+        if x.flags & PER_TOKEN != 0 {
+            Self::prefetch(&x, span);
         }
         grid::wait_for_earlier();
         if x.n_spans > 0 {
