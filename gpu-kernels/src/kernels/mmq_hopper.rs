@@ -177,6 +177,21 @@ mod device {
         if rest < STAGE_GROUPS as u32 { rest } else { STAGE_GROUPS as u32 }
     }
 
+    /// Scales of a column's groups of stage `h`, zeros beyond the last group.
+    #[inline(always)]
+    #[track_caller]
+    fn load_acts(scales: Glb<U32x2>, h: u32, n_groups: u32) -> [ActScale; STAGE_GROUPS] {
+        let mut acts = [ActScale { d: 0.0, extra: 0 }; STAGE_GROUPS];
+        unroll!(J in 0..4 {
+            let group = h * STAGE_GROUPS as u32 + J as u32;
+            if group < n_groups {
+                let U32x2([d, extra]) = scales.ld_nc(group);
+                acts[J] = ActScale { d: f32::from_bits(d), extra };
+            }
+        });
+        acts
+    }
+
     /// Where a column's floats lie among 16: a thread's four columns of two neighbouring products are neighbours.
     #[inline(always)]
     fn column_place(column: u32) -> u32 {
@@ -392,6 +407,7 @@ mod device {
             // Floats of a column.
             let scales = work.scales.offset(self.columns.ld(thread) as usize * n_groups as usize);
 
+            let mut acts = load_acts(scales, 0, n_groups);
             let mut place = Place::FIRST;
             let mut h = 0;
             while h < n_stages {
@@ -400,18 +416,14 @@ mod device {
                 if chunk < 2 * there {
                     let stage = self.b.skip(place.slot * STAGE_CHUNKS);
                     let at = h * ROW_CHUNKS + chunk;
+                    let mut rows = [0; 8];
+                    unroll!(I in 0..8 { rows[I] = self.columns.ld(first_column + 16 * I as u32); });
                     unroll!(I in 0..8 {
-                        let source = self.columns.ld(first_column + 16 * I as u32) * (2 * n_groups) + at;
+                        let source = rows[I] * (2 * n_groups) + at;
                         async_copy::copy16(stage, target + I as u32 * (16 * ROW_CHUNKS), work.q, source);
                     });
                 }
                 async_copy::commit();
-                let mut acts = [U32x2([0; 2]); STAGE_GROUPS];
-                unroll!(J in 0..4 {
-                    if (J as u32) < there {
-                        acts[J] = scales.ld_nc(h * STAGE_GROUPS as u32 + J as u32);
-                    }
-                });
                 if h.is_multiple_of(2) {
                     let stage = span % Self::RAW_STAGES;
                     self.raw_full(slot, stage).wait(span / Self::RAW_STAGES % 2);
@@ -419,8 +431,9 @@ mod device {
                 } else {
                     self.unpack::<1>(slot, span, n_groups, place.slot);
                 }
-                let acts = acts.map(|U32x2([d, extra])| ActScale { d: f32::from_bits(d), extra });
                 self.put_column(place.slot, thread, acts);
+                // Those of the next stage are under way while this one is ended.
+                acts = load_acts(scales, h + 1, n_groups);
                 async_copy::wait::<0>();
                 sync::fence_async_proxy();
                 warp::sync_warp();
