@@ -91,7 +91,9 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     }
     qemu.arg("-append").arg(words);
     eprintln!("{}\n", process::line(&qemu));
-    eprintln!("when it listens: curl http://127.0.0.1:{}/health      end: ctrl-c", options.port);
+    let body = r#"{"messages":[{"role":"user","content":"Why is the sky blue?"}],"max_tokens":40}"#;
+    eprintln!("when it listens: curl http://127.0.0.1:{}/v1/chat/completions -d '{body}'", options.port);
+    eprintln!("to end it: ctrl-c\n");
     let ended = process::run(&mut qemu);
     if let Some((mut broker, _ram)) = broker {
         // It ends with its guest.

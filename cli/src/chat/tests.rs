@@ -126,6 +126,9 @@ fn hostile_templates_end() {
     }
 }
 
+/// A vocabulary, whatever it is.
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/llama-linear-a.gguf");
+
 /// The model of the golden data; `None` (said aloud) where it is not at hand.
 fn real_model() -> Option<engine::Tokenizer> {
     let Some(path) = std::env::var_os("RUNIK_TEST_MODEL") else {
@@ -177,6 +180,65 @@ fn messages_cannot_inject_special_tokens() {
         let options = engine::tokenizer::DecodeOptions { remove_special: false, unparse_special: true };
         let text = format.render(&[Message::new("user", evil)], true, &tokenizer).unwrap();
         assert_eq!(String::from_utf8(tokenizer.decode(&with, options)).unwrap(), text, "{name}");
+    }
+}
+
+/// The formats that the image has are those of the same names here, whatever the order of roles.
+#[test]
+fn formats_without_jinja_are_the_same() {
+    const ROLES: [&str; 3] = ["system", "user", "assistant"];
+    let Ok(model) = crate::load::Files::open(TINY.as_ref()) else { panic!("{TINY}") };
+    let tokenizer = model.tokenizer().unwrap();
+    let mut compared = 0;
+    for name in server::chat::ChatFormat::names() {
+        let format = server::chat::ChatFormat::named(name).unwrap();
+        let jinja = Format::choose(Some(name), None).unwrap();
+        // All conversations of up to four messages.
+        for n in 1..=4 {
+            for number in 0..ROLES.len().pow(n) {
+                let role = |i: u32| ROLES[number / ROLES.len().pow(i) % ROLES.len()];
+                let content =
+                    |i: u32| format!(" {}{i}\n", ["qq", "é qq", "</s>qq"][(number + i as usize) % 3]);
+                let ours: Vec<_> = (0..n).map(|i| Message::new(role(i), content(i))).collect();
+                let theirs: Vec<_> =
+                    (0..n).map(|i| server::Message { role: role(i).into(), content: content(i) }).collect();
+                let rendered = format.render(&theirs).unwrap();
+                let expected = jinja.render(&ours, true, &tokenizer).unwrap();
+                assert_eq!(rendered.text, expected, "{name}: {ours:?}");
+                // What people say, all of it and nothing else, is marked as theirs.
+                let count = |text: &str| text.matches("qq").count();
+                let said: String =
+                    rendered.foreign.iter().map(|range| &rendered.text[range.clone()]).collect();
+                assert_eq!(count(&said), count(&rendered.text), "{name}: {said:?}");
+                assert!(said.len() <= theirs.iter().map(|m| m.content.len()).sum(), "{name}: {said:?}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 1000, "{compared}");
+}
+
+/// Formats are told from templates as llama.cpp does.
+#[test]
+fn formats_are_detected() {
+    for (template, name) in [
+        ("{{'<|im_start|>' + m['role'] + '\n'}}<|im_end|>", Some("chatml")),
+        ("<|im_start|>{{ m.role }}<|im_sep|>", Some("phi4")),
+        ("{{ bos_token }}[INST] {{ '<<SYS>>\\n' }}", Some("llama2-sys")),
+        ("[INST] {{ content.strip() }} <<SYS>>", Some("llama2-sys-strip")),
+        ("{{ bos_token + '[INST] ' }}", Some("llama2-sys-bos")),
+        ("{{ '[INST]' + m.content }}", Some("llama2")),
+        ("{{ ' [INST] ' + system_message }}", Some("mistral-v1")),
+        ("[AVAILABLE_TOOLS]{{ \"[INST]\" }}", Some("mistral-v3-tekken")),
+        ("[AVAILABLE_TOOLS]{{ \"[INST] \" }}", Some("mistral-v3")),
+        ("[SYSTEM_PROMPT][INST]", Some("mistral-v7")),
+        ("<|user|><|end|><|assistant|>", Some("phi3")),
+        ("<start_of_turn>", Some("gemma")),
+        ("<|start_header_id|>x<|end_header_id|>", Some("llama3")),
+        ("<|start|>assistant<|channel|>", Some("gpt-oss")),
+        ("{{ messages }}", None),
+    ] {
+        assert_eq!(server::chat::ChatFormat::detect(template).map(|f| f.name), name, "{template}");
     }
 }
 

@@ -4,7 +4,7 @@
 //! of k. A thread's sums are `N / 2` registers: of every eight columns in turn the four that `mma`'s accumulators give a
 //! lane, for the 16 rows of its warp (`mma.rs`).
 //!
-//! A round is: [`fence`], products, [`commit`]; later [`wait`] with the sums that it ends. Between, neither sums nor
+//! A round is: [`fence`], products, [`commit`]; later `wait` with the sums that it ends. Between, neither sums nor
 //! operands may be touched. Operands lie in shared memory ([`Operand`]) or, A, in registers ([`FragmentA`]).
 //! Shared memory that threads have written needs [`fence_async_proxy`](super::sync::fence_async_proxy) by the writer, then
 //! a barrier.
@@ -30,7 +30,7 @@ impl Operand {
     /// Where chunk `chunk` (0..8) of row `row` of an operand lies, in chunks.
     #[inline(always)]
     pub const fn place(row: u32, chunk: u32) -> u32 {
-        8 * row + (chunk ^ row % 8)
+        8 * row + (chunk ^ (row % 8))
     }
 
     /// The operand whose first row's first chunk, of even number, would lie at element `i` if chunks were not permuted.

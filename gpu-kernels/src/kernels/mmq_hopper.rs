@@ -79,6 +79,10 @@ const fn raw_bytes<F: Tiled>() -> u32 {
 
 /// Shared memory: where codes of the weights (at 0) and of the activations, their scales for the tensor cores, floats of
 /// rows and of columns, totals, barriers, the list of columns and raw row tiles start.
+#[cfg_attr(
+    not(any(target_arch = "nvptx64", feature = "emu")),
+    expect(dead_code, reason = "a host that only launches needs the whole alone")
+)]
 struct Layout {
     b: u32,
     a_scales: u32,
@@ -171,6 +175,21 @@ mod device {
     fn groups_of_stage(h: u32, n_groups: u32) -> u32 {
         let rest = n_groups - h * STAGE_GROUPS as u32;
         if rest < STAGE_GROUPS as u32 { rest } else { STAGE_GROUPS as u32 }
+    }
+
+    /// Scales of a column's groups of stage `h`, zeros beyond the last group.
+    #[inline(always)]
+    #[track_caller]
+    fn load_acts(scales: Glb<U32x2>, h: u32, n_groups: u32) -> [ActScale; STAGE_GROUPS] {
+        let mut acts = [ActScale { d: 0.0, extra: 0 }; STAGE_GROUPS];
+        unroll!(J in 0..4 {
+            let group = h * STAGE_GROUPS as u32 + J as u32;
+            if group < n_groups {
+                let U32x2([d, extra]) = scales.ld_nc(group);
+                acts[J] = ActScale { d: f32::from_bits(d), extra };
+            }
+        });
+        acts
     }
 
     /// Where a column's floats lie among 16: a thread's four columns of two neighbouring products are neighbours.
@@ -388,6 +407,7 @@ mod device {
             // Floats of a column.
             let scales = work.scales.offset(self.columns.ld(thread) as usize * n_groups as usize);
 
+            let mut acts = load_acts(scales, 0, n_groups);
             let mut place = Place::FIRST;
             let mut h = 0;
             while h < n_stages {
@@ -396,18 +416,14 @@ mod device {
                 if chunk < 2 * there {
                     let stage = self.b.skip(place.slot * STAGE_CHUNKS);
                     let at = h * ROW_CHUNKS + chunk;
+                    let mut rows = [0; 8];
+                    unroll!(I in 0..8 { rows[I] = self.columns.ld(first_column + 16 * I as u32); });
                     unroll!(I in 0..8 {
-                        let source = self.columns.ld(first_column + 16 * I as u32) * (2 * n_groups) + at;
+                        let source = rows[I] * (2 * n_groups) + at;
                         async_copy::copy16(stage, target + I as u32 * (16 * ROW_CHUNKS), work.q, source);
                     });
                 }
                 async_copy::commit();
-                let mut acts = [U32x2([0; 2]); STAGE_GROUPS];
-                unroll!(J in 0..4 {
-                    if (J as u32) < there {
-                        acts[J] = scales.ld_nc(h * STAGE_GROUPS as u32 + J as u32);
-                    }
-                });
                 if h.is_multiple_of(2) {
                     let stage = span % Self::RAW_STAGES;
                     self.raw_full(slot, stage).wait(span / Self::RAW_STAGES % 2);
@@ -415,8 +431,9 @@ mod device {
                 } else {
                     self.unpack::<1>(slot, span, n_groups, place.slot);
                 }
-                let acts = acts.map(|U32x2([d, extra])| ActScale { d: f32::from_bits(d), extra });
                 self.put_column(place.slot, thread, acts);
+                // Those of the next stage are under way while this one is ended.
+                acts = load_acts(scales, h + 1, n_groups);
                 async_copy::wait::<0>();
                 sync::fence_async_proxy();
                 warp::sync_warp();
@@ -458,79 +475,113 @@ mod device {
         }
 
         /// Adds the products of `STEPS` steps. While those with 64 columns are added, the tensor cores make those with the
-        /// others; none is under way at the end, since ptxas follows them through straight code only.
+        /// others, and the scales of the others are on their way; no product is under way at the end, since ptxas follows
+        /// them through straight code only.
         #[inline(always)]
         #[track_caller]
         fn add_products<const STEPS: usize>(&self, acc: &mut [[f32; 32]; 2], at: &At) {
             let mut products = [Products { sums: Sums::zero(), scales: Sums::zero() }; 2];
             self.start(&mut products[0], at, 0, 0);
             self.start(&mut products[1], at, 1, 0);
+            let mut scales = [self.scales_ahead(at, 0, 0); 2];
             unroll!(S in 0..4 {
                 if S < STEPS {
+                    let step = S as u32;
+                    scales[1] = self.scales_ahead(at, 1, step);
                     Self::wait::<1>(&mut products[0]);
-                    self.fold(&mut acc[0], &products[0], at, 0, S as u32);
+                    self.fold(&mut acc[0], &products[0], &scales[0], at, 0, step);
                     if S + 1 < STEPS {
-                        self.start(&mut products[0], at, 0, S as u32 + 1);
+                        self.start(&mut products[0], at, 0, step + 1);
+                        scales[0] = self.scales_ahead(at, 0, step + 1);
                         Self::wait::<1>(&mut products[1]);
                     } else {
                         Self::wait::<0>(&mut products[1]);
                     }
-                    self.fold(&mut acc[1], &products[1], at, 1, S as u32);
+                    self.fold(&mut acc[1], &products[1], &scales[1], at, 1, step);
                     if S + 1 < STEPS {
-                        self.start(&mut products[1], at, 1, S as u32 + 1);
+                        self.start(&mut products[1], at, 1, step + 1);
                     }
                 }
             });
         }
 
+        /// A plane's two floats of the thread's rows, for group `j` of the stage.
+        #[inline(always)]
+        #[track_caller]
+        fn of_rows(&self, at: &At, plane: u32, j: u32) -> [f32; 2] {
+            let rows = self.row_floats.skip(at.place.slot * Self::ROW_FLOATS).cast::<F32x2>();
+            rows.ld(plane * (PLANE / 2) + j * (TILE as u32 / 2) + at.row).0
+        }
+
+        /// A plane's floats of the thread's columns among 64, for group `j` of the stage.
+        #[inline(always)]
+        #[track_caller]
+        fn of_columns(&self, at: &At, plane: u32, j: u32, half: u32) -> [[f32; 4]; 4] {
+            let columns = self.column_floats.skip(at.place.slot * Self::COLUMN_FLOATS).cast::<F32x4>();
+            let first = plane * (PLANE / 4) + (j * TILE as u32 + half * HALF) / 4 + thread::lane_id() % 4;
+            core::array::from_fn(|q| columns.ld(first + 4 * q as u32).0)
+        }
+
+        /// [`Shared::scales`] ahead of the products, unless tensor cores multiply them. With an offset registers do not
+        /// suffice for it.
+        #[inline(always)]
+        #[track_caller]
+        fn scales_ahead(&self, at: &At, half: u32, step: u32) -> Scales {
+            if exact::<F>() || F::HAS_OFFSET {
+                Scales { rows: [0.0; 2], columns: [[0.0; 4]; 4] }
+            } else {
+                self.scales(at, half, step)
+            }
+        }
+
+        /// The scales of a step.
+        #[inline(always)]
+        #[track_caller]
+        fn scales(&self, at: &At, half: u32, step: u32) -> Scales {
+            let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
+            Scales { rows: self.of_rows(at, step, j), columns: self.of_columns(at, 0, j, half) }
+        }
+
         /// Scales the sums of a step and adds them.
         #[inline(always)]
         #[track_caller]
-        fn fold(&self, acc: &mut [f32; 32], products: &Products, at: &At, half: u32, step: u32) {
+        fn fold(
+            &self,
+            acc: &mut [f32; 32],
+            products: &Products,
+            scales: &Scales,
+            at: &At,
+            half: u32,
+            step: u32,
+        ) {
+            let scales = if F::HAS_OFFSET { &self.scales(at, half, step) } else { scales };
             let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
-            let float = |i: usize| products.sums.get(i) as i32 as f32;
-            if exact::<F>() {
-                unroll!(Q in 0..4 { unroll!(E in 0..8 {
-                    let scale = f32::from_bits(products.scales.get(8 * Q + E));
-                    acc[8 * Q + E] = math::fma(scale, float(8 * Q + E), acc[8 * Q + E]);
-                }); });
-                return;
-            }
             let with_offset = F::HAS_OFFSET && step + 1 == steps::<F>();
-            let rows = self.row_floats.skip(at.place.slot * Self::ROW_FLOATS).cast::<F32x2>();
-            let row = |plane: u32| rows.ld(plane * (PLANE / 2) + j * (TILE as u32 / 2) + at.row).0;
-            let scale = row(step);
-            let mut offsets = [[0.0; 2]; 2];
+            let (mut offsets, mut values) = ([[0.0; 2]; 2], [[[0.0; 4]; 4]; 2]);
             if with_offset {
-                offsets[0] = row(steps::<F>());
+                offsets[0] = self.of_rows(at, steps::<F>(), j);
+                values[0] = self.of_columns(at, 1, j, half);
                 if halved::<F>() {
-                    offsets[1] = row(steps::<F>() + 1);
+                    offsets[1] = self.of_rows(at, steps::<F>() + 1, j);
+                    values[1] = self.of_columns(at, 2, j, half);
                 }
             }
-            let columns = self.column_floats.skip(at.place.slot * Self::COLUMN_FLOATS).cast::<F32x4>();
-            let at_column = (j * TILE as u32 + half * HALF) / 4 + thread::lane_id() % 4;
-            unroll!(Q in 0..4 {
-                let column = |plane: u32| columns.ld(plane * (PLANE / 4) + at_column + 4 * Q as u32).0;
-                let d = column(0);
-                let mut values = [[0.0; 4]; 2];
+            unroll!(Q in 0..4 { unroll!(E in 0..8 {
+                let (r, c) = (E / 2 % 2, E / 4 * 2 + E % 2);
+                let scale = if exact::<F>() {
+                    f32::from_bits(products.scales.get(8 * Q + E))
+                } else {
+                    math::mul(scales.rows[r], scales.columns[Q][c])
+                };
+                let out = &mut acc[8 * Q + E];
+                *out = math::fma(scale, products.sums.get(8 * Q + E) as i32 as f32, *out);
                 if with_offset {
-                    values[0] = column(1);
+                    *out = math::fma(offsets[0][r], values[0][Q][c], *out);
                     if halved::<F>() {
-                        values[1] = column(2);
+                        *out = math::fma(offsets[1][r], values[1][Q][c], *out);
                     }
                 }
-                unroll!(E in 0..8 {
-                    let (r, c) = (E / 2 % 2, E / 4 * 2 + E % 2);
-                    let out = &mut acc[8 * Q + E];
-                    *out = math::fma(math::mul(scale[r], d[c]), float(8 * Q + E), *out);
-                    if with_offset {
-                        *out = math::fma(offsets[0][r], values[0][c], *out);
-                        if halved::<F>() {
-                            *out = math::fma(offsets[1][r], values[1][c], *out);
-                        }
-                    }
-                });
-            });
+            }); });
         }
 
         /// Adds a span's sums to the thread's totals and clears them.
@@ -632,6 +683,13 @@ mod device {
     struct Products {
         sums: Sums<32>,
         scales: Sums<32>,
+    }
+
+    /// Scales of the thread's rows and, of 64 columns, of its own.
+    #[derive(Clone, Copy)]
+    struct Scales {
+        rows: [f32; 2],
+        columns: [[f32; 4]; 4],
     }
 
     /// Where a consumer is.

@@ -2,6 +2,8 @@
 
 #[path = "../../image/tests/common/mod.rs"]
 mod guests;
+#[path = "../../../cli/tests/common/http.rs"]
+mod http;
 
 use std::path::PathBuf;
 use std::process::{Child, Command};
@@ -12,6 +14,7 @@ use engine::backends::cuda::Cuda;
 use engine::executor::Serial;
 use gpu_kernels::emu::{Emulator, Options};
 use guests::{DONE, FAILED, Guest, Running, Scratch, hosted_on, setup};
+use http::Client;
 
 /// A broker process, the guest's RAM, and the socket between them.
 struct Broker {
@@ -53,6 +56,10 @@ impl Broker {
         words: &str,
         more: &[&str],
     ) -> Running {
+        self.guest(machine, memory_mib, words).arg(more).boot(image)
+    }
+
+    fn guest(&self, machine: &'static str, memory_mib: u32, words: &str) -> Guest {
         let mut guest = Guest::new(machine, words);
         guest.memory_mib = memory_mib;
         let serial = format!("{},max_ports=1", guest.device("virtio-serial"));
@@ -62,7 +69,7 @@ impl Broker {
         );
         let socket = format!("socket,id=gpu,path={}", self.socket.0.display());
         guest = guest.arg(&["-object", &ram, "-machine", "memory-backend=ram", "-chardev", &socket]);
-        guest.arg(&["-device", &serial, "-device", "virtconsole,chardev=gpu"]).arg(more).boot(image)
+        guest.arg(&["-device", &serial, "-device", "virtconsole,chardev=gpu"])
     }
 }
 
@@ -132,4 +139,25 @@ fn a_dead_broker_is_noticed() {
         "{}",
         running.text()
     );
+}
+
+/// The way to the GPU is lost while the guest serves: its clients are told, and it goes on.
+#[test]
+fn clients_are_told_of_a_lost_broker() {
+    let Some(setup) = setup() else { return };
+    let model = setup.tiny.join("llama-b.gguf");
+    let mut broker = Broker::start("lost", 256);
+    let (guest, address) = broker.guest("q35", 256, "ctx=64 device=gpu").module(&model).network();
+    let mut running = guest.boot(&setup.image);
+    running.wait_until_it_serves();
+    let mut client = Client::connect(&address);
+    let body =
+        serde_json::json!({ "prompt": "The quick", "max_tokens": 2, "temperature": 0, "ignore_eos": true });
+    let answer = client.post("/v1/completions", &body);
+    assert_eq!(answer.json()["usage"]["completion_tokens"], 2, "{}", answer.body);
+    broker.child.kill().unwrap();
+    let answer = client.post("/v1/completions", &body);
+    assert_eq!(answer.status, 500, "{}", answer.body);
+    assert!(answer.json()["error"]["message"].as_str().unwrap().contains("broker"), "{}", answer.body);
+    assert_eq!(client.get("/health").status, 200);
 }

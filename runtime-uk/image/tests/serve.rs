@@ -5,7 +5,6 @@ mod common;
 #[path = "../../../cli/tests/common/http.rs"]
 mod http;
 
-use std::net::TcpListener;
 use std::path::Path;
 
 use common::{FAILED, Guest, Running, hosted, setup};
@@ -24,18 +23,10 @@ struct Serving {
 impl Serving {
     /// Boots and waits until it listens; with words of the command line.
     fn start(machine: &'static str, words: &str, image: &Path, model: &Path) -> Serving {
-        // Free now, and nobody else takes one by its number.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let guest = Guest::new(machine, words).module(model);
-        let net = format!("user,id=net,hostfwd=tcp:127.0.0.1:{port}-:8080");
-        let device = format!("{},netdev=net", guest.device("virtio-net"));
-        let mut running = guest.arg(&["-netdev", &net, "-device", &device]).boot(image);
-        running.wait_for("listening on port 8080");
-        // QEMU takes connections before the guest has an address, and drops them.
-        if !words.contains("ip=") {
-            running.wait_for("address 10.0.2.15/24");
-        }
-        Serving { running, address: format!("127.0.0.1:{port}") }
+        let (guest, address) = Guest::new(machine, words).module(model).network();
+        let mut running = guest.boot(image);
+        running.wait_until_it_serves();
+        Serving { running, address }
     }
 
     fn client(&self) -> Client {
@@ -80,9 +71,9 @@ fn answers_are_the_hosted_engines() {
         assert_eq!(client.get("/health").json(), json!({ "status": "ok" }));
         std::thread::scope(|scope| {
             for first in 0..4 {
-                let (serving, expected) = (&serving, &expected);
+                let (address, expected) = (&serving.address, &expected);
                 scope.spawn(move || {
-                    let mut client = serving.client();
+                    let mut client = Client::connect(address);
                     for i in (0..4).map(|i| (first + i) % 4) {
                         let answer = client
                             .post("/v1/completions", &greedy(prompts[i], (first + i).is_multiple_of(2)));

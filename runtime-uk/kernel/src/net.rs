@@ -145,7 +145,7 @@ struct Slot {
     open: bool,
     /// The service knows that no more comes.
     ended: bool,
-    /// When we closed our side.
+    /// When the peer had the end of what we say.
     closed: Option<Duration>,
 }
 
@@ -317,12 +317,14 @@ fn poll_slot(
     }
     if service.finished(connection) && socket.may_send() {
         socket.close();
-        slot.closed = Some(clock::now());
         busy = true;
     }
-    // Its socket is wanted for others.
-    if slot.closed.is_some_and(|at| clock::now() - at > LINGER) {
-        socket.abort();
+    // The peer has all that we said, and does not close its side: its socket is wanted for others.
+    if socket.state() == tcp::State::FinWait2 {
+        let since = *slot.closed.get_or_insert_with(clock::now);
+        if clock::now().saturating_sub(since) > LINGER {
+            socket.abort();
+        }
     }
     busy
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -78,6 +79,15 @@ impl Guest {
         format!("{name}-{}", if self.machine.starts_with("microvm") { "device" } else { "pci" })
     }
 
+    /// A network card, and the address on the host that is forwarded to the guest's port 8080.
+    pub fn network(self) -> (Guest, String) {
+        // Free now, and nobody else takes one by its number.
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let net = format!("user,id=net,hostfwd=tcp:{free}-:8080");
+        let device = format!("{},netdev=net", self.device("virtio-net"));
+        (self.arg(&["-netdev", &net, "-device", &device]), free.to_string())
+    }
+
     /// Boots the image.
     pub fn boot(&self, image: &Path) -> Running {
         let kernel = ["-kernel", image.to_str().unwrap(), "-append", &self.words].map(String::from);
@@ -133,6 +143,14 @@ impl Running {
                 Err(RecvTimeoutError::Timeout) => panic!("no {what:?} in time:\n{}", self.text()),
                 Err(RecvTimeoutError::Disconnected) => panic!("no {what:?} before the end:\n{}", self.text()),
             }
+        }
+    }
+
+    /// Waits until it serves. QEMU takes connections before the guest has an address, and drops them.
+    pub fn wait_until_it_serves(&mut self) {
+        self.wait_for("listening on port 8080");
+        if !self.text().contains("address 10.0.2.15/24") {
+            self.wait_for("address 10.0.2.15/24");
         }
     }
 
