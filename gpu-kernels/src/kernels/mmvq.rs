@@ -656,8 +656,9 @@ macro_rules! entries {
             host::Case { rows: &[33, 33], k: 4096, glu: Some(Glu::Silu), x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_K) },
             host::Case { rows: &[64, 64], k: 288, glu: Some(Glu::Silu), acts: true, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[96, 96], k: 512, glu: Some(Glu::Gelu), x: host::X::Normed, acts: true, ..host::Case::of(quant::FormatId::Q4_1) },
+            host::Case { rows: &[2, 2], k: 256 * 60, glu: Some(Glu::Silu), x: host::X::Floats, ..host::Case::of(quant::FormatId::IQ2_S) },
             // More spans than fit shared memory at a time.
-            host::Case { rows: &[3], k: 256 * 130 + 64, extras: true, x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[3], k: 256 * 130 + 64, extras: true, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[2, 2], k: 256 * 90, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::IQ2_XXS) },
             // More spans than fit the partial sums at a time.
             host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, ..host::Case::of(quant::FormatId::Q4_1) },
@@ -765,6 +766,10 @@ mod host {
         pub eps: f32,
     }
 
+    /// Longest row of f32 that a kernel quantises on the way: its activations, the partial sums of gate and up and a
+    /// codebook fit shared memory together.
+    pub const MAX_FLOATS_K: usize = 60 * SPAN;
+
     /// Longest row that is normed on the way: `rms_norm`'s sum of more than 32 spans has another order.
     pub const MAX_NORM_K: usize = 32 * SPAN;
 
@@ -828,6 +833,9 @@ mod host {
             }
             check.multiple("n_rows of quantised results", gate.n_rows, ROWS, "a multiple of 32")?;
             check.aligned("scales of the results", up.y, 8)?;
+        }
+        if args.scales == DevicePtr::NULL && args.k > MAX_FLOATS_K {
+            return Err(check.shape("k of f32", "at most 15360", args.k));
         }
         let entry = super::entry(args.format, columns);
         let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
@@ -1382,6 +1390,7 @@ mod host {
                 Args { format: FormatId::F16, ..args },
                 Args { q: DevicePtr(8), ..args },
                 Args { scales: DevicePtr::NULL, n_cols: 2, ..args },
+                Args { scales: DevicePtr::NULL, k: MAX_FLOATS_K + 32, ..args },
                 Args { parts: &[], ..args },
                 Args { parts: &parts, ..args },
                 Args { glu: Some(Glu::Silu), ..args },

@@ -5,10 +5,10 @@
 //!   those kernels. Each CTA does that anew: it costs a read of the row from L2, a launch of its own costs more.
 //! * Lane = row, a warp works on one span at a time; gate and up alternate. Partial sums lie in shared memory; the first
 //!   warp adds them in order and ends the rows.
-//! * Spans that do not fit shared memory at once are worked on in windows.
+//! * Spans that do not fit shared memory at once are worked on in windows; f32 must fit.
 //!
-//! Done for speed: (1) before the kernel waits for earlier launches, each warp's first span is on its way to registers,
-//! its second and the norm's weights to L2; (2) between two spans a warp waits for nothing but its weights; (3) the
+//! Done for speed: (1) before the kernel waits for earlier launches, each warp's first span is on its way to registers
+//! (to L2 where those are too few), its second and the norm's weights to L2; (2) between two spans a warp waits for nothing but its weights; (3) the
 //! residual is on its way while the partial sums are added.
 
 use bytemuck::Zeroable;
@@ -22,6 +22,12 @@ use super::product::{Gate, Part, choose, choose_at};
 use super::rms_norm::gpu::{normalise, scale_of, squares};
 use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread, warp};
 use crate::tile::{ROWS, SPAN_GROUPS, Tiled, load_span};
+
+/// Whether a span's words and the activations on their way to shared memory fit the registers of 16 warps: else the first
+/// span waits in L2.
+const fn ahead<F: Tiled>() -> bool {
+    size_of::<F::Words>() <= 4 * 36
+}
 
 /// The kernel.
 #[inline(always)]
@@ -85,13 +91,15 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             F::LAYOUT.tail_units(k) as u32
         }
     };
+    let prefetch = |item: u32| {
+        if item < n_items && lane == 0 {
+            weights_of(item).prefetch(units_of(item) * (ROWS * F::LAYOUT.unit_bytes) as u32);
+        }
+    };
     let load = |item: u32| {
         let words = load_span::<F>(weights_of(item), units_of(item));
         // The warp's next item comes to L2 meanwhile.
-        let next = item + n_warps;
-        if next < n_items && lane == 0 {
-            weights_of(next).prefetch(units_of(next) * (ROWS * F::LAYOUT.unit_bytes) as u32);
-        }
+        prefetch(item + n_warps);
         words
     };
 
@@ -107,10 +115,12 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
 
     let mut item = warp_id;
     let mut words = F::Words::zeroed();
-    if item < n_items {
+    if !ahead::<F>() {
+        prefetch(item);
+    } else if item < n_items {
         words = load(item);
     }
-    let first_weight = read_early(norm, warp_id, 8 * shape.n_groups, 1.0);
+    let mut weight = read_early(norm, warp_id, 8 * shape.n_groups, 1.0);
     if !norm.is_null() && thread::thread_idx_x() == 0 {
         norm.cast::<u8>().prefetch(4 * k as u32);
     }
@@ -118,27 +128,43 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         grid::wait_for_earlier();
     }
 
-    let x: Glb<F32x4> = q.cast::<F32x4>().offset((first_x * shape.n_groups) as usize * 8);
-    let n4 = 8 * shape.n_groups;
-    let mut first_values = [[0.0; 4]; 2];
     if scales.is_null() {
-        first_values = read(x, warp_id, n4, 0.0);
-    }
-    let mut scale = 1.0;
-    if !norm.is_null() {
-        let mut span = warp_id;
-        let mut v = first_values;
-        while span < n_spans {
-            let next = read(x, span + n_warps, n4, 0.0);
-            let sum = warp::sum_f32(squares(v));
-            if lane == 0 {
-                span_squares.st(span, sum);
+        // One window holds the row: the launcher sees to that.
+        let x: Glb<F32x4> = q.cast::<F32x4>().offset((first_x * shape.n_groups) as usize * 8);
+        let n4 = 8 * shape.n_groups;
+        let mut v = read(x, warp_id, n4, 0.0);
+        let mut scale = 1.0;
+        if !norm.is_null() {
+            let first = v;
+            let mut span = warp_id;
+            while span < n_spans {
+                let next = read(x, span + n_warps, n4, 0.0);
+                let sum = warp::sum_f32(squares(v));
+                if lane == 0 {
+                    span_squares.st(span, sum);
+                }
+                (v, span) = (next, span + n_warps);
             }
-            (v, span) = (next, span + n_warps);
+            v = first;
+            sync::sync_threads();
+            let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
+            scale = scale_of(warp::sum_f32(of_lane), n4, eps);
         }
-        sync::sync_threads();
-        let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
-        scale = scale_of(warp::sum_f32(of_lane), n4, eps);
+        let mut span = warp_id;
+        while span < n_spans {
+            // The next span's loads beside this one's arithmetic.
+            let next = span + n_warps;
+            let next_v = read(x, next, n4, 0.0);
+            let next_weight = read_early(norm, next, n4, 1.0);
+            if !norm.is_null() {
+                v = normalise(v, weight, [[0.0; 4]; 2], scale);
+            }
+            stage(span).quantise::<F>(v);
+            (v, weight, span) = (next_v, next_weight, next);
+        }
+    }
+    if !ahead::<F>() && item < n_items {
+        words = load(item);
     }
 
     let mut start = 0;
@@ -151,34 +177,9 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         let end = if start + shape.window < n_items { start + shape.window } else { n_items };
         let (first_span, _) = item_of(start);
         let (end_span, _) = item_of(end);
-        if scales.is_null() {
-            let mut span = first_span + warp_id;
-            let mut v = first_values;
-            if start != 0 {
-                v = read(x, span, n4, 0.0);
-            }
-            let mut weight = first_weight;
-            while span < end_span {
-                // The next span's loads beside this one's arithmetic.
-                let next = span + n_warps;
-                let next_v = read(x, next, n4, 0.0);
-                let next_weight = read_early(norm, next, n4, 1.0);
-                if !norm.is_null() {
-                    v = normalise(v, weight, [[0.0; 4]; 2], scale);
-                }
-                stage(span - first_span).quantise::<F>(v);
-                (v, weight, span) = (next_v, next_weight, next);
-            }
-        } else {
-            Stage::fill_all::<F>(
-                stages,
-                q,
-                scales,
-                first_x * shape.n_groups,
-                shape.n_groups,
-                first_span,
-                end_span,
-            );
+        if !scales.is_null() {
+            let column = first_x * shape.n_groups;
+            Stage::fill_all::<F>(stages, q, scales, column, shape.n_groups, first_span, end_span);
         }
         sync::sync_threads();
 

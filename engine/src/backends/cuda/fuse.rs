@@ -322,7 +322,8 @@ fn replace_acts(
 fn quantise_product(program: &mut Program) {
     let mut at = 0;
     while at < program.actions.len() {
-        if let Action::Quantise { x, acts, .. } = program.actions[at]
+        if let Action::Quantise { x, acts, k, .. } = program.actions[at]
+            && k <= mmvq::MAX_FLOATS_K
             && replace_acts(program, acts, Factor::Floats(x), |_, _| true)
         {
             program.actions.remove(at);
