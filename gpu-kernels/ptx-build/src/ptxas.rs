@@ -1,4 +1,4 @@
-//! NVIDIA's assembler as a checker: every entry must assemble without spills and without a stack.
+//! NVIDIA's assembler as a checker: no entry may spill more than a few registers, nor keep anything else on a stack.
 //!
 //! ptxas comes from a Python wheel that xtask fetches; only tests and reports need it, never a build.
 
@@ -27,6 +27,10 @@ impl Ptxas {
         Ok(Ptxas { program, version })
     }
 }
+
+/// Most that an entry may spill, stores and loads together: what launch bounds for full occupancy cost some entries for
+/// dear formats. An array that went to memory takes more, and is an error of its own (`module`).
+pub const MOST_SPILLED: u32 = 160;
 
 /// What one kernel takes on one tier.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,6 +67,14 @@ pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<
         rows.extend(assemble_part(ptxas, module.tier, &part, &text, &folder)?);
     }
     rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
+    let mut spilling =
+        rows.iter().filter(|row| row.stack_bytes > row.spill_bytes || row.spill_bytes > MOST_SPILLED);
+    if let Some(first) = spilling.next() {
+        let others: String = spilling.map(|row| format!(", {} too", row.kernel)).collect();
+        let what =
+            format!("{} bytes of stack, {} bytes spilled{others}", first.stack_bytes, first.spill_bytes);
+        return Err(PtxError::Lint { tier: module.tier.name.into(), kernel: first.kernel.clone(), what });
+    }
     std::fs::write(&kept, digest + &to_lines(&rows)).map_err(PtxError::path("write", &kept))?;
     Ok(rows)
 }
@@ -92,10 +104,6 @@ fn assemble_part(
     for row in &mut rows {
         let size = sizes.iter().find(|(kernel, _)| *kernel == row.kernel).map_or(0, |(_, size)| *size);
         row.instructions = instructions(tier, size);
-        if row.stack_bytes != 0 || row.spill_bytes != 0 {
-            let what = format!("{} bytes of stack, {} bytes spilled", row.stack_bytes, row.spill_bytes);
-            return Err(PtxError::Lint { tier: tier.name.into(), kernel: row.kernel.clone(), what });
-        }
     }
     rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
     if rows.iter().map(|row| &row.kernel).ne(&part.kernels) {
@@ -105,14 +113,14 @@ fn assemble_part(
     Ok(rows)
 }
 
-/// What is required of a row, for the record of those that were accepted.
-const RULES: &str = "no stack, no spill";
+/// What a kept record holds, so that an older one is not read.
+const RULES: &str = "spills are kept";
 
-/// Rows as they are kept; only accepted ones are, so stack and spills are zero.
+/// Rows as they are kept.
 fn to_lines(rows: &[Resources]) -> String {
     let line = |row: &Resources| {
-        let Resources { kernel, registers, smem_bytes, instructions, .. } = row;
-        format!("{kernel} {registers} {smem_bytes} {instructions}\n")
+        let Resources { kernel, registers, smem_bytes, stack_bytes, spill_bytes, instructions } = row;
+        format!("{kernel} {registers} {smem_bytes} {stack_bytes} {spill_bytes} {instructions}\n")
     };
     rows.iter().map(line).collect()
 }
@@ -124,8 +132,9 @@ fn from_lines(text: &str) -> Option<Vec<Resources>> {
             kernel: words.next()?.into(),
             registers: words.next()?.parse().ok()?,
             smem_bytes: words.next()?.parse().ok()?,
+            stack_bytes: words.next()?.parse().ok()?,
+            spill_bytes: words.next()?.parse().ok()?,
             instructions: words.next()?.parse().ok()?,
-            ..Resources::default()
         })
     };
     text.lines().map(row).collect()
@@ -166,16 +175,16 @@ fn parse(report: &str) -> Vec<Resources> {
 /// The table that is diffed in review: one line per kernel and tier.
 pub fn table(tiers: &[(Tier, Vec<Resources>)]) -> String {
     let mut text = format!(
-        "{:<8} {:<32} {:>9} {:>10} {:>12}\n",
-        "tier", "kernel", "registers", "smem_bytes", "instructions"
+        "{:<8} {:<32} {:>9} {:>10} {:>11} {:>12}\n",
+        "tier", "kernel", "registers", "smem_bytes", "spill_bytes", "instructions"
     );
     for (tier, rows) in tiers {
         for row in rows {
-            let Resources { kernel, registers, smem_bytes, instructions, .. } = row;
+            let Resources { kernel, registers, smem_bytes, spill_bytes, instructions, .. } = row;
             // Writing to a string cannot fail.
             let _ = writeln!(
                 text,
-                "{:<8} {kernel:<32} {registers:>9} {smem_bytes:>10} {instructions:>12}",
+                "{:<8} {kernel:<32} {registers:>9} {smem_bytes:>10} {spill_bytes:>11} {instructions:>12}",
                 tier.name
             );
         }
@@ -212,6 +221,7 @@ mod tests {
         let row = |kernel: &str, registers| Resources {
             kernel: kernel.into(),
             registers,
+            spill_bytes: registers,
             instructions: 7,
             ..Resources::default()
         };
