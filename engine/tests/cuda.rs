@@ -86,10 +86,11 @@ fn every_tensor_matches_the_reference() {
     let Some(dir) = common::goldens() else { return };
     for name in MODELS {
         let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
-        // Quantised activations add their rounding, and a router may turn on it, as on the last bit of an f16 product.
+        // Quantised activations add their rounding, and a router may turn on it. An H100's f16 products round their last
+        // bit otherwise than the emulator's: a router was off by 1.6e-6.
         let bound = match name.rsplit_once('-').map(|(arch, _)| arch) {
             Some("quantmix") => 1e-2,
-            Some("qwen2moe" | "gpt-oss") => 1e-5,
+            Some("qwen2moe" | "gpt-oss") if common::gpu().is_some() => 1e-5,
             _ => 1e-6,
         };
         for n in [1, 20] {

@@ -140,3 +140,20 @@ macro_rules! smem {
         }
     };
 }
+
+/// Calls `$callback! { ID => module, … }` with the block formats that models use for weights, which leaves out those of
+/// activations.
+macro_rules! for_each_weight_format {
+    ($callback:ident) => { quant::for_each_block_format!(for_each_weight_format![$callback]); };
+    ([$callback:ident] $($rows:tt)*) => { for_each_weight_format! { @keep $callback [] $($rows)* } };
+    (@keep $callback:ident [$($kept:tt)*] Q8_1 => $module:ident :: Block, $($rest:tt)*) => {
+        for_each_weight_format! { @keep $callback [$($kept)*] $($rest)* }
+    };
+    (@keep $callback:ident [$($kept:tt)*] Q8_K => $module:ident :: Block, $($rest:tt)*) => {
+        for_each_weight_format! { @keep $callback [$($kept)*] $($rest)* }
+    };
+    (@keep $callback:ident [$($kept:tt)*] $id:ident => $module:ident :: Block, $($rest:tt)*) => {
+        for_each_weight_format! { @keep $callback [$($kept)* $id => $module,] $($rest)* }
+    };
+    (@keep $callback:ident [$($kept:tt)*]) => { $callback! { $($kept)* } };
+}

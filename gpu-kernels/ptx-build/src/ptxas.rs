@@ -28,9 +28,11 @@ impl Ptxas {
     }
 }
 
-/// Most that an entry may spill, stores and loads together: what launch bounds for full occupancy cost some entries for
-/// dear formats. An array that went to memory takes more, and is an error of its own (`module`).
-pub const MOST_SPILLED: u32 = 160;
+/// Most that an entry may spill on a tier, stores and loads together: what launch bounds for full occupancy cost some
+/// entries for dear formats. An array that went to memory takes more, and is an error of its own (`module`).
+fn most_spilled(tier: Tier) -> u32 {
+    if tier.sm >= 89 { 32 } else { 160 }
+}
 
 /// What one kernel takes on one tier.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -67,8 +69,9 @@ pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<
         rows.extend(assemble_part(ptxas, module.tier, &part, &text, &folder)?);
     }
     rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
-    let mut spilling =
-        rows.iter().filter(|row| row.stack_bytes > row.spill_bytes || row.spill_bytes > MOST_SPILLED);
+    let mut spilling = rows
+        .iter()
+        .filter(|row| row.stack_bytes > row.spill_bytes || row.spill_bytes > most_spilled(module.tier));
     if let Some(first) = spilling.next() {
         let others: String = spilling.map(|row| format!(", {} too", row.kernel)).collect();
         let what =

@@ -745,14 +745,7 @@ mod device {
 
 /// Entries of every format that models use for weights.
 macro_rules! entries {
-    ([] $($rows:tt)*) => { entries! { @used [] $($rows)* } };
-    // Formats of activations only.
-    (@used [$($used:tt)*] Q8_1 => $module:ident :: Block, $($rest:tt)*) => { entries! { @used [$($used)*] $($rest)* } };
-    (@used [$($used:tt)*] Q8_K => $module:ident :: Block, $($rest:tt)*) => { entries! { @used [$($used)*] $($rest)* } };
-    (@used [$($used:tt)*] $id:ident => $module:ident :: Block, $($rest:tt)*) => {
-        entries! { @used [$($used)* $id => $module,] $($rest)* }
-    };
-    (@used [$($id:ident => $module:ident,)*]) => {
+    ($($id:ident => $module:ident,)*) => {
         #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
@@ -766,7 +759,7 @@ macro_rules! entries {
         }
     };
 }
-quant::for_each_block_format!(entries![]);
+for_each_weight_format!(entries);
 
 #[cfg(not(target_arch = "nvptx64"))]
 mod host {

@@ -425,15 +425,9 @@ mod tests {
 
     const COLS: usize = 64;
 
-    /// A random graph of what decoders are made of, over a pool of streams [3, 64].
-    fn random_graph(steps: &[(u8, usize, usize)]) -> Graph {
-        let mut b = GraphBuilder::new(true);
-        let ids = b.input(Input::Tokens, 3);
-        let positions = b.input(Input::Positions, 3);
-        let table = b.weight(0, FormatId::Q8_0, &[50, COLS], 0);
-        let w = |b: &mut GraphBuilder, rows: usize| b.weight(1, FormatId::Q4_0, &[rows, COLS], 0);
-        let rope = RopeParams {
-            n_dims: 32,
+    fn rope(n_dims: usize) -> RopeParams {
+        RopeParams {
+            n_dims,
             freq_base: 1e4,
             freq_scale: 1.0,
             ext_factor: 0.0,
@@ -441,8 +435,17 @@ mod tests {
             beta_fast: 32.0,
             beta_slow: 1.0,
             n_ctx_orig: 64,
-        };
-        let angles = b.rope_table(positions, None, rope);
+        }
+    }
+
+    /// A random graph of what decoders are made of, over a pool of streams [3, 64].
+    fn random_graph(steps: &[(u8, usize, usize)]) -> Graph {
+        let mut b = GraphBuilder::new(true);
+        let ids = b.input(Input::Tokens, 3);
+        let positions = b.input(Input::Positions, 3);
+        let table = b.weight(0, FormatId::Q8_0, &[50, COLS], 0);
+        let w = |b: &mut GraphBuilder, rows: usize| b.weight(1, FormatId::Q4_0, &[rows, COLS], 0);
+        let angles = b.rope_table(positions, None, rope(32));
         let mut pool = alloc::vec![b.get_rows(table, ids)];
         for &(op, i, j) in steps {
             let (x, y) = (pool[i % pool.len()], pool[j % pool.len()]);
@@ -503,17 +506,7 @@ mod tests {
         let (ids, positions) = (b.input(Input::Tokens, 1), b.input(Input::Positions, 1));
         let w =
             |b: &mut GraphBuilder, rows: usize, cols: usize| b.weight(0, FormatId::Q4_0, &[rows, cols], 0);
-        let rope = RopeParams {
-            n_dims: 64,
-            freq_base: 1e4,
-            freq_scale: 1.0,
-            ext_factor: 0.0,
-            attn_factor: 1.0,
-            beta_fast: 32.0,
-            beta_slow: 1.0,
-            n_ctx_orig: 64,
-        };
-        let angles = b.rope_table(positions, None, rope);
+        let angles = b.rope_table(positions, None, rope(64));
         let norm = |b: &mut GraphBuilder, x| {
             let vector = b.weight(1, FormatId::F32, &[EMBD], 0);
             b.rms_norm(x, Some(vector), 1e-5)

@@ -1,0 +1,501 @@
+//! Host side of `mmq`: the choice of a cut, launcher, cases.
+
+use alloc::{boxed::Box, vec, vec::Vec};
+
+use quant::act::ActKind;
+use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
+
+use super::{FORMATS, THREADS, entry};
+use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+use crate::driver::DeviceInfo;
+use crate::kernels::mmq_hopper;
+use crate::kernels::mmq_wide::WIDE;
+#[cfg(all(test, feature = "emu"))]
+use crate::kernels::mmvq::reference_bits;
+use crate::kernels::mmvq::{Weights, reference};
+use crate::kernels::product::{self, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
+use crate::kernels::{moe_sort, quantise_act};
+use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+use crate::tile::{self, ROWS};
+
+/// How the work is cut into CTAs. Every cut gives the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// 32 rows, 16 columns.
+    Narrow16,
+    /// 32 rows, 32 columns.
+    Narrow32,
+    /// 128 rows (of a gated pair 64 of each), 128 columns. Takes some 200 KiB of shared memory.
+    Wide,
+    /// As wide, for Hopper: only there is its kernel.
+    Warpgroups,
+}
+
+/// SMs that the choice of a cut counts on: an H100's. With another number a choice may be slower, never different in
+/// its result.
+const N_SM: usize = 132;
+/// Cycles per span of a CTA, as measured on an H100 with Q4_0 (m = 4096, k = 14336, n = 512 and 64): of the wide cut, of
+/// the warpgroups', and of a narrow one of 32 columns.
+const WIDE_CYCLES: usize = 9000;
+const WARPGROUPS_CYCLES: usize = 7400;
+const NARROW_CYCLES: usize = 1150;
+/// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
+const HOPPER_DRIVER: u32 = 12_040;
+
+impl Cut {
+    /// Columns of a CTA.
+    pub fn cols(self) -> usize {
+        match self {
+            Cut::Narrow16 => 16,
+            Cut::Narrow32 => 32,
+            Cut::Wide => WIDE,
+            Cut::Warpgroups => mmq_hopper::TILE,
+        }
+    }
+
+    /// Threads of a CTA.
+    pub fn threads(self) -> u32 {
+        if self == Cut::Warpgroups { mmq_hopper::THREADS } else { THREADS }
+    }
+
+    /// The faster cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device.
+    pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, device: &DeviceInfo) -> Cut {
+        let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
+        let waves = |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
+        let is_hopper = device.sm == 90 && device.driver_version >= HOPPER_DRIVER;
+        let (wide, cycles) =
+            if is_hopper { (Cut::Warpgroups, WARPGROUPS_CYCLES) } else { (Cut::Wide, WIDE_CYCLES) };
+        let narrow_cycles = waves(ROWS, 32) * NARROW_CYCLES;
+        if n_cols > 16 && waves(wide.cols(), wide.cols()) * cycles <= narrow_cycles && fits(wide) {
+            wide
+        } else if n_cols > 16 && fits(Cut::Narrow32) {
+            Cut::Narrow32
+        } else {
+            Cut::Narrow16
+        }
+    }
+
+    /// The same for a mixture of `n_pairs` (token, slot) pairs.
+    pub fn choose_mixture(
+        format: FormatId,
+        n_rows: usize,
+        n_expert: usize,
+        n_pairs: usize,
+        device: &DeviceInfo,
+    ) -> Cut {
+        // As if all experts had equally many pairs: their rows are then rows of one matrix.
+        Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), device)
+    }
+}
+
+/// The columns of a mixture by expert, as `moe_sort` makes them, with tiles of the cut's columns.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)] // the contract's names
+pub struct Sorted {
+    pub order: DevicePtr,
+    pub tiles: DevicePtr,
+    pub n_expert: usize,
+}
+
+/// Arguments; see the contract.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// As for every product; of a mixture's `ids` nothing is read here.
+    pub product: product::Args<'a>,
+    /// How to cut the work.
+    pub cut: Cut,
+    /// Of a mixture.
+    pub sorted: Option<Sorted>,
+}
+
+/// One launch for all parts.
+pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
+    let kernel = Mmq::NAME;
+    let check = Check(kernel);
+    let &Args { ref product, cut, sorted } = args;
+    let (entry, smem_bytes) =
+        entry(product.format, cut).ok_or(LaunchError::Format { kernel, format: product.format })?;
+    check.multiple("k", product.k, info(product.format).elems, "a multiple of the format's block")?;
+    let n_groups = check.size("k", product.k)? / 32;
+    let n_cols = check.size("n_cols", product.n_cols)?;
+    // The kernel counts the activations' vectors in 32 bits.
+    check.size("n_cols * k / 16", product.n_cols.saturating_mul(product.k / 16))?;
+    for (what, at, align) in [("q", product.q, 16), ("scales", product.scales, 8)] {
+        check.aligned(what, at, align)?;
+        if at == DevicePtr::NULL {
+            return Err(check.shape(what, "an array", 0));
+        }
+    }
+    let (order, tiles, n_tiles, pairs_per_x) = match (product.mixture, sorted) {
+        (Some(mixture), Some(sorted)) => {
+            check.aligned("order", sorted.order, 4)?;
+            check.aligned("tiles", sorted.tiles, 16)?;
+            let n_pairs = check.size("n_pairs", mixture.n_pairs)? as usize;
+            check.size("n_expert", sorted.n_expert)?;
+            let n_tiles = moe_sort::max_tiles(n_pairs, sorted.n_expert, cut.cols());
+            (sorted.order, sorted.tiles, n_tiles, check.size("pairs_per_x", mixture.pairs_per_x)?)
+        }
+        (None, None) => (DevicePtr::NULL, DevicePtr::NULL, product.n_cols.div_ceil(cut.cols()), 1),
+        (mixture, _) => {
+            let (expected, got) = ("that of a mixture, if it is one", u64::from(mixture.is_some()));
+            return Err(LaunchError::Shape { kernel, what: "sorted", expected, got });
+        }
+    };
+    let rows_per_cta = match (cut, product.glu) {
+        (Cut::Narrow16 | Cut::Narrow32, _) => ROWS,
+        (Cut::Wide | Cut::Warpgroups, Some(_)) => cut.cols() / 2,
+        (Cut::Wide | Cut::Warpgroups, None) => cut.cols(),
+    };
+    let ctas = |rows: u32| rows.div_ceil(rows_per_cta as u32);
+    let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
+    let params = params.with(product.q).with(product.scales).with(order).with(tiles);
+    let params = with_gate(params, product.glu).with(n_groups).with(n_cols).with(pairs_per_x);
+    // Column tiles first: CTAs that run together share the weights, which pass from memory once.
+    let grid = [check.size("tiles", n_tiles)?, check.grid("row tiles", n_ctas as usize)?, 1];
+    Ok(Launch { entry, grid, cta: cut.threads(), cluster: 1, smem_bytes, params })
+}
+
+/// The row in the registry.
+#[derive(Debug)]
+pub struct Mmq;
+
+/// One case.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// Format of the weights.
+    pub format: FormatId,
+    /// The cut.
+    pub cut: Cut,
+    /// Rows of each part.
+    pub n_rows: &'static [usize],
+    /// Columns of the weights.
+    pub k: usize,
+    /// Columns; in a mixture tokens.
+    pub n_cols: usize,
+    /// Whether there are a bias and a residual.
+    pub added: bool,
+    /// Of a gated pair.
+    pub glu: Option<Glu>,
+    /// Of a mixture: experts, experts per token, whether activations have a row for each.
+    pub mixture: Option<(usize, usize, bool)>,
+}
+
+/// A case without extras.
+pub(crate) const fn plain(
+    format: FormatId,
+    cut: Cut,
+    n_rows: &'static [usize],
+    k: usize,
+    n_cols: usize,
+) -> Case {
+    Case { format, cut, n_rows, k, n_cols, added: false, glu: None, mixture: None }
+}
+
+/// Every format in the narrow cuts' tail of columns and rows and of a span, a few in the wide cut; the edges of tiles;
+/// each extra once in either cut.
+const CASES: &[Case] = &{
+    const EXTRA: &[Case] = &[
+        plain(FormatId::Q4_0, Cut::Narrow16, &[31], 32, 1),
+        plain(FormatId::Q8_0, Cut::Narrow16, &[33], 2336, 16),
+        plain(FormatId::Q5_1, Cut::Narrow32, &[32], 544, 31),
+        plain(FormatId::Q4_K, Cut::Narrow32, &[5], 2304, 33),
+        plain(FormatId::IQ3_XXS, Cut::Narrow32, &[40, 3, 64], 256, 9),
+        plain(FormatId::Q4_0, Cut::Wide, &[127], 32, 1),
+        plain(FormatId::Q8_0, Cut::Wide, &[129], 288, 127),
+        plain(FormatId::Q4_1, Cut::Wide, &[128], 800, 128),
+        plain(FormatId::Q4_K, Cut::Wide, &[1], 512, 129),
+        plain(FormatId::Q2_K, Cut::Wide, &[70], 256, 40),
+        plain(FormatId::Q6_K, Cut::Wide, &[20, 140, 1], 768, 20),
+        plain(FormatId::NVFP4, Cut::Wide, &[33], 320, 17),
+        plain(FormatId::IQ3_XXS, Cut::Wide, &[97], 512, 65),
+        Case { added: true, ..plain(FormatId::Q4_0, Cut::Narrow16, &[37, 8], 288, 12) },
+        Case { added: true, ..plain(FormatId::Q4_0, Cut::Wide, &[37, 130], 288, 12) },
+        Case {
+            added: true,
+            glu: Some(Glu::Silu),
+            ..plain(FormatId::Q8_0, Cut::Narrow32, &[40; 2], 1312, 20)
+        },
+        Case { added: true, glu: Some(Glu::Silu), ..plain(FormatId::Q8_0, Cut::Wide, &[70; 2], 544, 20) },
+        Case { glu: Some(Glu::Gelu), ..plain(FormatId::Q4_K, Cut::Narrow16, &[9; 2], 256, 3) },
+        Case {
+            added: true,
+            glu: Some(Glu::SwigluOai { alpha: 1.702, limit: 7.0 }),
+            ..plain(FormatId::MXFP4, Cut::Narrow32, &[33; 2], 256, 5)
+        },
+        Case { mixture: Some((5, 2, false)), ..plain(FormatId::Q4_0, Cut::Narrow16, &[35], 288, 30) },
+        Case {
+            added: true,
+            glu: Some(Glu::Silu),
+            mixture: Some((3, 2, false)),
+            ..plain(FormatId::Q4_K, Cut::Narrow32, &[33; 2], 512, 25)
+        },
+        Case { added: true, mixture: Some((3, 2, true)), ..plain(FormatId::Q5_0, Cut::Wide, &[50], 64, 90) },
+    ];
+    const N: usize = FORMATS.len();
+    let mut cases = [EXTRA[0]; N + EXTRA.len()];
+    let mut i = 0;
+    while i < cases.len() {
+        cases[i] = if i < N { plain(FORMATS[i], Cut::Narrow32, &[37], 768, 18) } else { EXTRA[i - N] };
+        i += 1;
+    }
+    cases
+};
+
+/// The shapes that prefill and batches of an 8B model have, and a mixture's.
+const BENCH: &[Case] = &[
+    plain(FormatId::Q4_0, Cut::Wide, &[4096], 14336, 512),
+    plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 512),
+    plain(FormatId::Q4_0, Cut::Wide, &[14336], 4096, 2048),
+    plain(FormatId::Q8_0, Cut::Wide, &[4096], 14336, 512),
+    plain(FormatId::Q4_K, Cut::Wide, &[4096], 14336, 512),
+    plain(FormatId::Q6_K, Cut::Wide, &[4096], 14336, 512),
+    plain(FormatId::IQ3_XXS, Cut::Wide, &[4096], 14336, 512),
+    plain(FormatId::Q4_0, Cut::Narrow16, &[4096], 14336, 16),
+    plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 32),
+    plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 64),
+    plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 512),
+    plain(FormatId::Q8_0, Cut::Narrow16, &[4096], 14336, 16),
+    plain(FormatId::Q4_K, Cut::Narrow16, &[4096], 14336, 16),
+    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::Wide, &[14336; 2], 4096, 512) },
+    Case { mixture: Some((128, 8, false)), ..plain(FormatId::Q4_0, Cut::Narrow32, &[768], 2048, 512) },
+];
+
+/// The rows of a matrix (or of an expert of one) times columns, each with a matrix of its own choice.
+struct Product<'a, T> {
+    blocks: &'a [u8],
+    x: &'a [f32],
+    k: usize,
+    n_rows: usize,
+    /// Column and expert of each row of the output.
+    columns: &'a [(usize, usize)],
+    dots: core::marker::PhantomData<T>,
+}
+
+/// How an element of the output is computed.
+trait Sum: Sized {
+    fn sum<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> Self;
+}
+impl Sum for f64 {
+    fn sum<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f64 {
+        reference(row, column)
+    }
+}
+#[cfg(all(test, feature = "emu"))]
+impl Sum for f32 {
+    fn sum<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f32 {
+        reference_bits(row, column)
+    }
+}
+
+impl<T: Sum> Visitor for Product<'_, T> {
+    type Output = (ActKind, Vec<T>);
+
+    fn block<F: BlockFormat>(self) -> Self::Output {
+        let blocks: &[F] = bytemuck::cast_slice(self.blocks);
+        let mut groups = vec![ActGroup::ZERO; self.x.len() / 32];
+        ActGroup::quantise(F::ACT, self.x, &mut groups);
+        let columns: Vec<&[ActGroup]> = groups.chunks(self.k / 32).collect();
+        let rows: Vec<&[F]> = blocks.chunks(self.k / F::ELEMS).collect();
+        let output = |&(column, expert): &(usize, usize)| {
+            let rows = rows[expert * self.n_rows..][..self.n_rows].iter();
+            let column = columns[column];
+            rows.map(|row| T::sum(row, column)).collect::<Vec<T>>()
+        };
+        (F::ACT, self.columns.iter().flat_map(output).collect())
+    }
+
+    fn float<F: FloatFormat>(self) -> Self::Output {
+        unreachable!("{:?} has no blocks", F::ID)
+    }
+}
+
+/// A case's data.
+struct Data {
+    ids: Vec<u32>,
+    x: Vec<f32>,
+    /// Blocks of each part.
+    weights: Vec<Vec<u8>>,
+    biases: Vec<Vec<f32>>,
+    residuals: Vec<Vec<f32>>,
+}
+
+impl Case {
+    fn n_expert(&self) -> usize {
+        self.mixture.map_or(1, |(n_expert, ..)| n_expert)
+    }
+
+    /// Rows of the output.
+    fn n_outputs(&self) -> usize {
+        self.n_cols * self.mixture.map_or(1, |(_, used, _)| used)
+    }
+
+    fn pairs_per_x(&self) -> usize {
+        match self.mixture {
+            Some((_, used, false)) => used,
+            _ => 1,
+        }
+    }
+
+    /// Parts that have an output.
+    fn n_written(&self) -> usize {
+        if self.glu.is_some() { 1 } else { self.n_rows.len() }
+    }
+
+    fn data(&self, random: &mut Random) -> Data {
+        let n_outputs = self.n_outputs();
+        let weights = self.n_rows.iter().map(|n_rows| {
+            let weights = with_format(self.format, Weights(random, self.n_expert() * n_rows * self.k));
+            weights.expect("cases name formats of weights").0
+        });
+        let weights = weights.collect();
+        let added = |n: usize, random: &mut Random| if self.added { random.values(n) } else { vec![] };
+        Data {
+            weights,
+            ids: (0..n_outputs).map(|_| random.below(self.n_expert() as u64) as u32).collect(),
+            x: random.values(n_outputs / self.pairs_per_x() * self.k),
+            biases: self.n_rows.iter().map(|n| added(self.n_expert() * n, random)).collect(),
+            residuals: self.n_rows.iter().map(|n| added(n_outputs * n, random)).collect(),
+        }
+    }
+
+    /// What the activations are.
+    fn act(&self) -> ActKind {
+        struct Act;
+        impl Visitor for Act {
+            type Output = ActKind;
+
+            fn block<F: BlockFormat>(self) -> ActKind {
+                F::ACT
+            }
+
+            fn float<F: FloatFormat>(self) -> ActKind {
+                unreachable!("{:?} has no blocks", F::ID)
+            }
+        }
+        with_format(self.format, Act).expect("cases name formats of weights")
+    }
+
+    /// Each part's product, without what follows.
+    fn products<T: Sum>(&self, data: &Data) -> (ActKind, Vec<Vec<T>>) {
+        let pairs = data.ids.iter().enumerate();
+        let columns: Vec<_> = pairs.map(|(i, &id)| (i / self.pairs_per_x(), id as usize)).collect();
+        let mut kind = ActKind::Q8_0;
+        let products = data.weights.iter().zip(self.n_rows).map(|(blocks, &n_rows)| {
+            let product = Product::<T> {
+                blocks,
+                x: &data.x,
+                k: self.k,
+                n_rows,
+                columns: &columns,
+                dots: core::marker::PhantomData,
+            };
+            let (act, values) = with_format(self.format, product).expect("cases name formats of weights");
+            kind = act;
+            values
+        });
+        let products = products.collect();
+        (kind, products)
+    }
+
+    /// Buffers of a problem with these outputs: q, scales, order, tiles; of each part w, bias, residual; the outputs.
+    fn buffers(&self, data: &Data, kind: ActKind, outputs: Vec<Vec<f64>>) -> Vec<Buffer> {
+        let (q, scales) = quantise_act::reference(kind, &data.x);
+        let (order, tiles) = crate::kernels::moe_sort::reference(&data.ids, self.n_expert(), self.cut.cols());
+        let mut buffers = vec![bytes_of(&q), bytes_of(&scales), bytes_of(&order), bytes_of(&tiles)];
+        for (i, &n_rows) in self.n_rows.iter().enumerate() {
+            let experts = data.weights[i].chunks(data.weights[i].len() / self.n_expert());
+            buffers.push(experts.flat_map(|rows| tile::pack(self.format, rows, n_rows, self.k)).collect());
+            buffers.extend([bytes_of(&data.biases[i]), bytes_of(&data.residuals[i])]);
+        }
+        let buffers = buffers.into_iter().map(Buffer::Input);
+        buffers.chain(outputs.into_iter().map(|values| Buffer::Output(Expected::F32(values)))).collect()
+    }
+
+    /// The first part's product in the contract's order, and the buffers of the problem.
+    #[cfg(all(test, feature = "emu"))]
+    pub(super) fn chained(&self, random: &mut Random) -> (Vec<f32>, Vec<Buffer>) {
+        let data = self.data(random);
+        let (kind, products) = self.products::<f32>(&data);
+        let outputs = products.iter().map(|values| vec![0.0; values.len()]).collect();
+        (products.into_iter().next().expect("a part"), self.buffers(&data, kind, outputs))
+    }
+
+    /// The launch on [`Case::buffers`].
+    pub(super) fn launch(&self, at: &[DevicePtr]) -> Result<Launch, LaunchError> {
+        let outputs = 4 + 3 * self.n_rows.len();
+        let added = |at| if self.added { at } else { DevicePtr::NULL };
+        let part = |(i, &n_rows): (usize, &usize)| {
+            let y = if i < self.n_written() { at[outputs + i] } else { DevicePtr::NULL };
+            Matrix { w: at[4 + 3 * i], bias: added(at[5 + 3 * i]), residual: added(at[6 + 3 * i]), y, n_rows }
+        };
+        let parts: Vec<Matrix> = self.n_rows.iter().enumerate().map(part).collect();
+        let (n_pairs, pairs_per_x) = (self.n_outputs(), self.pairs_per_x());
+        let product = product::Args {
+            format: self.format,
+            parts: &parts,
+            glu: self.glu,
+            q: at[0],
+            scales: at[1],
+            k: self.k,
+            n_cols: n_pairs / pairs_per_x,
+            mixture: self.mixture.map(|_| Mixture { ids: DevicePtr::NULL, n_pairs, pairs_per_x }),
+        };
+        let sorted = Sorted { order: at[2], tiles: at[3], n_expert: self.n_expert() };
+        launch(&Args { product, cut: self.cut, sorted: self.mixture.map(|_| sorted) })
+    }
+}
+
+impl Kernel for Mmq {
+    const NAME: &'static str = "mmq";
+    type Case = Case;
+    const CASES: &'static [Case] = CASES;
+    const BENCH: &'static [Case] = BENCH;
+    const NMSE_MAX: f64 = 1e-11;
+    #[cfg(feature = "emu")]
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
+
+    fn problem(case: &Case, random: &mut Random) -> Problem {
+        let case = *case;
+        let data = case.data(random);
+        let (kind, products) = if random.is_timing() {
+            let zeros = case.n_rows.iter().map(|n_rows| vec![0.0; case.n_outputs() * n_rows]);
+            (case.act(), zeros.collect())
+        } else {
+            case.products::<f64>(&data)
+        };
+        let up = case.glu.map(|glu| (glu, products[1].as_slice()));
+        let outputs = products[..case.n_written()].iter().enumerate().map(|(p, sums)| {
+            let n_rows = case.n_rows[p];
+            let at = |values: &[f32], i: usize| values.get(i).map_or(0.0, |&v| f64::from(v));
+            let in_bias = |i: usize| data.ids[i / n_rows] as usize * n_rows + i % n_rows;
+            let bias = |of: usize| {
+                let biases = &data.biases;
+                move |i| biases.get(of).map_or(0.0, |bias| at(bias, in_bias(i)))
+            };
+            epilogue_reference(sums, up, bias(p), bias(1), |i| at(&data.residuals[p], i))
+        });
+        let outputs = outputs.collect();
+        Problem {
+            buffers: case.buffers(&data, kind, outputs),
+            launches: Box::new(move |at| Ok(vec![case.launch(at)?])),
+        }
+    }
+
+    fn peer(case: &Case) -> Option<alloc::string::String> {
+        let fused = case.glu.is_some() || case.added;
+        crate::kernels::mmvq::peer(case.format, case.n_rows, case.k, case.n_cols, fused, case.mixture)
+    }
+
+    fn bytes(case: &Case) -> u64 {
+        let row = info(case.format);
+        let n_rows: usize = case.n_rows.iter().sum();
+        let weights = case.n_expert() * n_rows * case.k / row.elems * row.bytes;
+        let columns = case.n_outputs() / case.pairs_per_x();
+        let outputs = 4 * case.n_outputs() * case.n_rows[..case.n_written()].iter().sum::<usize>();
+        (weights + columns * case.k * 5 / 4 + outputs) as u64
+    }
+
+    fn flops(case: &Case) -> u64 {
+        2 * (case.n_rows.iter().sum::<usize>() * case.n_outputs() * case.k) as u64
+    }
+}
