@@ -319,9 +319,7 @@ use {
     crate::kernels::product::{Gate, Part},
 };
 #[cfg(not(target_arch = "nvptx64"))]
-use {
-    crate::kernels::mmq_hopper, crate::kernels::mmq_wide::wide_bytes,
-};
+use {crate::kernels::mmq_hopper, crate::kernels::mmq_wide::wide_bytes};
 for_each_weight_format!(entries);
 
 #[cfg(not(target_arch = "nvptx64"))]

@@ -238,13 +238,7 @@ mod device {
     /// Adds the sums of slots 0 to `n` in order to the totals of two neighbouring columns from `column` on.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn add_sums(
-        totals: &mut [f32; 2],
-        of_slot: impl Fn(u32) -> Smem<f32>,
-        lane: u32,
-        column: u32,
-        n: u32,
-    ) {
+    fn add_sums(totals: &mut [f32; 2], of_slot: impl Fn(u32) -> Smem<f32>, lane: u32, column: u32, n: u32) {
         let place = |c: usize| sum_index(lane, column + c as u32);
         let mut slot = 0;
         // Four loads of each column under way at a time.
@@ -347,6 +341,10 @@ mod device {
         }
 
         let mut span = slot;
+        if const { by_chunk::<F, P>(COLS) || late::<F, P>(COLS) } {
+            // The rest of what the loads below take a part of.
+            prefetch(span);
+        }
         // A warp without a span loads one all the same: nothing of it is used.
         let mut words = load(if span < n_spans { span } else { 0 });
         prefetch(span + per_round);

@@ -113,9 +113,8 @@ impl Cut {
 
     /// The fastest cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device.
     pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, device: &DeviceInfo) -> Cut {
-        let fits = |cut| {
-            entry(format, cut, false).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes)
-        };
+        let fits =
+            |cut| entry(format, cut, false).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
         let waves = |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
         let is_hopper = device.sm == 90 && device.driver_version >= HOPPER_DRIVER;
         let (wide, cycles) =
@@ -127,7 +126,8 @@ impl Cut {
             [1, 2].into_iter().filter_map(move |row_tiles| {
                 let of_warps = |warps| Cut::Narrow(Narrow { cols, warps, row_tiles });
                 // As many as shared memory allows.
-                let warps = (1..=most / 2).rev().map(|pairs| 2 * pairs).find(|&warps| fits(of_warps(warps)))?;
+                let warps =
+                    (1..=most / 2).rev().map(|pairs| 2 * pairs).find(|&warps| fits(of_warps(warps)))?;
                 let percent = if row_tiles == 2 { 2 * PAIRED_PERCENT } else { 100 };
                 let of_span = cycles * percent / 100 * 8 / warps.min(8) as usize;
                 Some((waves(row_tiles * ROWS, cols) * of_span, of_warps(warps)))
@@ -177,8 +177,8 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let kernel = Mmq::NAME;
     let check = Check(kernel);
     let &Args { ref product, cut, sorted } = args;
-    let (entry, smem_bytes) =
-        entry(product.format, cut, product.glu.is_some()).ok_or(LaunchError::Format { kernel, format: product.format })?;
+    let (entry, smem_bytes) = entry(product.format, cut, product.glu.is_some())
+        .ok_or(LaunchError::Format { kernel, format: product.format })?;
     check.multiple("k", product.k, info(product.format).elems, "a multiple of the format's block")?;
     let n_groups = check.size("k", product.k)? / 32;
     let n_cols = check.size("n_cols", product.n_cols)?;
@@ -298,9 +298,16 @@ const CASES: &[Case] = &{
             glu: Some(Glu::SwigluOai { alpha: 1.702, limit: 7.0 }),
             ..plain(FormatId::MXFP4, Cut::NARROW_32, &[33; 2], 256, 5)
         },
-        Case { added: true, glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_64, &[40; 2], 1312, 50) },
+        Case {
+            added: true,
+            glu: Some(Glu::Silu),
+            ..plain(FormatId::Q4_0, Cut::NARROW_64, &[40; 2], 1312, 50)
+        },
         Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_16, &[33; 2], 2368, 16) },
-        Case { mixture: Some((4, 2, false)), ..plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[70], 288, 70) },
+        Case {
+            mixture: Some((4, 2, false)),
+            ..plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[70], 288, 70)
+        },
         Case { mixture: Some((5, 2, false)), ..plain(FormatId::Q4_0, Cut::NARROW_16, &[35], 288, 30) },
         Case {
             added: true,
@@ -329,7 +336,10 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q4_K, Cut::Wide, &[4096], 14336, 512),
     plain(FormatId::Q6_K, Cut::Wide, &[4096], 14336, 512),
     plain(FormatId::IQ3_XXS, Cut::Wide, &[4096], 14336, 512),
+    // Where `mmvq` would do, too.
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 14336, 8),
     plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 14336, 16),
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 4096, 16),
     plain(FormatId::Q4_0, Cut::NARROW_16.of_warps(8), &[4096], 14336, 16),
     plain(FormatId::Q4_0, Cut::NARROW_32, &[4096], 14336, 32),
     plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 64),
@@ -355,6 +365,7 @@ const BENCH: &[Case] = &[
     // Where a model has row tiles enough: alone and in pairs.
     plain(FormatId::Q4_0, Cut::NARROW_16, &[4096, 1024, 1024], 4096, 16),
     plain(FormatId::Q4_0, Cut::NARROW_16.paired(), &[4096, 1024, 1024], 4096, 16),
+    plain(FormatId::Q4_0, Cut::NARROW_32, &[4096, 1024, 1024], 4096, 64),
     plain(FormatId::Q4_0, Cut::NARROW_64, &[4096, 1024, 1024], 4096, 64),
     plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[4096, 1024, 1024], 4096, 64),
     plain(FormatId::Q6_K, Cut::NARROW_16, &[128_256], 4096, 16),
