@@ -33,6 +33,7 @@ pub(crate) use gpu::{NONE, Shape, Work, group, groups_of, units_of};
 pub use host::*;
 
 pub(crate) const THREADS: u32 = 256;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub(crate) const WARPS: u32 = THREADS / 32;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]

@@ -23,6 +23,10 @@ const STAGES: u32 = 3;
 /// Bytes of a CTA's parts of shared memory. First come the warps' own: unpacked codes and, from `row_floats` on, floats of
 /// rows; over both the sums are written. Then the slots: stages of codes and, from `column_floats` on, floats of columns, two
 /// chunks. Then the totals of a row tile, and where each column's activations start.
+#[cfg_attr(
+    not(any(target_arch = "nvptx64", feature = "emu")),
+    expect(dead_code, reason = "a host that only launches needs the sizes alone")
+)]
 struct Layout {
     row_floats: u32,
     warp: u32,
