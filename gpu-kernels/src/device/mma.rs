@@ -140,6 +140,31 @@ pub fn mma_f16(c: &mut FragmentF32, a: FragmentA, b: FragmentB) {
     }
 }
 
+/// `a · b` of the lower half of k alone (8 of it), on f16: [`mma_f16`] on zeros, without registers that hold them.
+#[inline(always)]
+#[track_caller]
+pub fn mma_f16_k8(a: [u32; 2], b: u32) -> FragmentF32 {
+    #[cfg(all(target_arch = "nvptx64", sm_ge_75))]
+    {
+        let (c0, c1, c2, c3): (f32, f32, f32, f32);
+        intrinsics::anchor();
+        // SAFETY: registers only.
+        unsafe {
+            asm!("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{{0},{1},{2},{3}}},{{{4},{5}}},{{{6}}},{{{7},{7},{7},{7}}};",
+                out(reg32) c0, out(reg32) c1, out(reg32) c2, out(reg32) c3,
+                in(reg32) a[0], in(reg32) a[1], in(reg32) b, in(reg32) 0.0f32,
+                options(nomem, nostack, preserves_flags))
+        }
+        FragmentF32([c0, c1, c2, c3])
+    }
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_75)))]
+    {
+        let mut c = FragmentF32([0.0; 4]);
+        mma_f16(&mut c, FragmentA([a[0], a[1], 0, 0]), FragmentB([b, 0]));
+        c
+    }
+}
+
 /// `c += a · b` on bf16, accumulated in f32: `mma.m16n8k16` from sm_80 on, before by [`mma_fma`].
 #[inline(always)]
 #[track_caller]

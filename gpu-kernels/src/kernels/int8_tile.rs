@@ -7,9 +7,10 @@
 //!
 //! The integer sum starts at the bits of 1.5·2^23, so that it is a float after one subtraction: per output and group
 //! there remain a subtraction, a product of scales and one fma (one more for an offset). On Hopper these, not the tensor
-//! cores, bound the product.
+//! cores, bound the product. Where both scales are values of f16 tensor cores multiply them, too ([`Tile::add_pair`]).
 
 use quant::BlockFormat;
+use quant::act::ActKind;
 
 /// Whether the halves of a group have scales of their own.
 const fn halved<F: BlockFormat>() -> bool {
@@ -26,6 +27,16 @@ pub const fn column_planes<F: BlockFormat>() -> usize {
     1 + F::HAS_OFFSET as usize * (1 + halved::<F>() as usize)
 }
 
+/// Whether [`Tile::add_pair`] can take a format: both scales are values of f16, so that their product is exact in f32. It
+/// takes tensor cores of sm_80.
+pub const fn has_exact_scales<F: BlockFormat>() -> bool {
+    cfg!(any(not(target_arch = "nvptx64"), sm_ge_80))
+        && F::SCALE_IS_F16
+        && !halved::<F>()
+        && !F::HAS_OFFSET
+        && !matches!(F::ACT, ActKind::Q8K)
+}
+
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub use device::*;
 
@@ -35,7 +46,6 @@ mod device {
     use quant::{BlockFormat, Group};
 
     use super::halved;
-    #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     use crate::device::mma;
     use crate::device::{F32x2, F32x4, Smem, U32x4, math, thread};
     use crate::kernels::quantise_act::ActScale;
@@ -253,10 +263,24 @@ mod device {
     /// A group's codes, without the bias.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn put_codes<const GROUPS: usize>(codes: Codes<GROUPS>, row: u32, j: u32, group: [u32; 8]) {
+    pub fn put_codes<const GROUPS: usize>(codes: Codes<GROUPS>, row: u32, j: u32, group: [u32; 8]) {
         let [a, b, c, d, e, f, g, h] = group;
         codes.0.st(Codes::<GROUPS>::index(row, 2 * j), U32x4([a, b, c, d]));
         codes.0.st(Codes::<GROUPS>::index(row, 2 * j + 1), U32x4([e, f, g, h]));
+    }
+
+    /// Stores the scales of a row's two groups for [`Tile::add_pair`], as f16.
+    #[inline(always)]
+    #[track_caller]
+    pub fn put_row_scales(scales: Smem<f32>, row: u32, of_groups: [f32; 2]) {
+        scales.cast::<u32>().st(row_place(row), math::pack_f16(of_groups[0], of_groups[1]));
+    }
+
+    /// Stores the scale of a column's group `j` of two for [`Tile::add_pair`].
+    #[inline(always)]
+    #[track_caller]
+    pub fn put_column_scale(scales: Smem<f32>, column: u32, j: u32, d: f32) {
+        scales.cast::<u16>().st(2 * column + j, math::pack_f16(d, 0.0) as u16);
     }
 
     /// Stores the floats of group `j` of column `column` into planes `[plane][group][column]`.
@@ -324,6 +348,54 @@ mod device {
                 (true, false) => self.add::<P, true, false, MT, NT>(acc, j),
                 (true, true) => self.add::<P, true, true, MT, NT>(acc, j),
             }
+        }
+
+        /// Adds the first of two groups to the accumulators, and if there is one the second, whose scales
+        /// [`put_row_scales`] and [`put_column_scale`] stored: a product on tensor cores, all zeros but for a group's two
+        /// scales, multiplies them, exactly. What is left for an output is a subtraction and an fma. The whole warp calls.
+        #[inline(always)]
+        #[track_caller]
+        pub fn add_pair<P: Product, const MT: usize, const NT: usize>(
+            &self,
+            acc: &mut Accumulators<MT, NT>,
+            both: bool,
+        ) {
+            const { assert!(GROUPS == 2 && MT == 2 && NT.is_multiple_of(2)) };
+            let (g, t) = (thread::lane_id() / 4, thread::lane_id() % 4);
+            // Group j is index j of the product's depth: the first word of the lanes t = 0 has both.
+            let mut columns = [0; NT];
+            let mut n = 0;
+            while n < NT {
+                let at = self.column + 8 * n as u32 + g;
+                columns[n] = self.column_floats.cast::<u32>().ld(at);
+                n += 1;
+            }
+            let U32x4(rows) = self.row_floats.cast::<U32x4>().ld(self.row / 4 + g);
+            unroll!(J in 0..2 {
+                if J == 0 || both {
+                    let mut b = [P::B::default(); NT];
+                    let mut n = 0;
+                    while n < NT {
+                        [b[n], b[n + 1]] = P::b(self.b, self.column + 8 * n as u32, J as u32);
+                        n += 2;
+                    }
+                    let mask = if t == 0 { 0xffff << (16 * J) } else { 0 };
+                    unroll!(M in 0..2 {
+                        let a = P::a(self.a, self.row + 16 * M as u32, J as u32);
+                        let scales = [rows[2 * M] & mask, rows[2 * M + 1] & mask];
+                        let mut n = 0;
+                        while n < NT {
+                            let scale = mma::mma_f16_k8(scales, columns[n]);
+                            let sums = P::whole(self.b, a, b[n]);
+                            unroll!(E in 0..4 {
+                                let sum = f32::from_bits(sums[E] as u32) - MAGIC;
+                                acc[M][n][E] = math::fma(scale.0[E], sum, acc[M][n][E]);
+                            });
+                            n += 1;
+                        }
+                    });
+                }
+            });
         }
 
         /// [`Tile::add_group`], by what it needs to know of the format: for the host, which compiles it once for all.

@@ -19,9 +19,9 @@
 //!   activations arrive by asynchronous copies one span ahead; half of the warps unpack the next span before they multiply
 //!   the present one, the other half after, so that a scheduler has both kinds of work at any time; one barrier per span.
 //!   A warp's tile is 64 × 32: two sets of 64 accumulators, the span's and the total, stay in registers.
-//! * *Narrow*, 32 rows × 16 or 32 columns a CTA, where that would leave SMs idle, as for 9 to 64 columns, bound by
-//!   memory: each of eight warps multiplies a span of its own straight from registers, with no barrier but one pair for
-//!   every eight spans, when their partial sums are added in order.
+//! * *Narrow*, 32 or 64 rows × 16, 32 or 64 columns a CTA, where that would leave SMs idle, as for 9 to 64 columns:
+//!   each of up to sixteen warps multiplies a span of its own straight from registers, with no barrier of the CTA but one
+//!   pair for every round of spans, when their partial sums are added in order (`mmq_narrow.rs`).
 //! * *Warpgroups*, 128 × 128 on Hopper: `mmq_hopper.rs`.
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
@@ -39,7 +39,7 @@ pub(crate) const WARPS: u32 = THREADS / 32;
 mod gpu {
     use quant::BlockFormat;
 
-    use crate::device::{Glb, U32x2, U32x4, thread};
+    use crate::device::{Glb, U32x2, U32x4, grid, thread};
     use crate::kernels::int8_tile::Native;
     use crate::kernels::lookup::InMemory;
     #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
@@ -58,6 +58,8 @@ mod gpu {
         n_cols: u32,
         /// In a mixture: pairs that share a row of activations.
         pairs_per_x: u32,
+        /// Row tiles of a narrow CTA.
+        row_tiles: u32,
     }
 
     /// Where no column is.
@@ -85,6 +87,8 @@ mod gpu {
                 let rest = shape.n_cols - first;
                 [0, first, if rest < cols { rest } else { cols }, 0]
             } else {
+                // An earlier launch wrote the list.
+                grid::wait_for_earlier();
                 tiles.ld_nc(x).0
             };
             Columns { order, expert, first, n, pairs_per_x: shape.pairs_per_x }
@@ -115,6 +119,8 @@ mod gpu {
         pub(crate) gate: Gate,
         /// The CTA's number among its part's.
         pub(crate) cta: u32,
+        /// Of a narrow cut: row tiles of the CTA.
+        row_tiles: u32,
         pub(crate) q: Glb<U32x4>,
         pub(crate) scales: Glb<U32x2>,
         pub(crate) n_groups: u32,
@@ -175,7 +181,7 @@ mod gpu {
             while piece.columns.n != 0 {
                 let left = piece.columns.n;
                 piece.columns.n = if left < 16 { left } else { 16 };
-                narrow::<F, Dp4a, 16, 2>(&piece, row_tile);
+                narrow::<F, Dp4a, 16, 2>(&piece, row_tile, false);
                 piece.columns.first += piece.columns.n;
                 piece.columns.n = left - piece.columns.n;
             }
@@ -205,24 +211,36 @@ mod gpu {
                 }
                 let part = choose_at(p0, p1, p2, thread::block_idx_y());
                 let cta = thread::block_idx_y() - part.first_cta;
-                let $work = &Work { part, up: p1, gate, cta, q, scales, n_groups: shape.n_groups, columns };
+                let Shape { n_groups, row_tiles, .. } = shape;
+                let $work = &Work { part, up: p1, gate, cta, row_tiles, q, scales, n_groups, columns };
                 $body
             }
         };
     }
 
-    cut!(n16, 16, |work| narrow::<F, Native, 16, 2>(work, work.cta));
+    /// The narrow cut of `COLS` (8 · `NT`) columns.
+    #[inline(always)]
+    #[track_caller]
+    fn rows<F: BlockFormat + Tiled, const COLS: usize, const NT: usize>(work: &Work) {
+        narrow::<F, Native, COLS, NT>(work, work.cta * work.row_tiles, work.row_tiles == 2);
+    }
+
+    cut!(n16, 16, |work| rows::<F, 16, 2>(work));
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
-    cut!(n32, 32, |work| narrow::<F, Native, 32, 4>(work, work.cta));
+    cut!(n32, 32, |work| rows::<F, 32, 4>(work));
+    #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
+    cut!(n64, 64, |work| rows::<F, 64, 8>(work));
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     cut!(n128, 128, |work| wide::<F>(work));
     #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
     cut!(warpgroups, 128, |work| mmq_hopper::multiply::<F>(work));
 
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_75)))]
-    pub(super) use {n32_in_pieces as n32, n128_in_pieces as n128};
+    pub(super) use {n32_in_pieces as n32, n64_in_pieces as n64, n128_in_pieces as n128};
     #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
-    cut!(n32_in_pieces, 32, |work| in_pieces::<F>(work, 1));
+    cut!(n32_in_pieces, 32, |work| in_pieces::<F>(work, work.row_tiles));
+    #[cfg(all(target_arch = "nvptx64", not(sm_ge_75)))]
+    cut!(n64_in_pieces, 64, |work| in_pieces::<F>(work, work.row_tiles));
     #[cfg(any(test, all(target_arch = "nvptx64", not(sm_ge_75))))]
     cut!(n128_in_pieces, 128, |work| in_pieces::<F>(work, if work.gate.is_some() { 2 } else { 4 }));
 }
@@ -233,29 +251,52 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmq";
-            ENTRIES: threads(256, 1);
+            FEW: threads(512, 1), early;
+            fn (
+                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
+                gate: Gate, shape: gpu::Shape,
+            );
+            $(concat!("mmq_", stringify!($id), "_n16") => gpu::n16::<formats::$module::Block>;)*
+        }
+
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmq";
+            MORE: threads(256, 1), early;
             fn (
                 p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
                 gate: Gate, shape: gpu::Shape,
             );
             $(
-                concat!("mmq_", stringify!($id), "_n16") => gpu::n16::<formats::$module::Block>;
                 concat!("mmq_", stringify!($id), "_n32") => gpu::n32::<formats::$module::Block>;
-                concat!("mmq_", stringify!($id), "_n128") => gpu::n128::<formats::$module::Block>;
+                concat!("mmq_", stringify!($id), "_n64") => gpu::n64::<formats::$module::Block>;
             )*
         }
 
-        /// Entry of a format and its shared memory.
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmq";
+            WIDE: threads(256, 1);
+            fn (
+                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
+                gate: Gate, shape: gpu::Shape,
+            );
+            $(concat!("mmq_", stringify!($id), "_n128") => gpu::n128::<formats::$module::Block>;)*
+        }
+
+        /// Entry of a format and its shared memory; `gated` for a gated pair.
         #[cfg(not(target_arch = "nvptx64"))]
-        fn entry(format: quant::FormatId, cut: Cut) -> Option<(&'static str, u32)> {
+        fn entry(format: quant::FormatId, cut: Cut, gated: bool) -> Option<(&'static str, u32)> {
             match format {
                 $(quant::FormatId::$id => Some(match cut {
-                    Cut::Narrow16 => {
-                        (concat!("mmq_", stringify!($id), "_n16"), narrow_bytes::<formats::$module::Block>(16))
-                    }
-                    Cut::Narrow32 => {
-                        (concat!("mmq_", stringify!($id), "_n32"), narrow_bytes::<formats::$module::Block>(32))
-                    }
+                    Cut::Narrow(narrow) => (
+                        match narrow.cols {
+                            16 => concat!("mmq_", stringify!($id), "_n16"),
+                            32 => concat!("mmq_", stringify!($id), "_n32"),
+                            _ => concat!("mmq_", stringify!($id), "_n64"),
+                        },
+                        narrow.bytes::<formats::$module::Block>(gated),
+                    ),
                     Cut::Wide => (concat!("mmq_", stringify!($id), "_n128"), wide_bytes::<formats::$module::Block>()),
                     Cut::Warpgroups => {
                         (concat!("mmq_hopper_", stringify!($id)), mmq_hopper::bytes::<formats::$module::Block>())
@@ -278,10 +319,7 @@ use {
     crate::kernels::product::{Gate, Part},
 };
 #[cfg(not(target_arch = "nvptx64"))]
-use {
-    crate::kernels::mmq_hopper, crate::kernels::mmq_narrow::narrow_bytes,
-    crate::kernels::mmq_wide::wide_bytes,
-};
+use {crate::kernels::mmq_hopper, crate::kernels::mmq_wide::wide_bytes};
 for_each_weight_format!(entries);
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -346,14 +384,16 @@ mod tests {
             // More spans than a narrow round has for one, a short span for the other.
             let ks = [2368, 320].map(|k: usize| k.next_multiple_of(quant::info(*format).elems));
             let of_cuts = [
-                (Cut::Narrow16, ks[0]),
-                (Cut::Narrow32, ks[1]),
+                (Cut::NARROW_16.of_warps(8), ks[0]),
+                (Cut::NARROW_16.of_warps(4).paired(), ks[1]),
+                (Cut::NARROW_32, ks[1]),
+                (Cut::NARROW_64, ks[1]),
                 (Cut::Wide, ks[1]),
                 // More stages than a ring has.
                 (Cut::Warpgroups, 1024 + ks[1]),
             ];
             for (cut, k) in of_cuts {
-                let tables = [ENTRIES, mmq_hopper::ENTRIES];
+                let tables = [FEW, MORE, WIDE, mmq_hopper::ENTRIES];
                 let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &tables);
                 assert_eq!(expected, got, "{format} {cut:?}");
             }
@@ -363,9 +403,9 @@ mod tests {
     #[test]
     fn dp4a_gives_the_same_bits() {
         for (format, cut, k) in [
-            (FormatId::Q4_K, Cut::Narrow32, 256),
-            (FormatId::Q6_K, Cut::Narrow32, 512),
-            (FormatId::Q2_K, Cut::Narrow32, 256),
+            (FormatId::Q4_K, Cut::NARROW_32, 256),
+            (FormatId::Q6_K, Cut::NARROW_32, 512),
+            (FormatId::Q2_K, Cut::NARROW_32, 256),
             (FormatId::Q8_0, Cut::Wide, 288),
         ] {
             let (expected, got) = bits(&plain(format, cut, &[40], k, 19), 3, &[BY_DP4A]);
@@ -386,20 +426,25 @@ mod tests {
         let choose = |rows, cols, device: &DeviceInfo| Cut::choose(FormatId::Q8_0, rows, cols, device);
         assert_eq!(choose(4096, 512, &h100), Cut::Warpgroups);
         assert_eq!(choose(4096, 512, &old_driver), Cut::Wide);
-        assert_eq!(choose(4096, 512, &turing), Cut::Narrow32);
-        assert_eq!(choose(4096, 512, &device(61, 48 << 10, 12_000)), Cut::Narrow16);
-        assert_eq!(choose(4096, 64, &h100), Cut::Narrow32);
-        assert_eq!(choose(2 * 14336, 64, &h100), Cut::Warpgroups);
-        assert_eq!(choose(4096, 9, &h100), Cut::Narrow16);
+        assert_eq!(choose(4096, 64, &h100), Cut::NARROW_64);
+        assert_eq!(choose(128_256, 64, &h100), Cut::NARROW_64.paired());
+        assert_eq!(choose(2 * 14336, 64, &h100).cols(), 64);
+        assert_eq!(choose(2 * 14336, 512, &h100), Cut::Warpgroups);
+        assert_eq!(choose(4096, 9, &h100), Cut::NARROW_16);
+        // Neither would fit with all its warps.
+        assert_eq!(choose(4096, 512, &turing), Cut::NARROW_16.of_warps(14).paired());
+        assert_eq!(choose(4096, 512, &device(61, 48 << 10, 12_000)), Cut::NARROW_16.of_warps(10).paired());
         for format in FORMATS {
             let most = [
-                (Cut::Narrow16, 48 << 10),
-                (Cut::Narrow32, 64 << 10),
+                (Cut::NARROW_16.of_warps(4), 48 << 10),
+                (Cut::NARROW_16.paired(), 227 << 10),
+                (Cut::NARROW_32, 227 << 10),
+                (Cut::NARROW_64, 227 << 10),
                 (Cut::Wide, 227 << 10),
                 (Cut::Warpgroups, 227 << 10),
             ];
             for (cut, most) in most {
-                assert!(entry(*format, cut).unwrap().1 <= most, "{format} {cut:?}");
+                assert!(entry(*format, cut, false).unwrap().1 <= most, "{format} {cut:?}");
             }
         }
     }

@@ -9,6 +9,7 @@ use super::{FORMATS, THREADS, entry};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::driver::DeviceInfo;
 use crate::kernels::mmq_hopper;
+use crate::kernels::mmq_narrow::narrow_bytes;
 use crate::kernels::mmq_wide::WIDE;
 #[cfg(all(test, feature = "emu"))]
 use crate::kernels::mmvq::reference_bits;
@@ -21,33 +22,81 @@ use crate::tile::{self, ROWS};
 /// How the work is cut into CTAs. Every cut gives the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
-    /// 32 rows, 16 columns.
-    Narrow16,
-    /// 32 rows, 32 columns.
-    Narrow32,
+    /// One or two row tiles, up to 64 columns.
+    Narrow(Narrow),
     /// 128 rows (of a gated pair 64 of each), 128 columns. Takes some 200 KiB of shared memory.
     Wide,
     /// As wide, for Hopper: only there is its kernel.
     Warpgroups,
 }
 
+/// A narrow cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Narrow {
+    /// Columns of a CTA: 16, 32 or 64.
+    pub cols: usize,
+    /// Warps of a CTA: an even number, at most 16 with 16 columns, else 8.
+    pub warps: u32,
+    /// Row tiles of a CTA, 1 or 2. With two, as with a gated pair of one, two warps share a span's activations.
+    pub row_tiles: usize,
+}
+
+impl Narrow {
+    /// Row tiles of a CTA; of a gated pair one of each matrix.
+    fn row_tiles(self, gated: bool) -> usize {
+        if gated { 1 } else { self.row_tiles }
+    }
+
+    /// Shared memory of a CTA.
+    pub(super) fn bytes<F: BlockFormat>(self, gated: bool) -> u32 {
+        narrow_bytes::<F>(self.cols, self.warps, gated || self.row_tiles == 2)
+    }
+}
+
 /// SMs that the choice of a cut counts on: an H100's. With another number a choice may be slower, never different in
 /// its result.
 const N_SM: usize = 132;
-/// Cycles per span of a CTA, as measured on an H100 with Q4_0 (m = 4096, k = 14336, n = 512 and 64): of the wide cut, of
-/// the warpgroups', and of a narrow one of 32 columns.
+/// Cycles per span of a CTA on an H100 with Q4_0: of the wide cut and of the warpgroups' as measured at m = 4096,
+/// k = 14336, n = 512.
 const WIDE_CYCLES: usize = 9000;
-const WARPGROUPS_CYCLES: usize = 7400;
-const NARROW_CYCLES: usize = 1150;
+const WARPGROUPS_CYCLES: usize = 6700;
+/// The same per row tile of a narrow cut, by its columns.
+const NARROW_CYCLES: [(usize, usize); 3] = [(16, 460), (32, 700), (64, 1200)];
+/// What a row tile that shares its activations takes of that, in percent.
+const PAIRED_PERCENT: usize = 95;
+/// Most warps of a narrow cut of 16 columns, and of the others: registers are 128 and 255 a thread.
+const MOST_WARPS: [u32; 2] = [16, 8];
 /// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
 const HOPPER_DRIVER: u32 = 12_040;
 
 impl Cut {
+    /// Narrow cuts of one row tile with as many warps as registers allow.
+    pub const NARROW_16: Cut = Cut::Narrow(Narrow { cols: 16, warps: 16, row_tiles: 1 });
+    /// As above.
+    pub const NARROW_32: Cut = Cut::Narrow(Narrow { cols: 32, warps: 8, row_tiles: 1 });
+    /// As above.
+    pub const NARROW_64: Cut = Cut::Narrow(Narrow { cols: 64, warps: 8, row_tiles: 1 });
+
+    /// A narrow cut with this many warps.
+    pub const fn of_warps(self, warps: u32) -> Cut {
+        match self {
+            Cut::Narrow(narrow) => Cut::Narrow(Narrow { warps, ..narrow }),
+            _ => self,
+        }
+    }
+
+    /// A narrow cut with two row tiles a CTA.
+    pub const fn paired(self) -> Cut {
+        match self {
+            Cut::Narrow(narrow) => Cut::Narrow(Narrow { row_tiles: 2, ..narrow }),
+            _ => self,
+        }
+    }
+
     /// Columns of a CTA.
     pub fn cols(self) -> usize {
         match self {
-            Cut::Narrow16 => 16,
-            Cut::Narrow32 => 32,
+            Cut::Narrow(narrow) => narrow.cols,
             Cut::Wide => WIDE,
             Cut::Warpgroups => mmq_hopper::TILE,
         }
@@ -55,24 +104,39 @@ impl Cut {
 
     /// Threads of a CTA.
     pub fn threads(self) -> u32 {
-        if self == Cut::Warpgroups { mmq_hopper::THREADS } else { THREADS }
+        match self {
+            Cut::Narrow(narrow) => 32 * narrow.warps,
+            Cut::Wide => THREADS,
+            Cut::Warpgroups => mmq_hopper::THREADS,
+        }
     }
 
-    /// The faster cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device.
+    /// The fastest cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device.
     pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, device: &DeviceInfo) -> Cut {
-        let fits = |cut| entry(format, cut).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
+        let fits =
+            |cut| entry(format, cut, false).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
         let waves = |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
         let is_hopper = device.sm == 90 && device.driver_version >= HOPPER_DRIVER;
         let (wide, cycles) =
             if is_hopper { (Cut::Warpgroups, WARPGROUPS_CYCLES) } else { (Cut::Wide, WIDE_CYCLES) };
-        let narrow_cycles = waves(ROWS, 32) * NARROW_CYCLES;
-        if n_cols > 16 && waves(wide.cols(), wide.cols()) * cycles <= narrow_cycles && fits(wide) {
-            wide
-        } else if n_cols > 16 && fits(Cut::Narrow32) {
-            Cut::Narrow32
-        } else {
-            Cut::Narrow16
-        }
+        let wide = Some((waves(wide.cols(), wide.cols()) * cycles, wide)).filter(|&(_, cut)| fits(cut));
+
+        let narrow = NARROW_CYCLES.iter().flat_map(|&(cols, cycles)| {
+            let most = MOST_WARPS[usize::from(cols > 16)];
+            [1, 2].into_iter().filter_map(move |row_tiles| {
+                let of_warps = |warps| Cut::Narrow(Narrow { cols, warps, row_tiles });
+                // As many as shared memory allows.
+                let warps =
+                    (1..=most / 2).rev().map(|pairs| 2 * pairs).find(|&warps| fits(of_warps(warps)))?;
+                let percent = if row_tiles == 2 { 2 * PAIRED_PERCENT } else { 100 };
+                let of_span = cycles * percent / 100 * 8 / warps.min(8) as usize;
+                Some((waves(row_tiles * ROWS, cols) * of_span, of_warps(warps)))
+            })
+        });
+        // More columns at a time pay by sharing what is unpacked: on tensor cores.
+        let narrow = narrow.filter(|(_, cut)| cut.cols() == 16 || device.sm >= 75);
+        let all = wide.into_iter().filter(|_| n_cols > 16).chain(narrow);
+        all.min_by_key(|&(cycles, _)| cycles).map_or(Cut::NARROW_16.of_warps(2), |(_, cut)| cut)
     }
 
     /// The same for a mixture of `n_pairs` (token, slot) pairs.
@@ -113,8 +177,8 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let kernel = Mmq::NAME;
     let check = Check(kernel);
     let &Args { ref product, cut, sorted } = args;
-    let (entry, smem_bytes) =
-        entry(product.format, cut).ok_or(LaunchError::Format { kernel, format: product.format })?;
+    let (entry, smem_bytes) = entry(product.format, cut, product.glu.is_some())
+        .ok_or(LaunchError::Format { kernel, format: product.format })?;
     check.multiple("k", product.k, info(product.format).elems, "a multiple of the format's block")?;
     let n_groups = check.size("k", product.k)? / 32;
     let n_cols = check.size("n_cols", product.n_cols)?;
@@ -141,8 +205,12 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
             return Err(LaunchError::Shape { kernel, what: "sorted", expected, got });
         }
     };
+    let row_tiles = match cut {
+        Cut::Narrow(narrow) => narrow.row_tiles(product.glu.is_some()),
+        Cut::Wide | Cut::Warpgroups => 0,
+    };
     let rows_per_cta = match (cut, product.glu) {
-        (Cut::Narrow16 | Cut::Narrow32, _) => ROWS,
+        (Cut::Narrow(_), _) => row_tiles * ROWS,
         (Cut::Wide | Cut::Warpgroups, Some(_)) => cut.cols() / 2,
         (Cut::Wide | Cut::Warpgroups, None) => cut.cols(),
     };
@@ -150,6 +218,7 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
     let params = params.with(product.q).with(product.scales).with(order).with(tiles);
     let params = with_gate(params, product.glu).with(n_groups).with(n_cols).with(pairs_per_x);
+    let params = params.with(row_tiles as u32);
     // Column tiles first: CTAs that run together share the weights, which pass from memory once.
     let grid = [check.size("tiles", n_tiles)?, check.grid("row tiles", n_ctas as usize)?, 1];
     Ok(Launch { entry, grid, cta: cut.threads(), cluster: 1, smem_bytes, params })
@@ -195,11 +264,11 @@ pub(crate) const fn plain(
 /// each extra once in either cut.
 const CASES: &[Case] = &{
     const EXTRA: &[Case] = &[
-        plain(FormatId::Q4_0, Cut::Narrow16, &[31], 32, 1),
-        plain(FormatId::Q8_0, Cut::Narrow16, &[33], 2336, 16),
-        plain(FormatId::Q5_1, Cut::Narrow32, &[32], 544, 31),
-        plain(FormatId::Q4_K, Cut::Narrow32, &[5], 2304, 33),
-        plain(FormatId::IQ3_XXS, Cut::Narrow32, &[40, 3, 64], 256, 9),
+        plain(FormatId::Q4_0, Cut::NARROW_16, &[31], 32, 1),
+        plain(FormatId::Q8_0, Cut::NARROW_16, &[33], 2336, 16),
+        plain(FormatId::Q5_1, Cut::NARROW_32, &[32], 544, 31),
+        plain(FormatId::Q4_K, Cut::NARROW_32, &[5], 2304, 33),
+        plain(FormatId::IQ3_XXS, Cut::NARROW_32, &[40, 3, 64], 256, 9),
         plain(FormatId::Q4_0, Cut::Wide, &[127], 32, 1),
         plain(FormatId::Q8_0, Cut::Wide, &[129], 288, 127),
         plain(FormatId::Q4_1, Cut::Wide, &[128], 800, 128),
@@ -208,26 +277,43 @@ const CASES: &[Case] = &{
         plain(FormatId::Q6_K, Cut::Wide, &[20, 140, 1], 768, 20),
         plain(FormatId::NVFP4, Cut::Wide, &[33], 320, 17),
         plain(FormatId::IQ3_XXS, Cut::Wide, &[97], 512, 65),
-        Case { added: true, ..plain(FormatId::Q4_0, Cut::Narrow16, &[37, 8], 288, 12) },
+        Case { added: true, ..plain(FormatId::Q4_0, Cut::NARROW_16, &[37, 8], 288, 12) },
+        plain(FormatId::Q4_0, Cut::NARROW_64, &[33], 4640, 65),
+        plain(FormatId::Q6_K, Cut::NARROW_64, &[64], 512, 47),
+        plain(FormatId::Q4_K, Cut::NARROW_64.paired(), &[65, 3], 2304, 34),
+        plain(FormatId::Q8_0, Cut::NARROW_32.paired(), &[32, 50], 1344, 32),
+        plain(FormatId::Q5_0, Cut::NARROW_16.paired(), &[97], 2336, 17),
+        plain(FormatId::IQ2_XXS, Cut::NARROW_16.of_warps(2), &[20], 1280, 10),
+        Case { added: true, ..plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[37, 80], 288, 12) },
         Case { added: true, ..plain(FormatId::Q4_0, Cut::Wide, &[37, 130], 288, 12) },
         Case {
             added: true,
             glu: Some(Glu::Silu),
-            ..plain(FormatId::Q8_0, Cut::Narrow32, &[40; 2], 1312, 20)
+            ..plain(FormatId::Q8_0, Cut::NARROW_32, &[40; 2], 1312, 20)
         },
         Case { added: true, glu: Some(Glu::Silu), ..plain(FormatId::Q8_0, Cut::Wide, &[70; 2], 544, 20) },
-        Case { glu: Some(Glu::Gelu), ..plain(FormatId::Q4_K, Cut::Narrow16, &[9; 2], 256, 3) },
+        Case { glu: Some(Glu::Gelu), ..plain(FormatId::Q4_K, Cut::NARROW_16, &[9; 2], 256, 3) },
         Case {
             added: true,
             glu: Some(Glu::SwigluOai { alpha: 1.702, limit: 7.0 }),
-            ..plain(FormatId::MXFP4, Cut::Narrow32, &[33; 2], 256, 5)
+            ..plain(FormatId::MXFP4, Cut::NARROW_32, &[33; 2], 256, 5)
         },
-        Case { mixture: Some((5, 2, false)), ..plain(FormatId::Q4_0, Cut::Narrow16, &[35], 288, 30) },
+        Case {
+            added: true,
+            glu: Some(Glu::Silu),
+            ..plain(FormatId::Q4_0, Cut::NARROW_64, &[40; 2], 1312, 50)
+        },
+        Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_16, &[33; 2], 2368, 16) },
+        Case {
+            mixture: Some((4, 2, false)),
+            ..plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[70], 288, 70)
+        },
+        Case { mixture: Some((5, 2, false)), ..plain(FormatId::Q4_0, Cut::NARROW_16, &[35], 288, 30) },
         Case {
             added: true,
             glu: Some(Glu::Silu),
             mixture: Some((3, 2, false)),
-            ..plain(FormatId::Q4_K, Cut::Narrow32, &[33; 2], 512, 25)
+            ..plain(FormatId::Q4_K, Cut::NARROW_32, &[33; 2], 512, 25)
         },
         Case { added: true, mixture: Some((3, 2, true)), ..plain(FormatId::Q5_0, Cut::Wide, &[50], 64, 90) },
     ];
@@ -235,7 +321,7 @@ const CASES: &[Case] = &{
     let mut cases = [EXTRA[0]; N + EXTRA.len()];
     let mut i = 0;
     while i < cases.len() {
-        cases[i] = if i < N { plain(FORMATS[i], Cut::Narrow32, &[37], 768, 18) } else { EXTRA[i - N] };
+        cases[i] = if i < N { plain(FORMATS[i], Cut::NARROW_32, &[37], 768, 18) } else { EXTRA[i - N] };
         i += 1;
     }
     cases
@@ -250,14 +336,43 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q4_K, Cut::Wide, &[4096], 14336, 512),
     plain(FormatId::Q6_K, Cut::Wide, &[4096], 14336, 512),
     plain(FormatId::IQ3_XXS, Cut::Wide, &[4096], 14336, 512),
-    plain(FormatId::Q4_0, Cut::Narrow16, &[4096], 14336, 16),
-    plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 32),
-    plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 64),
-    plain(FormatId::Q4_0, Cut::Narrow32, &[4096], 14336, 512),
-    plain(FormatId::Q8_0, Cut::Narrow16, &[4096], 14336, 16),
-    plain(FormatId::Q4_K, Cut::Narrow16, &[4096], 14336, 16),
+    // Where `mmvq` would do, too.
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 14336, 8),
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 14336, 16),
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 4096, 16),
+    plain(FormatId::Q4_0, Cut::NARROW_16.of_warps(8), &[4096], 14336, 16),
+    plain(FormatId::Q4_0, Cut::NARROW_32, &[4096], 14336, 32),
+    plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 64),
+    plain(FormatId::Q4_0, Cut::NARROW_32, &[4096], 14336, 64),
+    plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 128),
+    plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 512),
+    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_16, &[14336; 2], 4096, 16) },
+    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_32, &[14336; 2], 4096, 32) },
+    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 64) },
+    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 128) },
+    plain(FormatId::Q8_0, Cut::NARROW_16, &[4096], 14336, 16),
+    plain(FormatId::Q8_0, Cut::NARROW_32, &[4096], 14336, 32),
+    plain(FormatId::Q8_0, Cut::NARROW_64, &[4096], 14336, 64),
+    plain(FormatId::Q8_0, Cut::NARROW_64, &[4096], 14336, 128),
+    plain(FormatId::Q4_K, Cut::NARROW_16, &[4096], 14336, 16),
+    plain(FormatId::Q4_K, Cut::NARROW_32, &[4096], 14336, 32),
+    plain(FormatId::Q4_K, Cut::NARROW_64, &[4096], 14336, 64),
+    plain(FormatId::Q4_K, Cut::NARROW_64, &[4096], 14336, 128),
+    plain(FormatId::Q6_K, Cut::NARROW_16, &[4096], 14336, 16),
+    plain(FormatId::Q6_K, Cut::NARROW_32, &[4096], 14336, 32),
+    plain(FormatId::Q6_K, Cut::NARROW_64, &[4096], 14336, 64),
+    plain(FormatId::Q6_K, Cut::NARROW_64, &[4096], 14336, 128),
+    // Where a model has row tiles enough: alone and in pairs.
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096, 1024, 1024], 4096, 16),
+    plain(FormatId::Q4_0, Cut::NARROW_16.paired(), &[4096, 1024, 1024], 4096, 16),
+    plain(FormatId::Q4_0, Cut::NARROW_32, &[4096, 1024, 1024], 4096, 64),
+    plain(FormatId::Q4_0, Cut::NARROW_64, &[4096, 1024, 1024], 4096, 64),
+    plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[4096, 1024, 1024], 4096, 64),
+    plain(FormatId::Q6_K, Cut::NARROW_16, &[128_256], 4096, 16),
+    plain(FormatId::Q6_K, Cut::NARROW_64, &[128_256], 4096, 64),
+    plain(FormatId::Q6_K, Cut::NARROW_64.paired(), &[128_256], 4096, 64),
     Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::Wide, &[14336; 2], 4096, 512) },
-    Case { mixture: Some((128, 8, false)), ..plain(FormatId::Q4_0, Cut::Narrow32, &[768], 2048, 512) },
+    Case { mixture: Some((128, 8, false)), ..plain(FormatId::Q4_0, Cut::NARROW_32, &[768], 2048, 512) },
 ];
 
 /// The rows of a matrix (or of an expert of one) times columns, each with a matrix of its own choice.
@@ -452,7 +567,7 @@ impl Kernel for Mmq {
     const BENCH: &'static [Case] = BENCH;
     const NMSE_MAX: f64 = 1e-11;
     #[cfg(feature = "emu")]
-    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE, super::WIDE];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         let case = *case;

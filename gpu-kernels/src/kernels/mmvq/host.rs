@@ -280,8 +280,14 @@ impl Visitor for Weights<'_> {
 /// Added to the mean square in cases.
 const EPS: f32 = 1e-5;
 
+/// Gate and up of an 8B model.
+const fn gated(n_cols: usize) -> Case {
+    Case { rows: &[14336, 14336], k: 4096, n_cols, glu: Some(Glu::Silu), ..Case::of(FormatId::Q4_0) }
+}
+
 const BENCH: &[Case] = &[
     bench(FormatId::Q4_0, 4096, 14336, 1),
+    bench(FormatId::Q4_0, 4096, 14336, 2),
     bench(FormatId::Q4_0, 4096, 14336, 4),
     bench(FormatId::Q4_0, 4096, 14336, 8),
     bench(FormatId::Q4_0, 14336, 4096, 1),
@@ -289,13 +295,20 @@ const BENCH: &[Case] = &[
     bench(FormatId::Q4_0, 128_256, 4096, 1),
     bench(FormatId::Q4_1, 4096, 14336, 1),
     bench(FormatId::Q8_0, 4096, 14336, 1),
+    bench(FormatId::Q8_0, 4096, 14336, 2),
+    bench(FormatId::Q8_0, 4096, 14336, 4),
     bench(FormatId::Q8_0, 4096, 14336, 8),
     bench(FormatId::Q2_K, 4096, 14336, 1),
     bench(FormatId::Q3_K, 4096, 14336, 1),
     bench(FormatId::Q4_K, 4096, 14336, 1),
+    bench(FormatId::Q4_K, 4096, 14336, 2),
+    bench(FormatId::Q4_K, 4096, 14336, 4),
     bench(FormatId::Q4_K, 4096, 14336, 8),
     bench(FormatId::Q5_K, 4096, 14336, 1),
     bench(FormatId::Q6_K, 4096, 14336, 1),
+    bench(FormatId::Q6_K, 4096, 14336, 2),
+    bench(FormatId::Q6_K, 4096, 14336, 4),
+    bench(FormatId::Q6_K, 4096, 14336, 8),
     bench(FormatId::Q6_K, 128_256, 4096, 1),
     bench(FormatId::MXFP4, 4096, 14336, 1),
     bench(FormatId::IQ1_S, 4096, 14336, 1),
@@ -307,7 +320,10 @@ const BENCH: &[Case] = &[
     bench(FormatId::IQ3_S, 4096, 14336, 1),
     bench(FormatId::IQ4_NL, 4096, 14336, 1),
     bench(FormatId::IQ4_XS, 4096, 14336, 1),
-    Case { rows: &[14336, 14336], k: 4096, glu: Some(Glu::Silu), ..Case::of(FormatId::Q4_0) },
+    gated(1),
+    gated(2),
+    gated(4),
+    gated(8),
     Case { rows: &[4096, 1024, 1024], k: 4096, ..Case::of(FormatId::Q4_0) },
     Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 14336, 1) },
     Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 4096, 1) },
