@@ -242,3 +242,28 @@ pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim
         first += threads;
     }
 }
+
+/// [`copy`] where a pass of the threads takes whole groups of eight rows, in which the places of units repeat: from pass to
+/// pass a thread's addresses grow by constants.
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
+#[track_caller]
+pub(super) fn copy_in_passes(
+    from: Glb<u8>,
+    to: Store,
+    n_rows: u32,
+    n_valid: u32,
+    head_dim: u32,
+    threads: u32,
+) {
+    let (given, thread) = (head_dim / 8, math::fresh(thread::thread_idx_x()));
+    let (r, c) = (thread / to.units, thread % to.units);
+    if c < given {
+        let (from, at) = (from.cast::<U32x4>().offset((r * given + c) as usize), to.at(r, c));
+        let mut first = 0;
+        while first < n_rows {
+            let there = first + r < n_valid;
+            async_copy::copy16_or_zero(to.rows, at + first * to.units, from, first * given, there);
+            first += threads / to.units;
+        }
+    }
+}
