@@ -100,30 +100,46 @@ impl<
         }
     }
 
-    /// The queries as A, straight from where they are: every warp needs them all.
+    /// Loads the lane's part of the queries: of row `lane / 4` and of the eighth after it, per step two pairs. Every
+    /// warp needs them all, so they come from where they are straight into registers.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn queries_in_registers(x: &Inputs, tile: Tile, lane: u32) -> [FragmentA; KS] {
-        let (pairs, column) = (x.head_dim[0] / 2, lane % 4);
-        let mut q = [FragmentA::default(); KS];
+    fn load_queries(x: &Inputs, tile: Tile, lane: u32) -> [[[[f32; 2]; 2]; KS]; 2] {
+        let pairs = x.head_dim[0] / 2;
+        let mut loaded = [[[[0.0; 2]; 2]; KS]; 2];
         unroll!(R in 0..2 {
             let row = 8 * R as u32 + lane / 4;
             if row < tile.n {
-                let query = x.q.offset(tile.head_row(x, row) * pairs as usize + column as usize);
+                let query = x.q.offset(tile.head_row(x, row) * pairs as usize + (lane % 4) as usize);
+                let whole = pairs == 8 * KS as u32;
                 let mut step = 0;
                 while step < KS {
                     unroll!(HALF in 0..2 {
                         let first = 8 * step as u32 + 4 * HALF as u32;
                         // A head is whole groups of four pairs.
-                        if first < pairs {
-                            let F32x2([low, high]) = query.ld_nc(first);
-                            q[step].0[2 * HALF + R] = C::pack(low, high)[0];
+                        if whole || first < pairs {
+                            loaded[R][step][HALF] = query.ld_nc(first).0;
                         }
                     });
                     step += 1;
                 }
             }
         });
+        loaded
+    }
+
+    /// What [`Self::load_queries`] loaded, as A.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    fn as_fragments(loaded: &[[[[f32; 2]; 2]; KS]; 2]) -> [FragmentA; KS] {
+        let mut q = [FragmentA::default(); KS];
+        let mut step = 0;
+        while step < KS {
+            unroll!(I in 0..4 {
+                let [low, high] = loaded[I % 2][step][I / 2];
+                q[step].0[I] = C::pack(low, high)[0];
+            });
+            step += 1;
+        }
         q
     }
 
@@ -231,35 +247,38 @@ impl<
                 });
             }
         }
+        unroll!(PART in 0..2 {
+            let mut stage = 0;
+            while x.head_dim[PART] != Self::TILE.dims[PART] as u32 && stage < math::opaque(STAGES as u32) {
+                Self::pad(Self::store(PART, stage), Self::BLOCK, x.head_dim[PART]);
+                stage += 1;
+            }
+        });
         grid::wait_for_earlier();
         if x.n_spans > 0 && block >= end {
             return;
         }
 
+        // Queries and the first blocks are all under way before the first of them is used.
+        let mut loaded = [[[[0.0; 2]; 2]; KS]; 2];
+        if Self::TILE.q_in_registers() {
+            loaded = Self::load_queries(&x, tile, thread::lane_id());
+        }
         let mut next = block;
         let mut stage = 0;
-        if Self::ASYNC {
-            unroll!(I in 0..2 {
-                if I + 1 < STAGES {
-                    Self::copy_next(&x, tile, &mut pages, &mut next, end, len, I as u32);
-                }
-            });
+        while stage + 1 < STAGES as u32 {
+            Self::copy_next(&x, tile, &mut pages, &mut next, end, len, stage);
+            stage += 1;
         }
-        unroll!(PART in 0..2 {
-            unroll!(STAGE in 0..4 {
-                if STAGE < STAGES {
-                    Self::pad(Self::store(PART, STAGE as u32), Self::BLOCK, x.head_dim[PART]);
-                }
-            });
-        });
         let mut q = [FragmentA::default(); KS];
         if Self::TILE.q_in_registers() {
-            q = Self::queries_in_registers(&x, tile, thread::lane_id());
+            q = Self::as_fragments(&loaded);
         } else {
             Self::fill_queries(&x, tile);
         }
 
         let (mut total, mut part) = (Part::<NO>::EMPTY, Part::<NO>::EMPTY);
+        let mut stage = 0;
         while block < end {
             // The block is there, and everyone is done with the one before.
             if STAGES > 2 {

@@ -223,7 +223,7 @@ pub(super) fn fill<C: Class>(
 #[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim: u32, threads: u32) {
-    // Computed anew for each block: see `attend::block`.
+    // Computed anew for each block: see `block::block`.
     let (given, thread) = (head_dim / 8, math::fresh(thread::thread_idx_x()));
     // The threads go through the tile together, and come out even. In a loop, for the addresses' sake.
     let units = n_rows * to.units;
@@ -244,7 +244,7 @@ pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim
 }
 
 /// [`copy`] where a pass of the threads takes whole groups of eight rows, in which the places of units repeat: from pass to
-/// pass a thread's addresses grow by constants.
+/// pass a thread's addresses grow by the same, and by constants where the head fills the tile.
 #[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 pub(super) fn copy_in_passes(
@@ -255,15 +255,21 @@ pub(super) fn copy_in_passes(
     head_dim: u32,
     threads: u32,
 ) {
-    let (given, thread) = (head_dim / 8, math::fresh(thread::thread_idx_x()));
+    let thread = thread::thread_idx_x();
     let (r, c) = (thread / to.units, thread % to.units);
-    if c < given {
-        let (from, at) = (from.cast::<U32x4>().offset((r * given + c) as usize), to.at(r, c));
+    let at = to.at(r, c);
+    let copies = |given: u32, n_rows: u32| {
+        let from = from.cast::<U32x4>().offset((r * given + c) as usize);
         let mut first = 0;
         while first < n_rows {
             let there = first + r < n_valid;
             async_copy::copy16_or_zero(to.rows, at + first * to.units, from, first * given, there);
             first += threads / to.units;
         }
+    };
+    if head_dim == 8 * to.units {
+        copies(to.units, n_rows);
+    } else if c < head_dim / 8 {
+        copies(head_dim / 8, math::opaque(n_rows));
     }
 }
