@@ -9,8 +9,9 @@ use super::{CAUSAL, NO_SEQUENCE, PAGE, SPAN, state};
 use crate::device::mma::FragmentA;
 use crate::device::{F32x2, Smem, U32x2, async_copy, grid, math, sync, thread, warp};
 
-/// Pages that a CTA asks for while it waits for earlier launches: a span's.
-const PREFETCH_PAGES: u32 = (SPAN / PAGE) as u32;
+/// Pages that a CTA asks for while it waits for earlier launches: as many as it will copy first. With a long cache more
+/// would only stand in the way of those.
+const PREFETCH_PAGES: u32 = 2;
 
 /// The rows of a CTA.
 #[derive(Clone, Copy)]
@@ -232,19 +233,18 @@ impl<
             block = if block < from { from } else { block };
             end = if end > to { to } else { end };
         }
-        // All but the newest row lie in the cache long before an earlier launch of the step ends: a thread asks L2 for a page.
+        // All but the newest row lie in the cache long before an earlier launch of the step ends: a thread asks L2 for the K
+        // or the V of a page, in the order in which they are needed.
         if block < end {
             let page = block * Self::BLOCK / PAGE as u32;
             pages.hold(&x, page);
-            let nth = page + thread::thread_idx_x();
+            let (nth, of_v) = (page + thread::thread_idx_x() / 2, thread::thread_idx_x() % 2 == 1);
             let number = pages.get(nth);
-            if thread::thread_idx_x() < PREFETCH_PAGES && nth / 32 == page / 32 && nth * (PAGE as u32) < high
-            {
+            if nth < page + PREFETCH_PAGES && nth / 32 == page / 32 && nth * (PAGE as u32) < high {
                 let head = number as usize * x.n_head_kv as usize + tile.kv_head as usize;
-                unroll!(PART in 0..2 {
-                    let bytes = PAGE as u32 * x.row_bytes[PART];
-                    [x.k, x.v][PART].offset(head * bytes as usize).prefetch(bytes);
-                });
+                let (part, row_bytes) = if of_v { (x.v, x.row_bytes[1]) } else { (x.k, x.row_bytes[0]) };
+                let bytes = PAGE as u32 * row_bytes;
+                part.offset(head * bytes as usize).prefetch(bytes);
             }
         }
         unroll!(PART in 0..2 {
