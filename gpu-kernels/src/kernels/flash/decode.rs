@@ -102,27 +102,39 @@ impl<
     }
 
     /// Loads the lane's part of the queries: of row `lane / 4` and of the eighth after it, per step two pairs. Every
-    /// warp needs them all, so they come from where they are straight into registers.
+    /// warp needs them all, so they come from where they are straight into registers. Rows that are not there take the
+    /// last one's, and are stored nowhere.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     fn load_queries(x: &Inputs, tile: Tile, lane: u32) -> [[[[f32; 2]; 2]; KS]; 2] {
         let pairs = x.head_dim[0] / 2;
         let mut loaded = [[[[0.0; 2]; 2]; KS]; 2];
         unroll!(R in 0..2 {
-            let row = 8 * R as u32 + lane / 4;
-            if row < tile.n {
+            if R == 0 || tile.n > 8 {
+                let row = 8 * R as u32 + lane / 4;
+                let row = if row < tile.n { row } else { tile.n - 1 };
                 let query = x.q.offset(tile.head_row(x, row) * pairs as usize + (lane % 4) as usize);
-                let whole = pairs == 8 * KS as u32;
-                let mut step = 0;
-                while step < KS {
-                    unroll!(HALF in 0..2 {
-                        let first = 8 * step as u32 + 4 * HALF as u32;
-                        // A head is whole groups of four pairs.
-                        if whole || first < pairs {
-                            loaded[R][step][HALF] = query.ld_nc(first).0;
-                        }
-                    });
-                    step += 1;
+                // Apart, so that the usual head, which fills the tile, is loaded without a test.
+                if pairs == 8 * KS as u32 {
+                    let mut step = 0;
+                    while step < KS {
+                        unroll!(HALF in 0..2 {
+                            loaded[R][step][HALF] = query.ld_nc(8 * step as u32 + 4 * HALF as u32).0;
+                        });
+                        step += 1;
+                    }
+                } else {
+                    let mut step = 0;
+                    while step < KS {
+                        unroll!(HALF in 0..2 {
+                            let first = 8 * step as u32 + 4 * HALF as u32;
+                            // A head is whole groups of four pairs.
+                            if first < pairs {
+                                loaded[R][step][HALF] = query.ld_nc(math::opaque(first)).0;
+                            }
+                        });
+                        step += 1;
+                    }
                 }
             }
         });

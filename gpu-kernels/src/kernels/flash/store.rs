@@ -244,7 +244,7 @@ pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim
 }
 
 /// [`copy`] where a pass of the threads takes whole groups of eight rows, in which the places of units repeat: from pass to
-/// pass a thread's addresses grow by the same, and by constants where the head fills the tile.
+/// pass a thread's addresses grow by the same. Most blocks are whole and fill the tile: they are copied without a test.
 #[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 pub(super) fn copy_in_passes(
@@ -257,19 +257,19 @@ pub(super) fn copy_in_passes(
 ) {
     let thread = thread::thread_idx_x();
     let (r, c) = (thread / to.units, thread % to.units);
-    let at = to.at(r, c);
-    let copies = |given: u32, n_rows: u32| {
-        let from = from.cast::<U32x4>().offset((r * given + c) as usize);
-        let mut first = 0;
+    let (at, given, pass) = (to.at(r, c), head_dim / 8, threads / to.units);
+    let from = from.cast::<U32x4>().offset((r * given + c) as usize);
+    let mut first = 0;
+    if given == to.units && n_valid >= n_rows {
+        while first < n_rows {
+            async_copy::copy16(to.rows, at + first * to.units, from, first * to.units);
+            first += pass;
+        }
+    } else if c < given {
         while first < n_rows {
             let there = first + r < n_valid;
             async_copy::copy16_or_zero(to.rows, at + first * to.units, from, first * given, there);
-            first += threads / to.units;
+            first += pass;
         }
-    };
-    if head_dim == 8 * to.units {
-        copies(to.units, n_rows);
-    } else if c < head_dim / 8 {
-        copies(head_dim / 8, math::opaque(n_rows));
     }
 }
