@@ -78,7 +78,7 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
         let bytes = match &program.actions[i] {
             Action::Attention { params: p, n, .. } => {
                 match class.geometry(device.sm, device.n_sm, *n, p.n_head_kv) {
-                    Geometry::Split { n_spans } => {
+                    Geometry::Split { n_spans, .. } => {
                         Some(flash::scratch_bytes(*n, p.n_head, p.head_dim_v, n_spans))
                     }
                     _ => None,
