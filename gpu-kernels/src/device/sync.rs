@@ -53,6 +53,17 @@ twin! {
     }
 }
 
+twin! {
+    /// [`barrier_arrive`] where the id is known at run time only.
+    pub fn barrier_arrive_of(id: u32, threads: u32) {
+        ptx {
+            // SAFETY: as for `sync_threads`.
+            unsafe { intrinsics::barrier_arrive(id, threads) }
+        }
+        host { lane::barrier_arrive(id, threads) }
+    }
+}
+
 /// What this thread wrote to shared memory is seen by the tensor cores (`wgmma`) and the copy engine: called by each
 /// writer, before the barrier that tells of it (`fence.proxy.async`, sm_90a).
 #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]

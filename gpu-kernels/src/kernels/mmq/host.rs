@@ -40,7 +40,7 @@ const WIDE_CYCLES: usize = 9000;
 const WARPGROUPS_CYCLES: usize = 7400;
 const NARROW_CYCLES: usize = 1150;
 /// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
-const HOPPER_DRIVER: u32 = 12_040;
+pub(crate) const HOPPER_DRIVER: u32 = 12_040;
 
 impl Cut {
     /// Columns of a CTA.
