@@ -76,8 +76,8 @@ mod gpu {
     const PRODUCERS: u32 = 4;
     const CONSUMERS: u32 = 8;
     /// Registers of a producer and of a consumer thread: of the 168 that each of three warpgroups starts with.
-    const PRODUCER_REGISTERS: u32 = 40;
-    const CONSUMER_REGISTERS: u32 = 232;
+    const PRODUCER_REGISTERS: u32 = 56;
+    const CONSUMER_REGISTERS: u32 = 224;
     const _: () = assert!(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 
     /// A 16-bit float that warpgroups multiply.
