@@ -451,6 +451,9 @@ mod host {
     /// Whether the sums of `wgmma` count as those of `mma`, bit for bit: without, no device gets `Cut::Warpgroups`.
     pub const TRUSTED: bool = true;
 
+    /// What Hopper takes for large tiles.
+    const HOPPER_CUT: Cut = Cut::Warpgroups;
+
     /// How the work is cut into CTAs. Every cut gives the same bits.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum Cut {
@@ -460,6 +463,8 @@ mod host {
         Large,
         /// The same for Hopper, a CTA per multiprocessor: only there is its kernel.
         Warpgroups,
+        /// The same with two CTAs in a cluster, for 256 rows and 128 columns.
+        Pairs,
     }
 
     impl Cut {
@@ -487,7 +492,7 @@ mod host {
                 && device.driver_version >= HOPPER_DRIVER
                 && device.smem_per_cta_bytes >= mmf_hopper::BYTES;
             Ok(match large {
-                true if TRUSTED && is_hopper => Cut::Warpgroups,
+                true if TRUSTED && is_hopper => HOPPER_CUT,
                 true => Cut::Large,
                 false => Cut::Small,
             })
@@ -532,11 +537,13 @@ mod host {
             Cut::Small => (["mmf_F16_64", "mmf_BF16_64"], Small::THREADS, Small::STAGE),
             Cut::Large => (["mmf_F16_128", "mmf_BF16_128"], Large::THREADS, Large::STAGE),
             Cut::Warpgroups => (["mmf_hopper_F16", "mmf_hopper_BF16"], mmf_hopper::THREADS, 0),
+            Cut::Pairs => (["mmf_hopper_F16_pair", "mmf_hopper_BF16_pair"], mmf_hopper::THREADS, 0),
         };
         let tile = cut.tile() as u32;
-        let cta_rows = if args.glu.is_some() { tile / 2 } else { tile };
+        let cluster = if cut == Cut::Pairs { 2 } else { 1 };
+        let rows_at_once = cluster * if args.glu.is_some() { tile / 2 } else { tile };
         let (params, n_ctas) =
-            with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(cta_rows))?;
+            with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(rows_at_once))?;
         let grid_y = check.grid("row tiles", n_ctas as usize)?;
         let (grid_x, n_cols, order, tiles) = match args.mixture {
             None => {
@@ -554,15 +561,16 @@ mod host {
         let params = params.with(k).with(n_cols);
         let entry = entry[usize::from(bf16)];
         let &DeviceInfo { n_sm, smem_per_cta_bytes, .. } = args.device;
-        if cut == Cut::Warpgroups {
-            let n_tiles = check.size("tiles", grid_x as usize * grid_y as usize)?;
+        if matches!(cut, Cut::Warpgroups | Cut::Pairs) {
+            let n_items = check.size("tiles", grid_x as usize * grid_y as usize)?;
+            let at_once = (n_sm / cluster).max(1);
             return Ok(Launch {
                 entry,
-                grid: [n_tiles.min(n_sm), 1, 1],
+                grid: [cluster * n_items.min(at_once), 1, 1],
                 cta,
-                cluster: 1,
+                cluster,
                 smem_bytes: mmf_hopper::BYTES,
-                params: params.with(grid_x).with(n_tiles),
+                params: params.with(grid_x).with(n_items),
             });
         }
         let shared = cut == Cut::Small && grid_x as usize * grid_y as usize >= 2 * n_sm as usize;

@@ -14,6 +14,8 @@
 //!   take turns to begin one, so that the other's fill that time.
 //! * Persistent: a CTA per multiprocessor walks over the tiles, column tiles first, and producers fill the ring with the next
 //!   tile while consumers store this one, each warpgroup by itself, through shared memory in whole lines.
+//! * Pairs (`Cut::Pairs`): two CTAs of a cluster take tiles below each other, and each copies half of the activations, which
+//!   are the same, to both: from L2 come 48 bytes a cycle of tensor cores at full speed instead of 64.
 //! * Of a gated pair a tile is 64 rows of each matrix; a warpgroup has 32 of gate's and the same of up's.
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -138,10 +140,15 @@ mod gpu {
         /// Called by a consumer warp that has read the stage.
         #[inline(always)]
         #[track_caller]
-        fn release(self) {
+        fn release<const CTAS: u32>(self) {
             warp::sync_warp();
-            if thread::lane_id() == 0 {
+            let lane = thread::lane_id();
+            if CTAS == 1 && lane == 0 {
                 self.empty().arrive();
+            }
+            // The other CTA's producers write here too.
+            if CTAS > 1 && lane < CTAS {
+                self.empty().arrive_at(lane);
             }
         }
 
@@ -162,7 +169,7 @@ mod gpu {
 
     /// What a launch does.
     #[derive(Clone, Copy)]
-    struct Work {
+    struct Work<const CTAS: u32> {
         parts: [Part; 3],
         x: Glb<U32x4>,
         order: Glb<u32>,
@@ -170,9 +177,9 @@ mod gpu {
         gate: Gate,
         n_k16: u32,
         n_cols: u32,
-        /// Tiles of columns, and all tiles.
+        /// Tiles of columns, and all items: a tile, or one for each CTA of a cluster, below each other.
         n_across: u32,
-        n_tiles: u32,
+        n_items: u32,
     }
 
     /// A tile of it.
@@ -195,15 +202,23 @@ mod gpu {
         }
     }
 
-    impl Work {
-        /// Tile `i`.
+    impl<const CTAS: u32> Work<CTAS> {
+        /// This CTA's first item, and how many items lie between it and the next.
+        #[inline(always)]
+        fn walk() -> (u32, u32) {
+            (thread::block_idx_x() / CTAS, thread::grid_dim_x() / CTAS)
+        }
+
+        /// This CTA's tile of item `i`.
         #[inline(always)]
         #[track_caller]
         fn tile(&self, i: u32) -> Tile {
             let (down, across) = (i / self.n_across, i % self.n_across);
             let part = choose_at(self.parts[0], self.parts[1], self.parts[2], down);
             let rows = if self.gate.is_some() { TILE as u32 / 2 } else { TILE as u32 };
-            let (first_row, first_block) = ((down - part.first_cta) * rows, across * BLOCKS);
+            let rank = thread::block_idx_x() % CTAS;
+            let first_row = ((down - part.first_cta) * CTAS + rank) * rows;
+            let first_block = across * BLOCKS;
             let (expert, first_pair, n_cols) = if self.order.is_null() {
                 (0, 0, self.n_cols)
             } else {
@@ -219,11 +234,14 @@ mod gpu {
         fn produce(&self, warp: u32) {
             const SLOTS: u32 = ROW_TILES / PRODUCERS;
             const COLUMNS: u32 = BLOCKS / PRODUCERS;
+            // Of its four blocks a warp copies one half if the other CTA copies the other.
+            let own = COLUMNS / CTAS;
+            let first_own = thread::block_idx_x() % CTAS * own;
             let mut place = Place::FIRST;
-            let mut i = thread::block_idx_x();
-            while i < self.n_tiles {
+            let (mut i, step) = Self::walk();
+            while i < self.n_items {
                 let tile = self.tile(i);
-                i += thread::grid_dim_x();
+                i += step;
                 if tile.is_empty() {
                     continue;
                 }
@@ -245,7 +263,7 @@ mod gpu {
                 // Blocks beyond the columns repeat the last.
                 let last_block = (tile.n_cols - 1) / 8;
                 let from_b: [Glb<U32x4>; COLUMNS as usize] = core::array::from_fn(|j| {
-                    let block = tile.first_block + COLUMNS * warp + j as u32;
+                    let block = tile.first_block + COLUMNS * warp + (first_own + j as u32) % COLUMNS;
                     let block = if block < last_block { block } else { last_block };
                     self.x.offset(block as usize * self.n_k16 as usize * 16)
                 });
@@ -263,8 +281,10 @@ mod gpu {
                         bulk_copy::copy(stage, to, from_a[J], k16 * 32, steps * 32, full);
                     });
                     unroll!(J in 0..4 {
-                        let to = to_b + J as u32 * STEPS * 16;
-                        bulk_copy::copy(stage, to, from_b[J], k16 * 16, steps * 16, full);
+                        if (J as u32) < own {
+                            let to = to_b + (first_own + J as u32) * STEPS * 16;
+                            bulk_copy::copy_to_all::<CTAS>(stage, to, from_b[J], k16 * 16, steps * 16, full);
+                        }
                     });
                     place = place.next();
                     k16 += STEPS;
@@ -285,8 +305,8 @@ mod gpu {
                 sync::barrier_arrive_of(others, 256);
             }
             let mut place = Place::FIRST;
-            let mut i = thread::block_idx_x();
-            while i < self.n_tiles {
+            let (mut i, step) = Self::walk();
+            while i < self.n_items {
                 if !self.tile(i).is_empty() {
                     let mut totals = [0.0f32; 64];
                     let mut k16 = 0;
@@ -294,9 +314,9 @@ mod gpu {
                         let mut sums = Sums::<64>::zero();
                         sync::barrier_of(mine, 256);
                         place = if k16 + SPAN_STEPS <= self.n_k16 {
-                            span::<H>(&mut sums, place, a, others)
+                            span::<H, CTAS>(&mut sums, place, a, others)
                         } else {
-                            short_span::<H>(&mut sums, place, a, self.n_k16 - k16, others)
+                            short_span::<H, CTAS>(&mut sums, place, a, self.n_k16 - k16, others)
                         };
                         unroll!(Q in 0..8 { unroll!(E in 0..8 {
                             totals[8 * Q + E] += f32::from_bits(sums.get(8 * Q + E));
@@ -306,7 +326,7 @@ mod gpu {
                     // The tile anew: its fields need no registers up to here.
                     self.finish(&self.tile(math::fresh(i)), thread, &totals);
                 }
-                i += thread::grid_dim_x();
+                i += step;
             }
             if group == 0 {
                 sync::barrier_of(mine, 256);
@@ -362,7 +382,7 @@ mod gpu {
     /// way, the other warpgroup may begin its span. In straight code: so far ptxas follows products under way.
     #[inline(always)]
     #[track_caller]
-    fn span<H: Half>(sums: &mut Sums<64>, place: Place, a: u32, others: u32) -> Place {
+    fn span<H: Half, const CTAS: u32>(sums: &mut Sums<64>, place: Place, a: u32, others: u32) -> Place {
         let mut weights = [[FragmentA([0; 4]); STEPS as usize]; 2];
         let (mut place, mut before) = (place, place);
         place.full().wait(place.parity);
@@ -389,7 +409,7 @@ mod gpu {
             }
             if S > 0 {
                 wgmma::wait_for_operands::<1>();
-                before.release();
+                before.release::<CTAS>();
             }
             if S < 3 {
                 unroll!(STEP in 0..4 { weights[(S + 1) % 2][STEP] = next.load(a, STEP as u32); });
@@ -398,14 +418,20 @@ mod gpu {
             place = next;
         });
         sums.wait::<0>();
-        before.release();
+        before.release::<CTAS>();
         place
     }
 
     /// The same of a short last span of `n` steps, a step at a time.
     #[inline(always)]
     #[track_caller]
-    fn short_span<H: Half>(sums: &mut Sums<64>, place: Place, a: u32, n: u32, others: u32) -> Place {
+    fn short_span<H: Half, const CTAS: u32>(
+        sums: &mut Sums<64>,
+        place: Place,
+        a: u32,
+        n: u32,
+        others: u32,
+    ) -> Place {
         sync::barrier_arrive_of(others, 256);
         let (mut place, mut done) = (place, 0);
         while done < n {
@@ -420,16 +446,16 @@ mod gpu {
                 sums.wait::<0>();
                 step += 1;
             }
-            place.release();
+            place.release::<CTAS>();
             place = place.next();
             done += STEPS;
         }
         place
     }
 
-    /// The kernel.
+    /// The kernel, for clusters of so many CTAs.
     #[inline(always)]
-    pub(super) fn mmf<H: Half>(
+    pub(super) fn mmf<H: Half, const CTAS: u32>(
         p0: Part,
         p1: Part,
         p2: Part,
@@ -440,21 +466,28 @@ mod gpu {
         k: u32,
         n_cols: u32,
         n_across: u32,
-        n_tiles: u32,
+        n_items: u32,
     ) {
+        const { assert!(CTAS == 1 || CTAS == 2) };
         let thread = thread::thread_idx_x();
         if thread == 0 {
             let mut slot = 0;
             while slot < STAGES {
                 let place = Place { slot, parity: 0 };
                 place.full().init(PRODUCERS);
-                place.empty().init(CONSUMERS);
+                place.empty().init(CONSUMERS * CTAS);
                 slot += 1;
             }
         }
-        sync::sync_threads();
+        // No CTA touches what another has not set up, or has left.
+        if CTAS > 1 {
+            sync::sync_cluster();
+        } else {
+            sync::sync_threads();
+        }
         let n_k16 = k.div_ceil(16);
-        let work = Work { parts: [p0, p1, p2], x, order, of_expert, gate, n_k16, n_cols, n_across, n_tiles };
+        let parts = [p0, p1, p2];
+        let work = Work::<CTAS> { parts, x, order, of_expert, gate, n_k16, n_cols, n_across, n_items };
         if thread < 128 {
             warp::give_registers::<PRODUCER_REGISTERS>();
             if thread::lane_id() == 0 {
@@ -464,6 +497,9 @@ mod gpu {
             warp::take_registers::<CONSUMER_REGISTERS>();
             work.consume::<H>(thread - 128);
         }
+        if CTAS > 1 {
+            sync::sync_cluster();
+        }
     }
 
     kernels! {
@@ -471,10 +507,12 @@ mod gpu {
         pub(super) ENTRIES: threads(384, 1);
         fn (
             p0: Part, p1: Part, p2: Part, x: Glb<U32x4>, order: Glb<u32>, of_expert: Glb<U32x4>, gate: Gate,
-            k: u32, n_cols: u32, n_across: u32, n_tiles: u32,
+            k: u32, n_cols: u32, n_across: u32, n_items: u32,
         );
-        "mmf_hopper_F16" => mmf::<f16>;
-        "mmf_hopper_BF16" => mmf::<bf16>;
+        "mmf_hopper_F16" => mmf::<f16, 1>;
+        "mmf_hopper_BF16" => mmf::<bf16, 1>;
+        "mmf_hopper_F16_pair" => mmf::<f16, 2>;
+        "mmf_hopper_BF16_pair" => mmf::<bf16, 2>;
     }
 }
 
@@ -530,9 +568,19 @@ mod host {
         Case { product: float_case::Case { addends: true, glu, experts, ..case.product }, ..case }
     }
 
+    /// The same by pairs of CTAs, two at a time.
+    const fn paired(case: Case) -> Case {
+        Case { cut: Cut::Pairs, n_sm: 4, ..case }
+    }
+
     /// A row of the benchmark.
     const fn timed(cut: Cut, n_rows: &'static [usize], k: usize, n_cols: usize) -> Case {
         Case { cut, n_sm: 132, ..plain(F16, n_rows, k, n_cols) }
+    }
+
+    /// The same of gate and up.
+    const fn gated(case: Case) -> Case {
+        Case { product: float_case::Case { glu: Some(Glu::Silu), ..case.product }, ..case }
     }
 
     impl Kernel for MmfHopper {
@@ -552,24 +600,27 @@ mod host {
             added(plain(BF16, &[70, 70], 64, 140), Some(Glu::Silu), Some((2, 1))),
             against(F16, &[300], 1300, 130),
             against(BF16, &[140], 2052, 66),
+            paired(plain(F16, &[200], 64 * 9 + 20, 129)),
+            paired(added(plain(BF16, &[300, 20, 64], 272, 150), None, None)),
+            paired(added(plain(F16, &[150, 150], 1600, 140), Some(Glu::Silu), None)),
+            paired(added(plain(F16, &[140, 16], 144, 190), None, Some((5, 2)))),
+            paired(against(F16, &[300], 1300, 260)),
         ];
-        /// What prefill of an 8B model multiplies, by this cut and by the one for every GPU.
+        /// What prefill of an 8B model multiplies, by this kernel, by its pairs, and by the one for every GPU.
         const BENCH: &'static [Case] = &[
             timed(Cut::Warpgroups, &[4096], 14336, 512),
-            timed(Cut::Warpgroups, &[4096], 14336, 2048),
-            timed(Cut::Warpgroups, &[4096, 1024, 1024], 4096, 2048),
-            timed(Cut::Warpgroups, &[28672], 4096, 512),
-            timed(Cut::Warpgroups, &[28672], 4096, 2048),
-            Case {
-                product: float_case::Case {
-                    glu: Some(Glu::Silu),
-                    ..float_case::Case::plain(F16, &[14336, 14336], 4096, 2048)
-                },
-                ..timed(Cut::Warpgroups, &[], 0, 0)
-            },
+            timed(Cut::Pairs, &[4096], 14336, 512),
             timed(Cut::Large, &[4096], 14336, 512),
+            timed(Cut::Warpgroups, &[28672], 4096, 512),
+            timed(Cut::Pairs, &[28672], 4096, 512),
+            timed(Cut::Warpgroups, &[4096], 14336, 2048),
+            timed(Cut::Pairs, &[4096], 14336, 2048),
             timed(Cut::Large, &[4096], 14336, 2048),
-            timed(Cut::Large, &[28672], 4096, 2048),
+            timed(Cut::Warpgroups, &[4096, 1024, 1024], 4096, 2048),
+            timed(Cut::Pairs, &[4096, 1024, 1024], 4096, 2048),
+            gated(timed(Cut::Warpgroups, &[14336, 14336], 4096, 2048)),
+            gated(timed(Cut::Pairs, &[14336, 14336], 4096, 2048)),
+            gated(timed(Cut::Large, &[14336, 14336], 4096, 2048)),
         ];
         const NMSE_MAX: f64 = Mmf::NMSE_MAX;
         const TIERS: Tiers = Tiers::Only("sm_90a");
@@ -579,7 +630,7 @@ mod host {
         fn problem(case: &Case, random: &mut Random) -> Problem {
             let Case { product, cut, n_sm, against } = *case;
             if against {
-                return comparison(&product, n_sm, random);
+                return comparison(case, random);
             }
             let float_case::Case { format, k, n_cols, glu, .. } = product;
             let device = DeviceInfo { n_sm, smem_per_cta_bytes: BYTES, ..DeviceInfo::default() };
@@ -616,10 +667,10 @@ mod host {
         }
     }
 
-    /// A product of one matrix by `Cut::Large` and by `Cut::Warpgroups`, which must give equal bits. Rows and columns differ
+    /// A product of one matrix by `Cut::Large` and by the case's, which must give equal bits. Rows and columns differ
     /// in how far the exponents of their elements spread: from not at all to beyond what a sum can hold.
-    fn comparison(product: &float_case::Case, n_sm: u32, random: &mut Random) -> Problem {
-        let float_case::Case { format, n_rows, k, n_cols, .. } = *product;
+    fn comparison(case: &Case, random: &mut Random) -> Problem {
+        let Case { product: float_case::Case { format, n_rows, k, n_cols, .. }, cut, n_sm, .. } = *case;
         let n_rows = n_rows[0];
         let mut spread = |n: usize| -> Vec<f32> {
             let value = |i: usize| {
@@ -627,7 +678,7 @@ mod host {
                 let bits = random.bits();
                 let size = 1.0 + (bits >> 52) as f32 / 4096.0;
                 let down = (bits >> 8) % exponents[i / k % exponents.len()];
-                libm::ldexpf(if bits % 2 == 0 { size } else { -size }, -(down as i32))
+                libm::ldexpf(if bits.is_multiple_of(2) { size } else { -size }, -(down as i32))
             };
             (0..n * k).map(value).collect()
         };
@@ -656,7 +707,7 @@ mod host {
                         cut,
                     )
                 };
-                Ok(vec![round, by(Cut::Large, at[3])?, by(Cut::Warpgroups, at[4])?])
+                Ok(vec![round, by(Cut::Large, at[3])?, by(cut, at[4])?])
             }),
         }
     }
