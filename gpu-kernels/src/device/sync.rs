@@ -169,7 +169,8 @@ impl Mbarrier {
         lane::mbarrier_arrive(self.address)
     }
 
-    /// [`Mbarrier::arrive`] at the barrier that is in this one's place in CTA `rank` of the cluster.
+    /// An arrival at the barrier that is in this one's place in CTA `rank` of the cluster. It tells that this thread has read
+    /// what it wanted, not what it wrote: for another CTA that would take a fence of the whole GPU.
     #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
     #[inline(always)]
     #[track_caller]
@@ -177,7 +178,7 @@ impl Mbarrier {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: the object lies in the CTA's layout, and so in that of every CTA of the cluster.
         unsafe {
-            asm!("{{ .reg .b32 a; mapa.shared::cluster.u32 a,{},{}; mbarrier.arrive.release.cluster.shared::cluster.b64 _,[a]; }}",
+            asm!("{{ .reg .b32 a; mapa.shared::cluster.u32 a,{},{}; mbarrier.arrive.shared::cluster.b64 _,[a]; }}",
                 in(reg32) self.address, in(reg32) rank, options(nostack, preserves_flags))
         }
         #[cfg(not(target_arch = "nvptx64"))]
