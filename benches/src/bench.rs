@@ -1,6 +1,5 @@
 //! Times the shapes that kernels declare.
 
-use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use gpu_kernels::case::AnyKernel;
@@ -10,51 +9,10 @@ use gpu_kernels::ptx::{self, PtxModule};
 use gpu_kernels::registry::KERNELS;
 use serde_json::{Value, json};
 
-use crate::args::Args;
+use crate::options::{Options, write};
 use crate::peaks::{self, Peaks};
 use crate::row::{self, Row};
 use crate::{BenchError, peer, timing};
-
-/// What to measure and where it goes.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// Part of the kernel's name or of the case's label.
-    pub filter: Option<String>,
-    /// Only this kernel.
-    pub only: Option<String>,
-    /// Only modules of this tier.
-    pub tier: Option<&'static str>,
-    /// Repeat on one set of buffers.
-    pub warm: bool,
-    /// ggml's `test-backend-ops`.
-    pub peer: Option<PathBuf>,
-    /// Where all goes as JSON.
-    pub json: Option<PathBuf>,
-    /// Folder that gets `DEVICE/kernels.json`.
-    pub record: Option<PathBuf>,
-}
-
-impl Options {
-    /// The options that both programs have.
-    pub fn take(args: &mut Args) -> Result<Options, BenchError> {
-        Ok(Options {
-            filter: None,
-            only: args.value("--only")?,
-            tier: args.value("--tier")?.map(|name| tier(&name)).transpose()?,
-            warm: args.flag("--warm"),
-            peer: args.value("--peer")?.map(PathBuf::from),
-            json: args.value("--json")?.map(PathBuf::from),
-            record: args.value("--record")?.map(PathBuf::from),
-        })
-    }
-}
-
-/// The embedded tier of this name.
-fn tier(name: &str) -> Result<&'static str, BenchError> {
-    let tiers = crate::conform::tiers();
-    let found = tiers.iter().copied().find(|tier| *tier == name);
-    found.ok_or_else(|| BenchError::Usage(format!("--tier {name}: there are {}", tiers.join(", "))))
-}
 
 /// Measures and prints; a shape that fails is printed as such and counted.
 pub fn run(driver: &dyn Driver, options: &Options) -> Result<(), BenchError> {
@@ -162,14 +120,6 @@ fn record(info: &DeviceInfo, peaks: &Peaks, rows: &[Row]) -> Value {
         },
         "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
     })
-}
-
-pub(crate) fn write(path: &std::path::Path, value: &Value) -> Result<(), BenchError> {
-    let what = format!("write {}", path.display());
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(BenchError::io(what.clone()))?;
-    }
-    std::fs::write(path, format!("{value:#}\n")).map_err(BenchError::io(what))
 }
 
 /// A device's name as a folder's: `nvidia-h100-80gb-hbm3`.

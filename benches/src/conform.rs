@@ -23,8 +23,8 @@ use serde_json::{Value, json};
 
 use crate::BenchError;
 use crate::args::Args;
-use crate::bench::{Options, write};
 use crate::error::is_lost;
+use crate::options::{Options, tiers, write};
 
 /// The option that makes the program a child.
 pub const CHILD: &str = "--child";
@@ -34,20 +34,6 @@ const SILENCE: Duration = Duration::from_secs(120);
 const COMPILERS: usize = 8;
 /// Failures shown per kernel and tier; the count tells of the others.
 const SHOWN: usize = 4;
-
-/// Names of the embedded tiers, oldest first.
-pub fn tiers() -> Vec<&'static str> {
-    let mut tiers: Vec<&str> = ptx::MODULES.iter().map(|module| module.tier).collect();
-    tiers.dedup();
-    let mut seen = Vec::new();
-    tiers.retain(|tier| {
-        !seen.contains(tier) && {
-            seen.push(*tier);
-            true
-        }
-    });
-    tiers
-}
 
 /// What is known of one kernel at one tier.
 #[derive(Debug, Default)]

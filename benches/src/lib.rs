@@ -9,6 +9,7 @@ pub mod args;
 pub mod bench;
 pub mod conform;
 pub mod error;
+pub mod options;
 pub mod peaks;
 pub mod peer;
 pub mod row;

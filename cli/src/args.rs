@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use engine::sampler::SamplerParams;
 use quant::FormatId;
 use regex_lite::Regex;
 
-use crate::device::GpuLayers;
 use crate::quantize::file_type::FileType;
 
 /// Run GGUF models.
@@ -123,14 +123,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// No chat template: the prompt as it is, special tokens in it are read
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["chat_template", "chat_template_file"])]
     pub raw: bool,
-    /// Built-in template name or Jinja source
-    #[arg(long, value_name = "NAME", conflicts_with = "raw", allow_hyphen_values = true)]
-    pub chat_template: Option<String>,
-    /// File with a Jinja template
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["raw", "chat_template"])]
-    pub chat_template_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// Generate past end-of-generation tokens
     #[arg(long)]
     pub ignore_eos: bool,
@@ -171,6 +167,48 @@ pub struct SamplingArgs {
     pub seed: i64,
 }
 
+impl SamplingArgs {
+    /// The seed in use: any but -1 is taken as it is, -1 is another each time.
+    pub fn seed(&self) -> u64 {
+        match self.seed {
+            -1 => entropy(),
+            given => given as u64,
+        }
+    }
+
+    /// What the sampler takes of the flags.
+    pub fn params(&self, seed: u64, n_ctx: usize) -> SamplerParams {
+        SamplerParams {
+            temp: self.temp,
+            top_k: usize::try_from(self.top_k).unwrap_or(0),
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            repeat_last_n: usize::try_from(self.repeat_last_n).unwrap_or(n_ctx),
+            seed,
+        }
+    }
+}
+
+/// 32 random bits.
+pub fn entropy() -> u64 {
+    // The standard library's hasher keys are random for each process.
+    std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0u8) >> 32
+}
+
+/// What makes a prompt of a conversation, if not the model's own template.
+#[derive(Args, Clone, Debug)]
+pub struct TemplateArgs {
+    /// Built-in template name or Jinja source
+    #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
+    pub chat_template: Option<String>,
+    /// File with a Jinja template
+    #[arg(long, value_name = "FILE", conflicts_with = "chat_template")]
+    pub chat_template_file: Option<PathBuf>,
+}
+
 /// `serve`.
 #[derive(Args, Debug)]
 pub struct ServeArgs {
@@ -204,12 +242,8 @@ pub struct ServeArgs {
     pub engine: EngineArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
-    /// Built-in template name or Jinja source
-    #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
-    pub chat_template: Option<String>,
-    /// File with a Jinja template
-    #[arg(long, value_name = "FILE", conflicts_with = "chat_template")]
-    pub chat_template_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub template: TemplateArgs,
 }
 
 /// `tokenize`.
@@ -438,6 +472,30 @@ impl Device {
             None if text == "cuda" => Ok(Device::Cuda(0)),
             Some(("cuda", i)) => i.parse().map(Device::Cuda).map_err(|_| format!("'{i}' is no device index")),
             _ => Err("expected auto, cpu, cuda, cuda:I or emu".into()),
+        }
+    }
+}
+
+/// Layers on the GPU, as the user says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GpuLayers {
+    /// As many as fit.
+    Auto,
+    /// All of them, or an error.
+    All,
+    /// The last so many; more than the model has is all, with embeddings and output.
+    Last(usize),
+}
+
+impl GpuLayers {
+    /// A number, auto or all.
+    pub fn parse(text: &str) -> Result<GpuLayers, String> {
+        match text {
+            "auto" => Ok(GpuLayers::Auto),
+            "all" => Ok(GpuLayers::All),
+            // llama.cpp's -1.
+            "-1" => Ok(GpuLayers::All),
+            _ => text.parse().map(GpuLayers::Last).map_err(|_| "expected a number, auto or all".to_owned()),
         }
     }
 }

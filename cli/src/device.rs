@@ -14,33 +14,9 @@ use engine::models::StepShape;
 use engine::pool::Pool;
 use engine::{ContextParams, Executor, Model};
 
-use crate::args::Device;
+use crate::args::{Device, GpuLayers};
 use crate::exit::usage;
 use crate::ui;
-
-/// Layers on the GPU, as the user says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GpuLayers {
-    /// As many as fit.
-    Auto,
-    /// All of them, or an error.
-    All,
-    /// The last so many; more than the model has is all, with embeddings and output.
-    Last(usize),
-}
-
-impl GpuLayers {
-    /// A number, auto or all.
-    pub fn parse(text: &str) -> Result<GpuLayers, String> {
-        match text {
-            "auto" => Ok(GpuLayers::Auto),
-            "all" => Ok(GpuLayers::All),
-            // llama.cpp's -1.
-            "-1" => Ok(GpuLayers::All),
-            _ => text.parse().map(GpuLayers::Last).map_err(|_| "expected a number, auto or all".to_owned()),
-        }
-    }
-}
 
 /// A device that was found.
 pub enum Compute {

@@ -15,6 +15,7 @@ mod hub;
 mod load;
 mod machine;
 mod quantize;
+mod show;
 mod text;
 mod ui;
 

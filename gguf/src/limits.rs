@@ -11,8 +11,6 @@
 //! 8 < 2·14 and 52 = 2·26, and the 24 bytes of the header are not counted. Values and names are borrowed. An error
 //! copies at most one name, which is in the file too.
 
-use crate::tensor_info::TensorInfo;
-
 /// Alignment of tensor data when `general.alignment` is absent.
 pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// The metadata key that sets the alignment: u32, a power of two.
@@ -25,7 +23,7 @@ pub const MAX_KEY_BYTES: u64 = 65_535;
 pub const MAX_TENSOR_NAME_BYTES: u64 = 64;
 /// Most dimensions of a tensor; ggml's own limit.
 pub const MAX_DIMS: u32 = 4;
-/// Largest single dimension. Keeps [`TensorInfo`] small enough for the allocation bound; no row or row count of a
+/// Largest single dimension. Keeps [`TensorInfo`](crate::TensorInfo) small enough for the allocation bound; no row or row count of a
 /// model comes within a thousandth of it.
 pub const MAX_DIM_ELEMS: u64 = u32::MAX as u64;
 /// Deepest array in an array. The specification allows nesting and names no limit, llama.cpp refuses it altogether.
@@ -38,6 +36,6 @@ pub const KV_MIN_BYTES: u64 = 8 + 1 + 4 + 1;
 /// Shortest tensor entry: length of the name, a name of one byte, number of dimensions (0), type, offset.
 pub const TENSOR_MIN_BYTES: u64 = 8 + 1 + 4 + 4 + 8;
 
-const INDEX_BYTES: usize = size_of::<u32>();
-const _: () = assert!(size_of::<TensorInfo<'_>>() + INDEX_BYTES <= 2 * (TENSOR_MIN_BYTES as usize + 1));
+/// An entry of an index. A tensor's cost is asserted where `TensorInfo` is.
+pub const INDEX_BYTES: usize = size_of::<u32>();
 const _: () = assert!(2 * INDEX_BYTES <= 2 * KV_MIN_BYTES as usize);

@@ -29,6 +29,10 @@ pub struct TensorInfo<'a> {
     n_dims: u8,
 }
 
+// The bound in `limits.rs`.
+const _: () =
+    assert!(size_of::<TensorInfo<'_>>() + limits::INDEX_BYTES <= 2 * (limits::TENSOR_MIN_BYTES as usize + 1));
+
 impl<'a> TensorInfo<'a> {
     /// Dimensions as the file has them, innermost first: a matrix is (columns, rows).
     pub fn ne(&self) -> Dims {

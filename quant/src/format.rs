@@ -3,11 +3,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
+pub use crate::act::GROUP;
 use crate::act::{ActGroup, ActKind, SUPER_BLOCK};
 use crate::lookup::{Book, Lookup, Portable};
-
-/// Weights in one [`Group`].
-pub const GROUP: usize = 32;
 
 /// Tensor types of GGUF files, with ggml's numbers.
 ///

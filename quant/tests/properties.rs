@@ -160,29 +160,27 @@ proptest! {
             let plain = (!needs_importance).then_some(None);
             for importance in plain.into_iter().chain([Some(importance.as_slice())]) {
                 let out = round_trip(format, &x, importance);
-                let (mut error, mut energy) = (0.0f64, 0.0f64);
-                for (x, y) in x.iter().zip(&out) {
-                    error += (*x as f64 - *y as f64).powi(2);
-                    energy += (*x as f64).powi(2);
-                }
-                let rel = (error / energy).sqrt();
-                prop_assert!(rel <= bound(format), "{format}: relative RMS error {rel}");
+                let error: f64 = x.iter().zip(&out).map(|(x, y)| (*x as f64 - *y as f64).powi(2)).sum();
+                let largest = x.iter().fold(0.0f64, |max, x| max.max(x.abs() as f64));
+                let rms = (error / COLS as f64).sqrt();
+                prop_assert!(rms <= bound(format) * largest, "{format}: RMS error {rms}, largest {largest}");
             }
         }
     }
 }
 
-/// Relative RMS error that no row of [`weights`] may exceed: about twice what it is on normal weights, since outliers
-/// cost range; below 1 the format still beats storing nothing.
+/// RMS error that no row of [`weights`] may exceed, as a part of the row's largest magnitude: half a step of a format's
+/// codes has that size, whatever the rest of the row. Of 172,000 random rows the worst of a class had 0.4 to 0.7 of its
+/// bound.
 fn bound(format: FormatId) -> f64 {
     match format.name() {
-        "Q8_0" | "Q8_1" | "Q8_K" => 0.02,
-        "Q6_K" => 0.05,
-        "Q5_0" | "Q5_1" | "Q5_K" => 0.1,
-        "Q4_0" | "Q4_1" | "Q4_K" | "MXFP4" | "NVFP4" | "IQ4_NL" | "IQ4_XS" => 0.25,
-        "Q3_K" | "IQ3_S" | "IQ3_XXS" => 0.45,
-        "Q2_K" | "IQ2_S" | "IQ2_XS" | "IQ2_XXS" => 0.7,
-        _ => 1.0,
+        "Q8_0" | "Q8_1" | "Q8_K" => 0.004,
+        "Q6_K" => 0.012,
+        "Q5_0" | "Q5_1" | "Q5_K" => 0.024,
+        "Q4_0" | "Q4_1" | "Q4_K" | "MXFP4" | "NVFP4" | "IQ4_NL" | "IQ4_XS" => 0.06,
+        "Q3_K" | "IQ3_S" | "IQ3_XXS" => 0.11,
+        "Q2_K" | "IQ2_S" | "IQ2_XS" | "IQ2_XXS" => 0.18,
+        _ => 0.3,
     }
 }
 

@@ -46,6 +46,7 @@ impl RemoteDriver {
             smem_per_sm_bytes: welcome.smem_per_sm_bytes,
             registers_per_sm: welcome.registers_per_sm,
             threads_per_sm: welcome.threads_per_sm,
+            driver_version: welcome.driver_version,
             ..DeviceInfo::default()
         };
         Ok(RemoteDriver { info, state: Spinlock::new(State { session, kernels: BTreeMap::new() }) })

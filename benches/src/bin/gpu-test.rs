@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use benches::args::Args;
+use benches::options::Options;
 use benches::{BenchError, bench, conform};
 use engine::backends::cuda::hosted::Hosted;
 
@@ -19,7 +20,7 @@ fn run() -> Result<(), BenchError> {
         return conform::child(device, &kernel, &mut args);
     }
     let benches = args.flag("--bench");
-    let mut options = bench::Options::take(&mut args)?;
+    let mut options = Options::take(&mut args)?;
     if benches {
         options.filter = args.word();
         args.finish(USAGE)?;

@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use benches::args::Args;
+use benches::options::Options;
 use benches::{BenchError, bench};
 use engine::backends::cuda::hosted::Hosted;
 
@@ -13,7 +14,7 @@ const USAGE: &str = "usage: kernels [FILTER] [--only KERNEL] [--tier T] [--devic
 fn run() -> Result<(), BenchError> {
     let mut args = Args::from_env();
     let device = args.number("--device")?.unwrap_or(0);
-    let mut options = bench::Options::take(&mut args)?;
+    let mut options = Options::take(&mut args)?;
     options.filter = args.word();
     args.finish(USAGE)?;
     bench::run(&Hosted::open(device)?, &options)

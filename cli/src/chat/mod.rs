@@ -5,13 +5,17 @@ pub mod template;
 #[cfg(test)]
 pub mod tests;
 
+use std::path::PathBuf;
+
 use anyhow::{Context as _, Result, bail};
-use engine::Tokenizer;
 use engine::tokenizer::EncodeOptions;
+use engine::{Model, Tokenizer};
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 use server::chat::{encode_parts, holds_special, special_texts};
 
+use crate::args::TemplateArgs;
+use crate::ui;
 use template::{Blocks, Template};
 
 /// One message of a conversation.
@@ -42,6 +46,20 @@ pub struct Format {
 }
 
 impl Format {
+    /// The format that flags and file say; a guess is said aloud.
+    pub fn of(args: &TemplateArgs, model: &Model) -> Result<Format> {
+        let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+        let from_file = args.chat_template_file.as_ref().map(read).transpose()?;
+        let given = from_file.or_else(|| args.chat_template.clone());
+        let own = model.meta().chat_template.as_deref();
+        let format = Format::choose(given.as_deref(), own)?;
+        if given.is_none() && own.is_none() {
+            ui::say("this model has no chat template; chatml is a guess: choose with --chat-template");
+        }
+        ui::detail(format!("chat template: {}", format.name));
+        Ok(format)
+    }
+
     /// The format of a model: `--chat-template` (a built-in name or Jinja source) before the file's own.
     ///
     /// Without either the answer is chatml, and `name` says that it is a guess.

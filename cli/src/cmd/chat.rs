@@ -18,9 +18,8 @@ use crate::exit::Interrupted;
 use crate::generate::{Limits, Session, Stop};
 use crate::load::Loaded;
 use crate::quantize::Temporary;
+use crate::show::{self, Printer};
 use crate::ui;
-
-use super::run::{self, Printer};
 
 const HELP: &str = "\
 /clear          forget the conversation
@@ -54,7 +53,7 @@ struct LoadedFacts {
 
 /// The chat.
 pub fn run(args: &RunArgs, loaded: Loaded) -> Result<()> {
-    let format = run::format(args, &loaded.model)?;
+    let format = Format::of(&args.template, &loaded.model)?;
     let (n_ctx, facts) =
         (loaded.context.n_ctx(), LoadedFacts { model: loaded.model, load_ms: loaded.load_ms });
     let mut chat = Chat {
@@ -160,8 +159,8 @@ impl Chat<'_> {
                 ids.len()
             );
         }
-        let seed = run::seed(&self.sampling);
-        let mut sampler = Sampler::new(run::params(&self.sampling, seed, n_ctx));
+        let seed = self.sampling.seed();
+        let mut sampler = Sampler::new(self.sampling.params(seed, n_ctx));
         let limits = Limits {
             n_predict: usize::try_from(self.predict).unwrap_or(usize::MAX),
             ignore_eos: self.args.ignore_eos,
@@ -173,8 +172,8 @@ impl Chat<'_> {
         let answer = self.session.answer(&ids, &mut sampler, &limits, |token| printer.push(token))?;
         let text = printer.finish()?;
         ui::out(if answer.stop == Stop::Interrupted { " [stopped]\n" } else { "\n" })?;
-        run::say_stop(&answer, ids.len(), n_ctx);
-        run::summary(&answer, self.loaded.load_ms, seed);
+        show::say_stop(&answer, ids.len(), n_ctx);
+        show::summary(&answer, self.loaded.load_ms, seed);
         self.messages.push(Message::new("assistant", text));
         Ok(())
     }

@@ -17,13 +17,11 @@ use mio::{Events, Interest, Poll, Token};
 use server::scheduler::Scheduler;
 use server::{ConnectionId, Limits, Server, ServerConfig, Templates};
 
-use crate::args::ServeArgs;
+use crate::args::{self, ServeArgs};
 use crate::chat::{Format, Message};
 use crate::exit::usage;
 use crate::load::{self, Loaded};
 use crate::{machine, ui};
-
-use super::run;
 
 /// Longest wait without looking at the clock and at signals.
 const WAIT: Duration = Duration::from_millis(200);
@@ -76,8 +74,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     } else {
         (None, Some(loaded.context))
     };
-    let format =
-        run::choose_format(args.chat_template.as_deref(), args.chat_template_file.as_deref(), &model)?;
+    let format = Format::of(&args.template, &model)?;
     let config = config(args, &model, scheduler.as_ref().map_or(0, Scheduler::n_ctx));
     ui::say(format!("serving {} at http://{address}", config.model_name));
     let server = Server::new(&model, scheduler, embedder, Box::new(Chat(format)), config);
@@ -98,14 +95,13 @@ fn embedder(args: &ServeArgs, loaded: &Loaded) -> Result<engine::Context> {
 fn config(args: &ServeArgs, model: &Model, n_ctx: usize) -> ServerConfig {
     let file_name = || args.model.file_stem().map(|n| n.to_string_lossy().into_owned());
     let name = args.alias.clone().or_else(file_name).unwrap_or_else(|| model.arch_name().into());
-    let entropy = run::seed(&crate::args::SamplingArgs { seed: -1, ..args.sampling.clone() });
     let timeout_ms = args.timeout.saturating_mul(1000);
     let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     ServerConfig {
         model_name: name,
-        sampling: run::params(&args.sampling, 0, n_ctx),
+        sampling: args.sampling.params(0, n_ctx),
         seed: (args.sampling.seed != -1).then_some(args.sampling.seed as u64),
-        entropy,
+        entropy: args::entropy(),
         max_tokens: usize::try_from(args.predict).ok().filter(|&n| n > 0),
         api_key: args.api_key.clone(),
         epoch_s: epoch.as_secs(),

@@ -111,6 +111,7 @@ fn welcome(driver: &dyn Driver, window: Option<&GuestWindow>) -> Welcome {
         smem_per_sm_bytes: info.smem_per_sm_bytes,
         registers_per_sm: info.registers_per_sm,
         threads_per_sm: info.threads_per_sm,
+        driver_version: info.driver_version,
         window_address: window.and_then(GuestWindow::address).unwrap_or(DevicePtr::NULL).0,
         window_bytes: window.map_or(0, |window| window.shared().len() as u64),
         name: NameBytes::new(&info.name),

@@ -6,9 +6,9 @@
 
 use core::arch::global_asm;
 
-use uk_kernel::boot::Range;
 use uk_kernel::boot::{MULTIBOOT2, PVH};
 use uk_kernel::machine::{Image, STACK_STRIDE, STACKS, WORKERS, worker};
+use uk_kernel::memory::Range;
 
 /// Bytes of the first stack. The engine's kernels keep scratch memory on the heap; parsing and planning are what is deep.
 const STACK_BYTES: usize = 512 << 10;

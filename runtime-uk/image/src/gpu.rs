@@ -6,11 +6,11 @@ use core::time::Duration;
 
 use gpu_kernels::driver::DriverError;
 use runtime_uk::{Link, LinkError, RemoteDriver, Window};
-use uk_kernel::boot::Range;
 use uk_kernel::clock;
 use uk_kernel::console::Console;
 use uk_kernel::devices::Devices;
 use uk_kernel::machine::Machine;
+use uk_kernel::memory::Range;
 
 /// Where RAM goes on above the hole that devices lie in.
 const HIGH: u64 = 1 << 32;

@@ -5,7 +5,7 @@
 
 use heapless::Vec;
 
-use crate::boot::Physical;
+use crate::memory::Physical;
 
 /// Processors at most: as many as xAPIC can name.
 pub const MAX_CPUS: usize = 255;

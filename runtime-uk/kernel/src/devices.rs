@@ -15,8 +15,8 @@ use virtio_drivers::transport::pci::{PciTransport, virtio_device_type};
 use virtio_drivers::transport::{DeviceType, SomeTransport, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
-use crate::boot::Range;
 use crate::machine::Machine;
+use crate::memory::Range;
 use crate::paging::Access;
 use crate::{port, say};
 

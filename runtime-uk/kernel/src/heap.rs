@@ -7,7 +7,7 @@ use spinning_top::RawSpinlock;
 use talc::TalcLock;
 use talc::source::Manual;
 
-use crate::boot::Range;
+use crate::memory::Range;
 
 /// The allocator; the image makes it the global one.
 pub struct Heap(TalcLock<RawSpinlock, Manual>);

@@ -26,6 +26,7 @@ pub mod exit;
 pub mod fault;
 pub mod heap;
 pub mod machine;
+pub mod memory;
 pub mod net;
 pub mod options;
 pub mod paging;

@@ -9,13 +9,14 @@ use core::time::Duration;
 
 use crate::acpi;
 use crate::apic::{self, Apic};
-use crate::boot::{BootError, BootInfo, Identity, Range};
+use crate::boot::{BootError, BootInfo};
 use crate::clock;
 use crate::cores::{Cores, Halt};
 use crate::fault::{self, InterruptTable};
 use crate::heap::Heap;
+use crate::memory::{Identity, PAGE, Range};
 use crate::options::{OptionError, Options};
-use crate::paging::{Access, PAGE, PageTables};
+use crate::paging::{Access, PageTables};
 use crate::say;
 use crate::serial;
 

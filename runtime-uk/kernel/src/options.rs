@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::net::Ipv4Addr;
 
-use crate::boot::Range;
+use crate::memory::Range;
 
 /// Where the model comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

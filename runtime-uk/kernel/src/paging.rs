@@ -7,8 +7,8 @@
 use alloc::boxed::Box;
 use core::arch::asm;
 
-use crate::boot::Range;
 use crate::cpu;
+use crate::memory::Range;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -19,8 +19,6 @@ const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
-/// The smallest page.
-pub const PAGE: u64 = 4096;
 /// Bytes that one entry covers, from the lowest level up.
 const SIZES: [u64; 4] = [1 << 12, 1 << 21, 1 << 30, 1 << 39];
 
@@ -159,6 +157,7 @@ fn below(entry: &mut u64, level: usize, start: u64) -> &mut Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::PAGE;
 
     fn range(start: u64, len: u64) -> Range {
         Range { start, len }

@@ -40,6 +40,8 @@ pub struct Welcome {
     pub registers_per_sm: u32,
     /// Threads of a multiprocessor.
     pub threads_per_sm: u32,
+    /// Highest CUDA version of the driver, as CUDA counts it: which kernels it compiles.
+    pub driver_version: u32,
     /// Device address of the window's first byte; 0 if the device cannot reach it.
     pub window_address: u64,
     /// Bytes of the window.
@@ -119,6 +121,7 @@ impl Welcome {
             .u32(self.smem_per_sm_bytes)
             .u32(self.registers_per_sm)
             .u32(self.threads_per_sm)
+            .u32(self.driver_version)
             .u64(self.window_address)
             .u64(self.window_bytes)
             .bytes(&self.name.0);
@@ -144,6 +147,7 @@ impl Welcome {
             smem_per_sm_bytes: take.u32(),
             registers_per_sm: take.u32(),
             threads_per_sm: take.u32(),
+            driver_version: take.u32(),
             window_address: take.u64(),
             window_bytes: take.u64(),
             name: NameBytes::default(),
@@ -265,6 +269,7 @@ mod tests {
             smem_per_sm_bytes: 228 << 10,
             registers_per_sm: 65_536,
             threads_per_sm: 2048,
+            driver_version: 13_000,
             window_address: 0x7f00_0000_0000,
             window_bytes: 1 << 30,
             name: NameBytes::new("NVIDIA H100 80GB HBM3"),

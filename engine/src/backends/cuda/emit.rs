@@ -25,7 +25,6 @@ use super::program::{
     Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Sorted, Store,
     Table, Value,
 };
-use super::translate::act_kind;
 use crate::backend::Step;
 use crate::kv_cache::{KvLayer, KvLayout};
 use crate::op::{self, AttentionParams, Binary, RopeMode, Unary};
@@ -483,7 +482,7 @@ impl Emit<'_> {
     fn integers(&self, x: Factor, format: FormatId) -> Option<(DevicePtr, DevicePtr, Option<mmvq::Norm>)> {
         match x {
             Factor::Acts(acts) => Some((self.value(acts.q), self.value(acts.scales), None)),
-            Factor::Floats(x) if act_kind(format).is_some() => Some((self.place(x), DevicePtr::NULL, None)),
+            Factor::Floats(x) if format.act_kind().is_some() => Some((self.place(x), DevicePtr::NULL, None)),
             Factor::Normed(x, weight, eps) => {
                 let norm = mmvq::Norm { weight: self.place(weight), eps };
                 Some((self.place(x), DevicePtr::NULL, Some(norm)))

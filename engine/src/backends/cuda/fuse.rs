@@ -10,7 +10,6 @@ use super::emit::product_glu;
 use super::program::{
     Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Store, Value,
 };
-use super::translate::act_kind;
 use crate::op::Binary;
 
 /// A rule.
@@ -271,7 +270,7 @@ fn product_quantise(program: &mut Program) {
                 && p.parts[0].out == h
                 && p.parts[0].residual.is_none()
                 && p.parts[0].w.rows % 32 == 0
-                && act_kind(p.parts[0].w.format).is_some()
+                && p.parts[0].w.format.act_kind().is_some()
                 && acts.kind != ActKind::Q8K
                 && p.acts.is_none()
                 && !floats_too =>

@@ -10,8 +10,7 @@ use alloc::{format, vec};
 
 use gpu_kernels::kernels::{argmax, rope, round_act};
 use gpu_kernels::launch::DevicePtr;
-use quant::act::ActKind;
-use quant::{BlockFormat, FloatFormat, FormatId, Visitor};
+use quant::FormatId;
 
 use super::emit::MMVF_MAX_PLAIN_COLS;
 use super::program::{
@@ -111,21 +110,6 @@ fn weight_key(graph: &Graph, id: TensorId, form: WeightForm) -> Option<WeightKey
         }
         _ => None,
     }
-}
-
-/// How activations are rounded for weights of a format; `None` for floats.
-pub fn act_kind(format: FormatId) -> Option<ActKind> {
-    struct Kind;
-    impl Visitor for Kind {
-        type Output = Option<ActKind>;
-        fn block<F: BlockFormat>(self) -> Option<ActKind> {
-            Some(F::ACT)
-        }
-        fn float<F: FloatFormat>(self) -> Option<ActKind> {
-            None
-        }
-    }
-    quant::with_format(format, Kind).flatten()
 }
 
 fn scaling(p: &RopeParams) -> rope::Scaling {
@@ -238,7 +222,7 @@ impl<'a> Translator<'a> {
 
     /// The right-hand side for weights of a format, quantised if it must be and is not yet.
     fn factor(&mut self, x: Place, n: usize, k: usize, format: FormatId) -> Factor {
-        let Some(kind) = act_kind(format) else { return self.float_factor(x, n, k, format) };
+        let Some(kind) = format.act_kind() else { return self.float_factor(x, n, k, format) };
         if let Some((_, acts)) = self.quantised.iter().find(|(p, a)| *p == x && a.kind == kind) {
             return Factor::Acts(*acts);
         }
@@ -342,7 +326,7 @@ impl<'a> Translator<'a> {
                 let bias = self.opt_vector(*bias)?;
                 let (x, ids) = (self.place(*x), self.place(*ids));
                 // A mixture's float products round on the way, whatever the number of tokens.
-                let x = match act_kind(w.format) {
+                let x = match w.format.act_kind() {
                     Some(_) => self.factor(x, rows, k, w.format),
                     None => Factor::Floats(x),
                 };

@@ -8,7 +8,7 @@ use quant::act::SUPER_BLOCK;
 use quant::format::GROUP;
 use quant::{ActKind, BlockFormat, FloatFormat, FormatId, Visitor, bits, with_format};
 
-use super::matmul::Rows;
+use super::operands::Rows;
 use super::vector::{Simd, SimdOp};
 
 /// 32 activations of one token.

@@ -3,7 +3,7 @@
 use super::error::{KernelError, check_len};
 use super::isa::Isa;
 use super::math;
-use super::scratch::Shared;
+use super::shared::Shared;
 use super::vector::{Simd, SimdOp};
 use crate::executor::Executor;
 use crate::op::{Glu, Unary};

@@ -5,7 +5,7 @@
 
 use quant::FormatId;
 
-use super::matmul::{Rows, Store};
+use super::operands::{Rows, Store};
 use super::vector::{Simd, SimdOp};
 
 /// How far a single token's stream of rows is fetched ahead (measured: half of it is slower, twice is no faster).

@@ -13,9 +13,11 @@ use super::act::{Cell, Form, Quantise, Round};
 use super::error::{KernelError, check_len};
 use super::float_gemm::FloatJob;
 use super::isa::Isa;
+use super::operands::{Rows, Store};
+use super::panel::ROWS;
 use super::quant_gemm::{JOB_PANELS, JOB_TOKENS, Job, WORKER_BYTES};
-use super::scratch::{Line, Scratch, Shared, cut, region, reserve};
-use super::unpack::ROWS;
+use super::scratch::{Line, Scratch, cut, region, reserve};
+use super::shared::Shared;
 use crate::executor::Executor;
 
 /// Activations below this are quantised by the caller's thread: a region costs more.
@@ -60,70 +62,6 @@ pub enum Residual<'a> {
     InPlace,
     /// A tensor of the (only) output's shape.
     Other(&'a [f32]),
-}
-
-/// The activations of a product: token `i` of the kernels is row `slots[i] / x_div` of `x`.
-#[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
-    pub x: &'a [f32],
-    pub k: usize,
-    /// `None`: token `i` itself.
-    pub slots: Option<&'a [u32]>,
-    pub x_div: usize,
-}
-
-impl<'a> Rows<'a> {
-    /// Activations of a token.
-    #[inline(always)]
-    pub fn x(&self, token: usize) -> &'a [f32] {
-        let row = match self.slots {
-            Some(slots) => slots[token] as usize / self.x_div,
-            None => token,
-        };
-        &self.x[row * self.k..][..self.k]
-    }
-}
-
-/// Where a product's sums go: `out[slot][row] = (sum + bias[row]) + residual[slot][row]`.
-#[derive(Clone, Copy)]
-pub(super) struct Store<'a> {
-    out: Shared<f32>,
-    /// Rows of the weight, the stride of `out` and `residual`.
-    rows: usize,
-    slots: Option<&'a [u32]>,
-    bias: Option<&'a [f32]>,
-    residual: Option<Shared<f32>>,
-}
-
-impl Store<'_> {
-    /// Finish sums of consecutive rows of a token.
-    ///
-    /// # Safety
-    /// * The rows and the token exist in `out` and `residual`, and nobody else touches these elements.
-    #[inline(always)]
-    pub unsafe fn put(&self, row: usize, token: usize, sums: &[f32]) {
-        let slot = self.slots.map_or(token, |slots| slots[token] as usize);
-        let at = slot * self.rows + row;
-        // SAFETY: by this function's contract; `residual` may be `out` itself, so element by element through pointers.
-        unsafe {
-            let out = self.out.at(at);
-            match (self.bias, self.residual) {
-                (None, None) => core::ptr::copy_nonoverlapping(sums.as_ptr(), out, sums.len()),
-                (bias, residual) => {
-                    for (i, &sum) in sums.iter().enumerate() {
-                        let mut value = sum;
-                        if let Some(bias) = bias {
-                            value += bias[row + i];
-                        }
-                        if let Some(residual) = residual {
-                            value += *residual.at(at + i);
-                        }
-                        *out.add(i) = value;
-                    }
-                }
-            }
-        }
-    }
 }
 
 /// A run of rows by a run of tokens, of a format known by id.

@@ -10,9 +10,10 @@ use quant::BlockFormat;
 use quant::format::GROUP;
 
 use super::act::{Cell, Tiles, tile_max};
-use super::matmul::Store;
+use super::operands::Store;
+use super::panel::{CODE_BYTES, Panel, ROWS};
 use super::scratch::{Line, take};
-use super::unpack::{CODE_BYTES, Panel, ROWS, Unpack};
+use super::unpack::Unpack;
 use super::vector::{Simd, SimdOp, pair_sums};
 
 /// Groups of a chunk of k: codes and scales of 48 groups are 28 KB of first-level cache. A multiple of 8, so that

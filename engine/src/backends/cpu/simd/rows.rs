@@ -6,7 +6,7 @@ use super::attention::PAGE;
 use super::elementwise::for_runs;
 use super::error::{KernelError, check_len};
 use super::isa::Isa;
-use super::scratch::Shared;
+use super::shared::Shared;
 use super::vector::{Simd, SimdOp};
 use crate::executor::Executor;
 

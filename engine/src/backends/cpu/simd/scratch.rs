@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 use bytemuck::{Pod, Zeroable};
 
 use super::act::Form;
+use super::shared::Shared;
 use crate::executor::Executor;
 
 /// A cache line: the unit and alignment of working memory.
@@ -46,33 +47,6 @@ pub(super) fn take<'a, T: Pod>(lines: &mut &'a mut [Line], n: usize) -> &'a mut 
     let (head, tail) = core::mem::take(lines).split_at_mut(used);
     *lines = tail;
     &mut bytemuck::cast_slice_mut(head)[..n]
-}
-
-/// A pointer that tasks share; each use says why the accesses are disjoint.
-pub(super) struct Shared<T>(pub(super) *mut T);
-
-impl<T> Clone for Shared<T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T> Copy for Shared<T> {}
-
-// SAFETY: only an address; dereferencing is the user's `unsafe`.
-unsafe impl<T> Send for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    /// The pointer moved by `n` elements.
-    ///
-    /// # Safety
-    /// * The result stays within the allocation.
-    pub(super) unsafe fn at(self, n: usize) -> *mut T {
-        // SAFETY: by this function's contract.
-        unsafe { self.0.add(n) }
-    }
 }
 
 /// Runs `job(memory, i)` for `i < n_jobs`, in any order, on as many workers as the executor has threads, each with

@@ -5,7 +5,7 @@
 
 use quant::FormatId;
 
-use super::unpack::{Ahead, CODE_BYTES, Panel, columns};
+use super::panel::{Ahead, CODE_BYTES, Panel, columns};
 use super::vector::Simd;
 
 /// Whether [`block`] knows the format.

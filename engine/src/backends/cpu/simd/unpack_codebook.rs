@@ -6,7 +6,7 @@
 use quant::FormatId;
 
 use super::codebook::{IQ1, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS};
-use super::unpack::{Ahead, CODE_BYTES, Panel, columns};
+use super::panel::{Ahead, CODE_BYTES, Panel, columns};
 use super::unpack_blocks::{NIBBLES, scale, spread_bits, spread_pairs};
 use super::vector::Simd;
 
