@@ -451,7 +451,7 @@ mod host {
     /// Whether the sums of `wgmma` count as those of `mma`, bit for bit: without, no device gets `Cut::Warpgroups`.
     pub const TRUSTED: bool = true;
 
-    /// What Hopper takes for large tiles.
+    /// What Hopper takes for large tiles: of the two forms the faster one, by the rows of the benchmark.
     const HOPPER_CUT: Cut = Cut::Warpgroups;
 
     /// How the work is cut into CTAs. Every cut gives the same bits.
