@@ -652,12 +652,16 @@ mod host {
 #[cfg(all(test, feature = "emu"))]
 mod tests {
     use half::{bf16, f16};
+    use quant::FormatId;
 
     use super::gpu::mmf;
+    use super::{Args, TRUSTED, launch};
     use crate::case::{self, Kernel, Random};
     use crate::device::{Glb, U32x4};
+    use crate::driver::DeviceInfo;
     use crate::emu::{Emulator, Options};
-    use crate::kernels::product::{Gate, Part};
+    use crate::kernels::product::{Gate, Matrix, Part};
+    use crate::launch::DevicePtr;
 
     kernels! {
         in "mmf";
@@ -670,6 +674,28 @@ mod tests {
         "mmf_BF16_128" => mmf::<bf16, false, 4, 2, 4, 4>;
         "mmf_F16_64" => mmf::<f16, false, 2, 2, 2, 4>;
         "mmf_BF16_64" => mmf::<bf16, false, 2, 2, 2, 4>;
+    }
+
+    #[test]
+    fn hopper_takes_warpgroups_where_its_driver_takes_their_ptx() {
+        let at = DevicePtr(256);
+        let part = Matrix { w: at, bias: DevicePtr::NULL, residual: DevicePtr::NULL, y: at, n_rows: 4096 };
+        let entry = |sm: u32, driver_version: u32, n_cols: usize| {
+            let device = DeviceInfo {
+                sm,
+                driver_version,
+                n_sm: 132,
+                smem_per_cta_bytes: 232_448,
+                ..DeviceInfo::default()
+            };
+            let (format, parts, device) = (FormatId::F16, &[part][..], &device);
+            let args = Args { format, parts, glu: None, x: at, k: 4096, n_cols, mixture: None, device };
+            launch(&args).unwrap().entry
+        };
+        assert_eq!(entry(90, 12_040, 512).starts_with("mmf_hopper_F16"), TRUSTED);
+        assert_eq!(entry(90, 12_030, 512), "mmf_F16_128");
+        assert_eq!(entry(89, 12_040, 512), "mmf_F16_128");
+        assert_eq!(entry(90, 12_040, 128), "mmf_F16_64");
     }
 
     /// What tiers without tensor cores for the type run.
