@@ -647,7 +647,9 @@ mod host {
             });
             // The product alone is timed.
             if timing && let Buffer::Input(x) = &problem.buffers[0] {
-                let tiles = round_act::reference(format, bytemuck::cast_slice(x), k);
+                let x: Vec<f32> =
+                    x.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+                let tiles = round_act::reference(format, &x, k);
                 problem.buffers[float_case::SCRATCH] = Buffer::Input(bytes_of(&tiles));
             }
             problem
@@ -710,5 +712,30 @@ mod host {
                 Ok(vec![round, by(Cut::Large, at[3])?, by(cut, at[4])?])
             }),
         }
+    }
+}
+
+#[cfg(all(test, feature = "emu"))]
+mod tests {
+    use alloc::vec;
+
+    use super::MmfHopper;
+    use crate::case::{Buffer, Kernel, Random};
+    use crate::kernels::float_case::SCRATCH;
+    use crate::launch::DevicePtr;
+
+    #[test]
+    fn the_product_alone_is_timed_on_rounded_activations() {
+        let case = &MmfHopper::CASES[1];
+        let [tested, timed] = [Random::new(1), Random::for_timing(1)].map(|mut random| {
+            let problem = MmfHopper::problem(case, &mut random);
+            let at = vec![DevicePtr(256); problem.buffers.len()];
+            let launches = (problem.launches)(&at).unwrap().len();
+            let Buffer::Input(scratch) = &problem.buffers[SCRATCH] else { panic!("scratch is an output") };
+            (launches, scratch.clone())
+        });
+        assert_eq!((tested.0, timed.0), (2, 1));
+        assert_eq!(tested.1.len(), timed.1.len());
+        assert!(timed.1.as_chunks::<2>().0.iter().all(|&bytes| bytes != [0xff; 2]));
     }
 }
