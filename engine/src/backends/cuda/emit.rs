@@ -514,8 +514,7 @@ impl Emit<'_> {
                 k,
                 n_cols: n,
                 mixture: None,
-                n_sm: self.device.n_sm,
-                smem_per_cta_bytes: self.device.smem_per_cta_bytes,
+                device: self.device,
             })?),
             _ => {
                 let x = match x {
