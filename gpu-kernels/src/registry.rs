@@ -3,8 +3,8 @@
 use crate::case::AnyKernel;
 use crate::kernels::{
     argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, kv_store, layer_norm, mmf,
-    mmf32, mmq, mmq_hopper, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak, quantise_act, repack,
-    rms_norm, rope, round_act, sample, set_rows, softmax, top_k,
+    mmf_hopper, mmf32, mmq, mmq_hopper, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak, quantise_act,
+    repack, rms_norm, rope, round_act, sample, set_rows, softmax, top_k,
 };
 
 /// The rows.
@@ -17,6 +17,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &round_act::RoundAct,
     &mmvf::Mmvf,
     &mmf::Mmf,
+    &mmf_hopper::MmfHopper,
     &mmf32::Mmf32,
     &mmq::Mmq,
     &mmq_hopper::MmqHopper,

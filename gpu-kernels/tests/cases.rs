@@ -57,6 +57,7 @@ kernels! {
     round_act
     mmvf
     mmf
+    mmf_hopper
     mmf32
     glu
     layer_norm

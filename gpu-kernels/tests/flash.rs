@@ -4,10 +4,16 @@ use gpu_kernels::case::Random;
 use gpu_kernels::driver::{Driver, MemKind, StreamId};
 use gpu_kernels::emu::{Emulator, Options};
 use gpu_kernels::kernels::flash::{self, Case, Data, Geometry};
+use gpu_kernels::launch::DevicePtr;
 use quant::FormatId;
 
 /// Output of a case, as bits, [n_tokens][n_head · head_dim_v].
 fn run(case: &Case, data: &Data) -> Vec<Vec<u32>> {
+    run_within(case, data, None)
+}
+
+/// [`run`] with so much shared memory for a CTA.
+fn run_within(case: &Case, data: &Data, smem_per_cta_bytes: Option<u32>) -> Vec<Vec<u32>> {
     let emulator = Emulator::new(Options::default());
     let stream = StreamId::DEFAULT;
     let alloc = |bytes: usize| emulator.alloc(MemKind::Device, bytes as u64).expect("memory");
@@ -20,7 +26,9 @@ fn run(case: &Case, data: &Data) -> Vec<Vec<u32>> {
     let mut out = vec![0u8; case.n_tokens() * row * 4];
     at.push(alloc(out.len()));
     at.push(alloc(case.scratch_bytes()));
-    for launch in flash::launch(&case.args(&at)).expect("a valid launch").iter() {
+    let mut args = case.args(&at);
+    args.smem_per_cta_bytes = smem_per_cta_bytes.unwrap_or(args.smem_per_cta_bytes);
+    for launch in flash::launch(&args).expect("a valid launch").iter() {
         emulator.launch(Emulator::MODULE, launch, stream).expect("a kernel without mistakes");
     }
     emulator.synchronise(stream).expect("a kernel without mistakes");
@@ -50,9 +58,53 @@ fn decode_split_and_prefill_agree() {
         let data = Data::new(&case, &mut Random::new(3));
         let decode = run(&Case { geometry: Geometry::Decode, ..case }, &data);
         assert!(decode.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()), "{case:?}");
-        for geometry in [Geometry::Split { n_spans: 3 }, Geometry::Prefill] {
+        for geometry in [Geometry::Split { n_spans: 3, n_sm: 132 }, Geometry::Prefill] {
             assert_eq!(run(&Case { geometry, ..case }, &data), decode, "{geometry:?} of {case:?}");
         }
+    }
+}
+
+/// Spans dealt out to any number of CTAs: whole ones, several to a CTA, more CTAs than spans.
+#[test]
+fn shares_of_spans_change_nothing() {
+    let f16 = [FormatId::F16; 2];
+    let cases = [
+        // Five spans and a window that leaves out one; blocks of 64 and of 32 positions; copied ahead and not.
+        Case { n_head: 6, n_head_kv: 3, ..case(f16, 64, &[(1090, 1)]) },
+        Case { window: 700, ..case(f16, 128, &[(1100, 1)]) },
+        Case { n_head: 2, n_head_kv: 2, ..case(f16, 256, &[(600, 1)]) },
+        Case { n_head: 3, n_head_kv: 3, ..case([FormatId::Q8_0; 2], 64, &[(600, 1)]) },
+        // More pages than a warp has lanes, and two tokens of one sequence.
+        Case { n_head: 3, n_head_kv: 3, ..case(f16, 64, &[(2200, 1)]) },
+        Case { n_head: 3, n_head_kv: 3, ..case(f16, 64, &[(515, 2)]) },
+    ];
+    for case in cases {
+        let data = Data::new(&case, &mut Random::new(4));
+        let decode = run(&Case { geometry: Geometry::Decode, ..case }, &data);
+        let room = case.sequences[0].0.div_ceil(flash::SPAN) + 1;
+        for n_sm in 1..=room as u32 {
+            let split = Case { geometry: Geometry::Split { n_spans: room, n_sm }, ..case };
+            // A multiprocessor has as many CTAs of these tiles as the case has KV heads.
+            let shares =
+                flash::launch(&split.args(&[DevicePtr(256); 11])).expect("a valid launch").attention.grid[2];
+            assert_eq!(shares as usize, (n_sm as usize / case.n_tokens()).max(1), "{case:?}");
+            assert_eq!(run(&split, &data), decode, "{shares} shares of {case:?}");
+        }
+    }
+}
+
+#[test]
+fn a_narrow_tile_changes_nothing() {
+    let cases = [case([FormatId::F16; 2], 256, &[(70, 30)]), case([FormatId::F32; 2], 256, &[(40, 20)])];
+    for case in cases.map(|case| Case { geometry: Geometry::Prefill, ..case }) {
+        let data = Data::new(&case, &mut Random::new(6));
+        let entry = |smem_per_cta_bytes| {
+            let args = flash::Args { smem_per_cta_bytes, ..case.args(&[DevicePtr(256); 11]) };
+            flash::launch(&args).expect("a valid launch").attention.entry
+        };
+        let (little, much) = (99 * 1024, 227 * 1024);
+        assert!(entry(little).starts_with("flash_prefill_narrow_256") && !entry(much).contains("narrow"));
+        assert_eq!(run_within(&case, &data, Some(little)), run(&case, &data), "{case:?}");
     }
 }
 
@@ -81,7 +133,7 @@ fn batch_mates_and_cuts_change_nothing() {
     mixed.token_sequences.rotate_right(1);
     mixed.q.extend(Random::new(9).values(2 * all.n_head * 64));
     mixed.q.rotate_right(all.n_head * 64);
-    for geometry in [Geometry::Prefill, Geometry::Decode, Geometry::Split { n_spans: 2 }] {
+    for geometry in [Geometry::Prefill, Geometry::Decode, Geometry::Split { n_spans: 2, n_sm: 132 }] {
         // Only the number of tokens is taken from the sequences here.
         let case = Case { geometry, sequences: &[(300, 12)], ..all };
         assert_eq!(run(&case, &mixed)[1..11], expected, "{geometry:?}");

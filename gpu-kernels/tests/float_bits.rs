@@ -2,7 +2,7 @@
 //! added in order, whatever the number of columns, the kernel, its tiles or the grid.
 
 use gpu_kernels::case::{Random, bytes_of};
-use gpu_kernels::driver::{Driver, MemKind, StreamId};
+use gpu_kernels::driver::{DeviceInfo, Driver, MemKind, StreamId};
 use gpu_kernels::emu::{Emulator, Options};
 use gpu_kernels::kernels::mmvf::Activations;
 use gpu_kernels::kernels::product::Matrix;
@@ -114,8 +114,12 @@ fn few_columns_and_many_give_equal_bits() {
             let what = format!("{format}, {n_cols} columns of tiles");
             check(&emulator, &what, &launches, y, &expected, first..first + n_cols);
         }
-        // Small tiles and large ones, with every number of stages.
-        for (n_sm, smem_per_cta_bytes) in [(1000, 32_768), (1000, 49_152), (1000, 232_448), (1, 232_448)] {
+        // Small tiles and large ones, with every number of stages; Hopper's.
+        let devices =
+            [(80, 1000, 32_768), (80, 1000, 49_152), (80, 1000, 232_448), (80, 1, 232_448), (90, 1, 232_448)];
+        for (sm, n_sm, smem_per_cta_bytes) in devices {
+            let device =
+                DeviceInfo { sm, n_sm, smem_per_cta_bytes, driver_version: 12_080, ..DeviceInfo::default() };
             let args = mmf::Args {
                 format,
                 parts: &parts,
@@ -124,11 +128,10 @@ fn few_columns_and_many_give_equal_bits() {
                 k: K,
                 n_cols: N_COLS,
                 mixture: None,
-                n_sm,
-                smem_per_cta_bytes,
+                device: &device,
             };
             let launches = [round(0, N_COLS), mmf::launch(&args).unwrap()];
-            let what = format!("{format}, tiles for {n_sm} SMs of {smem_per_cta_bytes} bytes");
+            let what = format!("{format}, tiles for {n_sm} SMs (sm_{sm}) of {smem_per_cta_bytes} bytes");
             check(&emulator, &what, &launches, y, &expected, 0..N_COLS);
         }
     }

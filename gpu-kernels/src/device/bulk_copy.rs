@@ -33,3 +33,38 @@ pub fn copy(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32, n: u32, bar
         lane::bulk_copy(target.address(i), source.address(j), 16 * n, barrier.address());
     }
 }
+
+/// [`copy`] to the same place in each of the cluster's `CTAS` CTAs, where it reports to the same mbarrier: each of them
+/// expects it (`cp.async.bulk…multicast::cluster`).
+#[inline(always)]
+#[track_caller]
+pub fn copy_to_all<const CTAS: u32>(
+    target: Smem<U32x4>,
+    i: u32,
+    source: Glb<U32x4>,
+    j: u32,
+    n: u32,
+    barrier: Mbarrier,
+) {
+    if const { CTAS == 1 } {
+        return copy(target, i, source, j, n, barrier);
+    }
+    #[cfg(target_arch = "nvptx64")]
+    let mask = const { (1u16 << CTAS) - 1 };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: as for `copy`; all CTAs of the cluster have one layout.
+    unsafe {
+        core::arch::asm!(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [{}], [{}], {}, [{}], {};",
+            in(reg32) target.address(i), in(reg64) source.address(j), in(reg32) 16 * n, in(reg32) barrier.address(),
+            in(reg16) mask,
+            options(nostack, preserves_flags)
+        )
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    for rank in 0..CTAS {
+        target.address(i + n - 1);
+        let at = |address: u32| lane::smem_address_at(address, rank);
+        lane::bulk_copy(at(target.address(i)), source.address(j), 16 * n, at(barrier.address()));
+    }
+}

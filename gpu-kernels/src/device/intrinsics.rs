@@ -17,6 +17,12 @@ unsafe extern "unadjusted" {
     pub(crate) fn barrier_count(id: u32, threads: u32);
     #[link_name = "llvm.nvvm.barrier.cta.arrive.aligned.count"]
     pub(crate) fn barrier_arrive(id: u32, threads: u32);
+    #[link_name = "llvm.nvvm.barrier.cluster.arrive"]
+    #[cfg(sm_90a)]
+    pub(crate) fn cluster_arrive();
+    #[link_name = "llvm.nvvm.barrier.cluster.wait"]
+    #[cfg(sm_90a)]
+    pub(crate) fn cluster_wait();
     #[link_name = "llvm.nvvm.bar.warp.sync"]
     pub(crate) fn warp_sync(mask: u32);
     #[link_name = "llvm.nvvm.shfl.sync.bfly.i32"]

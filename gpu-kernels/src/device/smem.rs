@@ -45,7 +45,7 @@ impl<T> Smem<T> {
             Smem { address: base + offset_bytes, element: PhantomData }
         }
         #[cfg(not(target_arch = "nvptx64"))]
-        Smem { address: offset_bytes, elems, element: PhantomData }
+        Smem { address: lane::smem_base() + offset_bytes, elems, element: PhantomData }
     }
 
     /// The array without its first `elems` elements.

@@ -53,6 +53,33 @@ twin! {
     }
 }
 
+twin! {
+    /// [`barrier_arrive`] where the id is known at run time only.
+    pub fn barrier_arrive_of(id: u32, threads: u32) {
+        ptx {
+            // SAFETY: as for `sync_threads`.
+            unsafe { intrinsics::barrier_arrive(id, threads) }
+        }
+        host { lane::barrier_arrive(id, threads) }
+    }
+}
+
+/// Waits for every thread of the cluster, which may be in different branches; what they wrote before is visible after
+/// (`barrier.cluster`, sm_90a).
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[inline(always)]
+#[track_caller]
+pub fn sync_cluster() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: convergence is not needed.
+    unsafe {
+        intrinsics::cluster_arrive();
+        intrinsics::cluster_wait();
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::cluster_barrier();
+}
+
 /// What this thread wrote to shared memory is seen by the tensor cores (`wgmma`) and the copy engine: called by each
 /// writer, before the barrier that tells of it (`fence.proxy.async`, sm_90a).
 #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
@@ -140,6 +167,22 @@ impl Mbarrier {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         lane::mbarrier_arrive(self.address)
+    }
+
+    /// An arrival at the barrier that is in this one's place in CTA `rank` of the cluster. It tells that this thread has read
+    /// what it wanted, not what it wrote: for another CTA that would take a fence of the whole GPU.
+    #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+    #[inline(always)]
+    #[track_caller]
+    pub fn arrive_at(self, rank: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the object lies in the CTA's layout, and so in that of every CTA of the cluster.
+        unsafe {
+            asm!("{{ .reg .b32 a; mapa.shared::cluster.u32 a,{},{}; mbarrier.arrive.shared::cluster.b64 _,[a]; }}",
+                in(reg32) self.address, in(reg32) rank, options(nostack, preserves_flags))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        lane::mbarrier_arrive(lane::smem_address_at(self.address, rank))
     }
 
     /// [`Mbarrier::arrive`], and the phase does not end before bulk copies have brought `bytes` more.

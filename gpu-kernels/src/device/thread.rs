@@ -38,6 +38,8 @@ index!(/// CTAs of the grid, first dimension.
     grid_dim_x, _grid_dim_x, lane::grid()[0]);
 index!(/// CTAs of the grid, second dimension.
     grid_dim_y, _grid_dim_y, lane::grid()[1]);
+index!(/// CTAs of the grid, third dimension.
+    grid_dim_z, _grid_dim_z, lane::grid()[2]);
 
 /// Lane in its warp. CTAs are one-dimensional, so it follows from the thread.
 #[inline(always)]

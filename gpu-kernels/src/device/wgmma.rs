@@ -9,7 +9,9 @@
 //! Shared memory that threads have written needs [`fence_async_proxy`](super::sync::fence_async_proxy) by the writer, then
 //! a barrier.
 //!
-//! The bits of float sums may differ from `mma`'s.
+//! Float sums: on Hopper both `mma`'s m16n8k16 and these add 16 products and the sum so far at once, aligned to the largest
+//! exponent and cut (MMA-Sim, arXiv 2511.10909, models both by one function and has compared it with the hardware), so bits
+//! are equal. `mmf_hopper`'s cases ask the GPU.
 
 use super::mma::FragmentA;
 use super::{Smem, U32x4};
@@ -18,8 +20,11 @@ use crate::emu::{lane, wgmma as emu};
 #[cfg(target_arch = "nvptx64")]
 use {super::intrinsics, core::arch::asm};
 
-/// 32 bytes of k of some rows in shared memory: rows of 128 bytes, eight of them a piece of 1024 bytes that starts at a
-/// multiple of 1024; in row r of a piece 16-byte chunk c lies at place [`Operand::place`].
+/// 32 bytes of k of some rows in shared memory, in one of two layouts:
+///
+/// * [`Operand::at`]: rows of 128 bytes, eight of them a piece of 1024 bytes that starts at a multiple of 1024; in row r of
+///   a piece 16-byte chunk c lies at place [`Operand::place`].
+/// * [`Operand::cores`]: core matrices, 16-byte chunks of eight rows one after the other.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Operand(u64);
 
@@ -40,6 +45,16 @@ impl Operand {
         // PTX, "Matrix descriptor": address; 1024 bytes from eight rows to the next; swizzle of 128 bytes.
         const LAYOUT: u64 = 1 << 62 | (1024 / 16) << 32 | 1 << 16;
         Operand(LAYOUT | u64::from((chunks.address(i) & 0x3_ffff) / 16))
+    }
+
+    /// The operand whose first core matrix starts at element `i`: of every eight rows two, one after the other in k; those of
+    /// the next eight rows `stride` chunks on.
+    #[inline(always)]
+    #[track_caller]
+    pub fn cores(chunks: Smem<U32x4>, i: u32, stride: u32) -> Operand {
+        // PTX, "Matrix descriptor": address; 128 bytes to the next core matrix in k; no swizzle.
+        const LAYOUT: u64 = (128 / 16) << 16;
+        Operand(LAYOUT | u64::from(stride) << 32 | u64::from((chunks.address(i) & 0x3_ffff) / 16))
     }
 
     /// The operand so many 16-byte chunks on. The address field does not overflow within shared memory.
@@ -109,6 +124,19 @@ twin! {
             unsafe { intrinsics::wgmma_commit() }
         }
         host { lane::wgmma_commit() }
+    }
+}
+
+twin! {
+    /// Waits until at most `PENDING` groups are under way: the operands of those that have ended may be written again. Sums
+    /// have a wait of their own ([`Registers`]).
+    pub fn wait_for_operands<const PENDING: u32>() {
+        ptx {
+            intrinsics::anchor();
+            // SAFETY: waits for the warp's products.
+            unsafe { asm!("wgmma.wait_group.sync.aligned {};", const PENDING, options(nostack)) }
+        }
+        host { lane::wgmma_wait(PENDING as usize) }
     }
 }
 

@@ -1,7 +1,10 @@
-//! One CTA: its threads as coroutines, and the scheduler that runs them in turns.
+//! One CTA, or a cluster of several: its threads as coroutines, and the scheduler that runs them in turns.
 //!
 //! A thread runs until it waits. When all wait, the scheduler completes what is complete: collectives of whole warps,
 //! barriers, phases of mbarriers. What cannot complete any more is a finding.
+//!
+//! A cluster runs as one CTA with the threads of all. Its CTAs' shared memories lie [`WINDOW_BYTES`] apart, the first 16 barriers
+//! are the first one's, and so on; one more is the cluster's. So all checks hold across CTAs too.
 
 use std::boxed::Box;
 use std::cell::{Cell, Ref, RefCell};
@@ -30,7 +33,10 @@ use crate::launch::{Launch, ParamReader};
 /// Stack of a CUDA thread: kernels keep arrays of a few hundred bytes; debug builds of generic code need the rest.
 const STACK_BYTES: usize = 128 * 1024;
 /// Barriers of a CTA.
-const BARRIERS: u32 = 16;
+pub(super) const BARRIERS: u32 = 16;
+/// From the shared memory of a CTA to that of the next one of a cluster: more than any has, and what the addresses in
+/// descriptors of `wgmma` are taken modulo.
+pub(super) const WINDOW_BYTES: u32 = 256 << 10;
 
 /// What a thread waits for.
 #[derive(Clone, Copy, Debug)]
@@ -130,7 +136,9 @@ pub(super) struct Cta {
     pub(super) grid: [u32; 3],
     /// The CTA in the grid, as one number.
     pub(super) number: u32,
+    /// Of all CTAs of the cluster, and of one.
     pub(super) threads: usize,
+    pub(super) cta_threads: usize,
     pub(super) marks: Option<Arc<LaunchMarks>>,
     memory: Arc<Memory>,
     /// The allocation used last: most accesses go where the one before went.
@@ -149,6 +157,16 @@ pub(super) struct Cta {
 }
 
 impl Cta {
+    /// The place of a thread's CTA in the cluster.
+    pub(super) fn rank(&self, me: usize) -> u32 {
+        (me / self.cta_threads) as u32
+    }
+
+    /// Where the shared memory of a thread's CTA starts.
+    pub(super) fn window(&self, me: usize) -> u32 {
+        self.rank(me) * WINDOW_BYTES
+    }
+
     pub(super) fn find(&self, what: String) {
         self.findings.borrow_mut().push(what);
     }
@@ -334,6 +352,7 @@ impl Cta {
                 let group = &mut states[lanes.clone()];
                 let mut read = |lane: usize, address: u32, to: &mut [u8]| {
                     let me = lanes.start + lane;
+                    let address = address + self.window(me);
                     let (mut smem, clock) = (self.smem.borrow_mut(), self.clock(me));
                     let size = to.len() as u32;
                     smem.bounds_aligned(address, size, 16)?;
@@ -372,7 +391,8 @@ impl Cta {
     /// Opens barriers that are complete; whether any was.
     fn open_barriers(&self, waits: &mut [Option<Wait>]) -> bool {
         let mut progress = false;
-        for barrier in 0..BARRIERS {
+        let n_barriers = BARRIERS * (self.threads / self.cta_threads) as u32 + 1;
+        for barrier in 0..n_barriers {
             let at_barrier = |t: &usize| matches!(waits[*t], Some(Wait::Barrier { id, .. }) if id == barrier);
             let threads: Vec<usize> = (0..self.threads).filter(at_barrier).collect();
             let Some(Some(Wait::Barrier { count, .. })) = threads.first().map(|&t| waits[t]) else {
@@ -446,17 +466,20 @@ pub(super) fn run(
     marks: Option<&Arc<LaunchMarks>>,
     options: Options,
 ) -> Vec<String> {
-    let threads = launch.cta as usize;
+    let cta_threads = launch.cta as usize;
+    let threads = cta_threads * launch.cluster as usize;
+    let smem_bytes = (launch.cluster - 1) * WINDOW_BYTES + launch.smem_bytes;
     let cta = Rc::new(Cta {
         idx,
         grid: launch.grid,
         number,
         threads,
+        cta_threads,
         marks: marks.cloned(),
         memory: memory.clone(),
         recent: RefCell::default(),
         lent: RefCell::default(),
-        smem: RefCell::new(SharedMemory::new(launch.smem_bytes, threads)),
+        smem: RefCell::new(SharedMemory::new(smem_bytes, launch.smem_bytes, threads)),
         clocks: RefCell::new(vec![Clock::start(threads); threads]),
         states: RefCell::new((0..threads).map(|_| Thread::default()).collect()),
         yielders: (0..threads).map(|_| Cell::new(std::ptr::null())).collect(),

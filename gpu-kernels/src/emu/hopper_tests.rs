@@ -12,8 +12,8 @@ use super::{Emulator, Entry, Options};
 use crate::case::Random;
 use crate::device::mma::FragmentA;
 use crate::device::sync::{self, Mbarrier};
-use crate::device::thread::{lane_id, thread_idx_x, warp_id};
-use crate::device::wgmma::{self, Bf16N128, F16N64, Operand, Registers, S8N64, S8N128, Sums};
+use crate::device::thread::{block_idx_x, grid_dim_x, lane_id, thread_idx_x, warp_id};
+use crate::device::wgmma::{self, Bf16N128, F16N64, F16N128, Operand, Registers, S8N64, S8N128, Sums};
 use crate::device::{Glb, Smem, U32x4, bulk_copy, warp};
 use crate::driver::{Driver, MemKind, StreamId};
 use crate::launch::{Launch, Params};
@@ -33,14 +33,19 @@ const B_BYTES: usize = 128 * 128;
 
 /// Runs an entry of two arguments, memory and a number, on a CTA of 128 threads; returns the memory.
 fn run(entry: &Entry, number: u32, memory: &[u8], seed: u64) -> Result<Vec<u8>, String> {
+    run_cluster(entry, 1, number, memory, seed)
+}
+
+/// The same on a cluster of so many CTAs.
+fn run_cluster(entry: &Entry, ctas: u32, number: u32, memory: &[u8], seed: u64) -> Result<Vec<u8>, String> {
     let emulator = Emulator::new(Options { seed, ..Options::default() });
     let at = emulator.alloc(MemKind::Device, memory.len() as u64).unwrap();
     emulator.write(at, memory, StreamId::DEFAULT).unwrap();
     let launch = Launch {
         entry: entry.name,
-        grid: [1; 3],
+        grid: [ctas, 1, 1],
         cta: 128,
-        cluster: 1,
+        cluster: ctas,
         smem_bytes: Shared::BYTES,
         params: Params::new().with(at).with(number),
     };
@@ -321,6 +326,8 @@ const SHARED_S8: u32 = 0;
 const REGISTERS_S8: u32 = 1;
 const SHARED_F16: u32 = 2;
 const SHARED_BF16: u32 = 3;
+/// A in registers, B in core matrices.
+const CORES_F16: u32 = 4;
 
 /// Brings both operands by bulk copies of rows, permutes them, multiplies all 128 bytes of k in four products of which the
 /// first sets the sums, and stores the sums where B was: a thread's registers one after the other.
@@ -342,11 +349,28 @@ fn multiply(memory: Glb<U32x4>, kind: u32) {
     if t < 64 {
         permute(Shared::a(), t);
     }
-    permute(Shared::b(), t);
+    if kind == CORES_F16 {
+        let line: [U32x4; 8] = core::array::from_fn(|chunk| Shared::b().ld(8 * t + chunk as u32));
+        sync::sync_threads();
+        for (chunk, value) in line.into_iter().enumerate() {
+            Shared::b().st(64 * (t / 8) + 8 * chunk as u32 + t % 8, value);
+        }
+    } else {
+        permute(Shared::b(), t);
+    }
     sync::fence_async_proxy();
     sync::sync_threads();
     let (a, b) = (Operand::at(Shared::a(), 0), Operand::at(Shared::b(), 0));
     let out = memory.cast::<u32>();
+    // Two chunks of the warp's sixteen rows: the fragment that `mma` has.
+    let fragment = |k: u32| {
+        let (g, q) = (lane_id() / 4, lane_id() % 4);
+        let word = |r: u32| {
+            let row = 16 * warp_id() + g + 8 * (r % 2);
+            Shared::a().ld(Operand::place(row, 2 * k + r / 2)).0[q as usize]
+        };
+        FragmentA([word(0), word(1), word(2), word(3)])
+    };
     match kind {
         SHARED_S8 => {
             let mut sums = Sums::<64>::zero();
@@ -364,13 +388,7 @@ fn multiply(memory: Glb<U32x4>, kind: u32) {
         REGISTERS_S8 => {
             let mut sums = Sums::<64>::zero();
             for k in 0..4 {
-                // Two chunks of the warp's sixteen rows: the fragment that `mma` has.
-                let (g, q) = (lane_id() / 4, lane_id() % 4);
-                let word = |r: u32| {
-                    let row = 16 * warp_id() + g + 8 * (r % 2);
-                    Shared::a().ld(Operand::place(row, 2 * k + r / 2)).0[q as usize]
-                };
-                let fragment = FragmentA([word(0), word(1), word(2), word(3)]);
+                let fragment = fragment(k);
                 wgmma::fence();
                 S8N128::registers::<true>(&mut sums, fragment, b.skip(2 * k));
                 wgmma::commit();
@@ -389,6 +407,21 @@ fn multiply(memory: Glb<U32x4>, kind: u32) {
             sums.wait::<0>();
             sync::sync_threads();
             (0..32).for_each(|i| out.st(32 * t + i, sums.get(i as usize)));
+        }
+        CORES_F16 => {
+            let mut sums = Sums::<64>::zero();
+            let fragments = [0, 1, 2, 3].map(fragment);
+            let b = Operand::cores(Shared::b(), 0, 64);
+            wgmma::fence();
+            F16N128::registers::<false>(&mut sums, fragments[0], b);
+            for k in 1..4 {
+                F16N128::registers::<true>(&mut sums, fragments[k as usize], b.skip(16 * k));
+            }
+            wgmma::commit();
+            wgmma::wait_for_operands::<0>();
+            sync::sync_threads();
+            sums.wait::<0>();
+            (0..64).for_each(|i| out.st(64 * t + i, sums.get(i as usize)));
         }
         _ => {
             let mut sums = Sums::<64>::zero();
@@ -414,10 +447,11 @@ kernels! {
 #[test]
 fn products_are_those_of_the_definition() {
     let mut random = Random::new(5);
-    let cases = [(SHARED_S8, 128), (REGISTERS_S8, 128), (SHARED_F16, 64), (SHARED_BF16, 128)];
+    let cases =
+        [(SHARED_S8, 128), (REGISTERS_S8, 128), (SHARED_F16, 64), (SHARED_BF16, 128), (CORES_F16, 128)];
     for (kind, n) in cases {
         let pair = |value: f32| match kind {
-            SHARED_F16 => f16::from_f32(value).to_bits().to_le_bytes(),
+            SHARED_F16 | CORES_F16 => f16::from_f32(value).to_bits().to_le_bytes(),
             _ => bf16::from_f32(value).to_bits().to_le_bytes(),
         };
         let is_s8 = kind == SHARED_S8 || kind == REGISTERS_S8;
@@ -432,7 +466,7 @@ fn products_are_those_of_the_definition() {
         let got = run(&MULTIPLY[0], kind, &memory, u64::from(kind)).unwrap();
         let value = |row: &[u8], i: usize| match kind {
             SHARED_S8 | REGISTERS_S8 => f64::from(row[i] as i8),
-            SHARED_F16 => f16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f64(),
+            SHARED_F16 | CORES_F16 => f16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f64(),
             _ => bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f64(),
         };
         let elems = if is_s8 { 128 } else { 64 };
@@ -454,4 +488,58 @@ fn products_are_those_of_the_definition() {
             assert!((got - expected).abs() <= allowed, "{place}: {got}, expected {expected}");
         }
     }
+}
+
+/// Two CTAs bring two lots of 128 vectors to both, each one half; each stores what it got. With the bug they do not wait for
+/// each other's reads of the first lot.
+fn share(memory: Glb<U32x4>, bug: u32) {
+    let (t, rank) = (thread_idx_x(), block_idx_x());
+    assert_eq!((grid_dim_x(), rank), (2, rank % 2));
+    let (full, empty) = (Mbarrier::at(Shared::barriers(), 0), Mbarrier::at(Shared::barriers(), 1));
+    if t == 0 {
+        full.init(1);
+        empty.init(2 * 4);
+    }
+    sync::sync_cluster();
+    for lot in 0..2 {
+        if t == 0 {
+            if lot == 1 && bug == 0 {
+                empty.wait(0);
+            }
+            full.arrive_expect(128 * 16);
+            bulk_copy::copy_to_all::<2>(Shared::a(), 64 * rank, memory, 128 * lot + 64 * rank, 64, full);
+        }
+        full.wait(lot);
+        memory.st(256 + 256 * lot + 128 * rank + t, Shared::a().ld(t));
+        // The CTA's own barriers and memory.
+        Shared::words().st(t, rank);
+        sync::barrier::<1>(128);
+        assert_eq!(Shared::words().ld(127 - t), rank);
+        sync::sync_threads();
+        if lot == 0 && lane_id() < 2 {
+            empty.arrive_at(lane_id());
+        }
+    }
+    sync::sync_cluster();
+}
+
+kernels! {
+    in "emulator_tests";
+    SHARE: threads(128);
+    fn (memory: Glb<U32x4>, bug: u32);
+    "share" => share;
+}
+
+#[test]
+fn ctas_of_a_cluster_share_copies() {
+    let mut random = Random::new(6);
+    let memory: Vec<u8> = (0..768 * 16).map(|_| random.bits() as u8).collect();
+    for seed in 0..3 {
+        let got = run_cluster(&SHARE[0], 2, 0, &memory, seed).unwrap();
+        for (i, lot) in got[256 * 16..].chunks(128 * 16).enumerate() {
+            assert_eq!(lot, &memory[i / 2 * 128 * 16..][..128 * 16], "lot {}, CTA {}", i / 2, i % 2);
+        }
+    }
+    let error = run_cluster(&SHARE[0], 2, 1, &memory, 1).unwrap_err();
+    assert!(error.contains("shared memory at"), "{error}");
 }

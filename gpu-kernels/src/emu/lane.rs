@@ -11,7 +11,7 @@ use std::string::String;
 
 use bytemuck::Pod;
 
-use super::cta::{BulkCopy, Cta, CtaPlace, Wait};
+use super::cta::{BARRIERS, BulkCopy, Cta, CtaPlace, WINDOW_BYTES, Wait};
 use super::memory::{Kind, Toucher};
 use super::smem::Copy16;
 use super::wgmma;
@@ -89,17 +89,38 @@ fn checked<T>(result: Result<T, String>, at: Source) -> T {
 
 /// Thread in its CTA.
 pub fn thread_idx() -> u32 {
-    me() as u32
+    (me() % cta().cta_threads) as u32
 }
 
 /// Threads of the CTA.
 pub fn cta_threads() -> u32 {
-    cta().threads as u32
+    cta().cta_threads as u32
 }
 
-/// The CTA in the grid.
+/// The CTA in the grid. The CTAs of a cluster are neighbours in the first dimension.
 pub fn cta_idx() -> [u32; 3] {
-    cta().idx
+    let cta = cta();
+    let [x, y, z] = cta.idx;
+    [x + cta.rank(me()), y, z]
+}
+
+/// Where the CTA's shared memory starts.
+pub fn smem_base() -> u32 {
+    cta().window(me())
+}
+
+/// The shared address in CTA `rank` of the cluster that is this one here.
+pub fn smem_address_at(address: u32, rank: u32) -> u32 {
+    address % WINDOW_BYTES + rank * WINDOW_BYTES
+}
+
+/// Waits for all threads of the cluster.
+#[track_caller]
+pub fn cluster_barrier() {
+    let cta = cta();
+    let (ctas, all) = ((cta.threads / cta.cta_threads) as u32, cta.threads as u32);
+    let wait = Wait::Barrier { id: BARRIERS * ctas, count: Some(all), at: Location::caller() };
+    cta.suspend(me(), wait);
 }
 
 /// CTAs of the grid.
@@ -131,13 +152,16 @@ pub fn wait_for_earlier() {
 /// Waits at barrier `id` for `count` threads, or for all.
 #[track_caller]
 pub fn barrier(id: u32, count: Option<u32>) {
-    cta().suspend(me(), Wait::Barrier { id, count, at: Location::caller() });
+    let (cta, me) = (cta(), me());
+    let (id, count) = (id + BARRIERS * cta.rank(me), Some(count.unwrap_or(cta.cta_threads as u32)));
+    cta.suspend(me, Wait::Barrier { id, count, at: Location::caller() });
 }
 
 /// Arrives at barrier `id` without waiting.
 #[track_caller]
 pub fn barrier_arrive(id: u32, count: u32) {
-    cta().arrive(me(), id, count);
+    let (cta, me) = (cta(), me());
+    cta.arrive(me, id + BARRIERS * cta.rank(me), count);
 }
 
 /// Runs a warp's operation on the inputs of all lanes.
@@ -419,6 +443,7 @@ pub fn wgmma_wait(pending: usize) {
     let (cta, me) = (cta(), me());
     for (address, bytes) in cta.thread(me, |thread| thread.products.wait(pending)) {
         // Up to now the operands were being read.
+        let address = address + cta.window(me);
         let clock = cta.clock(me);
         checked(cta.smem(|smem| smem.access(address, bytes, Kind::Read, me, &clock)), at);
     }

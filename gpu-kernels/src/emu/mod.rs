@@ -72,6 +72,8 @@ impl Default for Options {
 
 /// Most findings that a launch reports.
 const MAX_FINDINGS: usize = 8;
+/// Largest cluster that every GPU of sm_90 runs.
+const MAX_CLUSTER: u32 = 8;
 /// Largest shared memory of a CTA (sm_90).
 pub(crate) const MAX_SMEM_BYTES: u32 = 227 * 1024;
 
@@ -90,8 +92,8 @@ pub fn run(
     if launch.smem_bytes > MAX_SMEM_BYTES {
         return refuse(format!("{} bytes of shared memory, at most {MAX_SMEM_BYTES}", launch.smem_bytes));
     }
-    if launch.cluster != 1 {
-        return refuse(format!("clusters of {} CTAs are not emulated", launch.cluster));
+    if !(1..=MAX_CLUSTER).contains(&launch.cluster) || !launch.grid[0].is_multiple_of(launch.cluster) {
+        return refuse(format!("clusters of {} CTAs in a grid of {:?}", launch.cluster, launch.grid));
     }
     let (expected, got) = ((entry.params_bytes)(), launch.params.bytes().len());
     if expected != got {
@@ -107,7 +109,7 @@ pub fn run(
     let findings: Mutex<Vec<String>> = Mutex::new(Vec::new());
     let work = || {
         loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
+            let i = next.fetch_add(u64::from(launch.cluster), Ordering::Relaxed);
             if i >= n_ctas {
                 break;
             }

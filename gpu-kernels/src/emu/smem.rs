@@ -6,6 +6,7 @@ use std::vec;
 use std::vec::Vec;
 
 use super::clock::Clock;
+use super::cta::WINDOW_BYTES;
 use super::memory::Kind;
 
 /// An access by one thread at one of its times. Time 0: none.
@@ -80,17 +81,20 @@ pub(super) struct SharedMemory {
     words: Vec<Word>,
     /// Per thread, its time at its last fence between plain accesses and those of the tensor cores and the copy engine.
     fenced: Vec<u32>,
+    /// Bytes of each CTA's part, where a cluster has several.
+    of_cta: u32,
 }
 
 /// What a check found, without the place.
 pub(super) type Check = Result<(), String>;
 
 impl SharedMemory {
-    pub(super) fn new(bytes: u32, threads: usize) -> SharedMemory {
+    /// `bytes` in all, `of_cta` of them each CTA's.
+    pub(super) fn new(bytes: u32, of_cta: u32, threads: usize) -> SharedMemory {
         // Filled with a pattern: a kernel that uses what it did not write fails its comparison too.
         let len = bytes as usize;
         let words = vec![Word::default(); len.div_ceil(4)];
-        SharedMemory { bytes: vec![0xcd; len], words, fenced: vec![0; threads] }
+        SharedMemory { bytes: vec![0xcd; len], words, fenced: vec![0; threads], of_cta }
     }
 
     pub(super) fn bounds(&self, at: u32, size: u32) -> Check {
@@ -98,8 +102,8 @@ impl SharedMemory {
     }
 
     pub(super) fn bounds_aligned(&self, at: u32, size: u32, align: u32) -> Check {
-        if at as u64 + u64::from(size) > self.bytes.len() as u64 {
-            let len = self.bytes.len();
+        if u64::from(at % WINDOW_BYTES) + u64::from(size) > u64::from(self.of_cta) {
+            let len = self.of_cta;
             return Err(format!("shared memory: {size} bytes at {at} are out of the CTA's {len}"));
         }
         if !at.is_multiple_of(align) {

@@ -7,7 +7,7 @@
 //! Layouts are PTX's ("Matrix fragments for wgmma.mma_async", "Matrix descriptor"): warp w of the group has rows 16 w …
 //! of A and D, in the fragments of `mma`; of D every eight columns follow in four more registers. An operand in shared
 //! memory lies in rows of 128 bytes, eight of them 1024 bytes apart from the next eight, 16-byte chunks permuted by
-//! their row.
+//! their row; or in core matrices of eight rows of 16 bytes.
 
 use std::collections::VecDeque;
 use std::format;
@@ -143,12 +143,20 @@ impl Products {
     }
 }
 
-/// Where 16 bytes of an operand's row lie: the descriptor's fields that our layout leaves open.
-fn chunk_address(descriptor: u64, row: usize, chunk: usize) -> u32 {
-    let start = (descriptor & 0x3fff) as u32 * 16;
-    let stride = (descriptor >> 32 & 0x3fff) as u32 * 16;
-    let linear = start + (row / 8) as u32 * stride + (row % 8) as u32 * 128 + chunk as u32 * 16;
-    linear ^ (linear >> 7 & 7) << 4
+/// Where 16 bytes of an operand's row lie, if the descriptor is of a layout that `device::wgmma` makes: core matrices
+/// without a swizzle, or rows of 128 bytes.
+fn chunk_address(descriptor: u64, row: usize, chunk: usize) -> Option<u32> {
+    let field = |bit: u32| (descriptor >> bit & 0x3fff) as u32 * 16;
+    let (start, in_k, stride) = (field(0), field(16), field(32));
+    let (first, row, chunk) = (start + (row / 8) as u32 * stride, (row % 8) as u32, chunk as u32);
+    match descriptor >> 62 {
+        0 => Some(first + chunk * in_k + row * 16),
+        1 => {
+            let linear = first + row * 128 + chunk * 16;
+            Some(linear ^ (linear >> 7 & 7) << 4)
+        }
+        _ => None,
+    }
 }
 
 /// Reads shared memory in the name of a thread of the warpgroup.
@@ -168,15 +176,12 @@ pub(super) fn execute(kind: Kind, threads: &mut [&mut Products], read: &mut Read
         let first = 32 * warp;
         let mut reads = vec![];
         let mut rows_of = |descriptor: u64, rows: core::ops::Range<usize>| {
-            // 128-byte swizzle, the only layout that `device::wgmma` makes.
-            if descriptor >> 62 != 1 {
-                return Err("a wgmma descriptor of another layout than 128-byte swizzle".into());
-            }
             let mut bytes = vec![];
             for row in rows {
                 let mut line = [0; 32];
                 for (chunk, to) in line.chunks_mut(16).enumerate() {
-                    let address = chunk_address(descriptor, row, chunk);
+                    let address = chunk_address(descriptor, row, chunk)
+                        .ok_or("a wgmma descriptor of a layout that is not emulated")?;
                     read(first, address, to)?;
                     reads.push((address, 16));
                 }

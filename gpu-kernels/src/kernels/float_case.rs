@@ -99,6 +99,8 @@ fn sort(ids: &[u32], tile_cols: usize, max_tiles: usize) -> (Vec<u32>, Vec<[u32;
 
 /// Buffers before those of the matrices: x, ids, order, tiles, scratch.
 const FIRST: usize = 5;
+/// Which of them is scratch.
+pub(crate) const SCRATCH: usize = 4;
 
 /// The problem of a case. After the first buffers w, bias, residual and y of each matrix.
 pub(crate) fn problem(

@@ -2,8 +2,10 @@
 //!
 //! * Shapes: `ids` i32 `[n_ids]`, each below the matrix's rows; `y` f32 [n_ids, k], 16-byte aligned, k a multiple of 4.
 //!   `w` [n_rows, k] tiled (`tile.rs`) in any format of weights, or plain f32 rows. Nothing overlaps.
-//! * Geometry, block formats: 128 threads per CTA; a lane takes a span of 256 weights of one row, its warp writes the 32
-//!   spans group by group, each 128 bytes in one piece. Floats: a thread per four columns.
+//! * Geometry, block formats: 128 threads per CTA; a lane takes a group of 32 weights of one row: the eight lanes of a span
+//!   of 256 all load the span, at once and from the same places, and each unpacks its group; the warp writes the 32 groups,
+//!   each 128 bytes in one piece. So one row, the embedding of a decoded token, is a few warps with one round of loads.
+//!   Floats: a thread per four columns.
 //! * Bytes: n_ids · k · (bits per weight / 8 + 4). FLOPs: 2 per element of a block format.
 //! * Tolerance: exact, `BlockFormat::decode`.
 
@@ -12,7 +14,7 @@ pub use host::*;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
-    use quant::BlockFormat;
+    use quant::{BlockFormat, Group};
 
     use crate::device::{F32x4, Float, Glb, thread};
     use crate::kernels::dequantise::gpu::store_groups;
@@ -24,27 +26,30 @@ mod gpu {
     #[inline(always)]
     pub(super) fn blocks<F: BlockFormat + Tiled>(w: Glb<u8>, ids: Glb<u32>, y: Glb<f32>, n_ids: u32, k: u32) {
         let (lane, warp_start) = (thread::lane_id(), thread::index_1d() - thread::lane_id());
-        let n_spans = k.div_ceil(SPAN as u32);
-        let n = n_ids * n_spans;
-        // Lanes past the end work on the last span, for the shuffles.
+        const GROUPS: u32 = SPAN_GROUPS as u32;
+        // A short last span has all its groups' lanes too.
+        let per_row = k.div_ceil(SPAN as u32) * GROUPS;
+        let n = n_ids * per_row;
+        // Lanes past the end work on the last group, for the shuffles.
         let mine = if warp_start + lane < n { warp_start + lane } else { n - 1 };
-        let (row, span) = (ids.ld_nc(mine / n_spans), mine % n_spans);
+        let (row, span) = (ids.ld_nc(mine / per_row), mine % per_row / GROUPS);
         let tile = (row / ROWS as u32) as usize * F::LAYOUT.tile_bytes(k as usize);
         let at = w.offset(tile + F::LAYOUT.span_offset(span as usize));
         let whole = F::ELEMS == SPAN || (span + 1) * SPAN as u32 <= k;
         let units = if whole { F::LAYOUT.span_units() } else { F::LAYOUT.tail_units(k as usize) };
         let words = load_span_of::<F>(at, row % ROWS as u32, units as u32);
+        let mut group = Group::default();
         const { assert!(SPAN_GROUPS == 8) };
         unroll!(G in 0..8 {
-            let group = block::<F>(&words, G / F::GROUPS).unpack_group_by(G % F::GROUPS, InMemory);
-            store_groups::<F, f32>(&group, y, |from| {
-                let item = warp_start + from;
-                let column = item % n_spans * SPAN as u32 + (G * quant::format::GROUP) as u32;
-                let there = item < n && column < k;
-                there.then_some(((item / n_spans) as usize * k as usize + column as usize) / 4)
-            });
-            // The codes' place is used again.
-            crate::device::warp::sync_warp();
+            if mine % GROUPS == G as u32 {
+                group = block::<F>(&words, G / F::GROUPS).unpack_group_by(G % F::GROUPS, InMemory);
+            }
+        });
+        store_groups::<F, f32>(&group, y, |from| {
+            let item = warp_start + from;
+            let column = item % per_row * quant::format::GROUP as u32;
+            let there = item < n && column < k;
+            there.then_some(((item / per_row) as usize * k as usize + column as usize) / 4)
         });
     }
 
@@ -148,7 +153,7 @@ mod host {
     use crate::kernels::dequantise::{Shared, THREADS};
     use crate::kernels::mmvq::Weights;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
-    use crate::tile::{self, SPAN};
+    use crate::tile::{self, SPAN, SPAN_GROUPS};
 
     /// Where rows come from.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,7 +193,7 @@ mod host {
         for (what, at, align) in [("w", args.w, 16), ("ids", args.ids, 4), ("y", args.y, 16)] {
             check.aligned(what, at, align)?;
         }
-        let per_row = if block == 1 { args.k / 4 } else { args.k.div_ceil(SPAN) };
+        let per_row = if block == 1 { args.k / 4 } else { args.k.div_ceil(SPAN) * SPAN_GROUPS };
         let threads = check.size("n_ids * k", args.n_ids.saturating_mul(per_row))?;
         Ok(Launch {
             entry,
@@ -224,6 +229,13 @@ mod host {
         const NAME: &'static str = "get_rows";
         type Case = Case;
         const CASES: &'static [Case] = super::CASES;
+        /// The embedding of one token, of a model of 8b, and of a prompt.
+        const BENCH: &'static [Case] = &[
+            Case { format: FormatId::Q4_0, tiled: true, n_rows: 4096, k: 4096, n_ids: 1 },
+            Case { format: FormatId::Q6_K, tiled: true, n_rows: 4096, k: 4096, n_ids: 1 },
+            Case { format: FormatId::Q4_0, tiled: true, n_rows: 4096, k: 4096, n_ids: 512 },
+            Case { format: FormatId::Q6_K, tiled: true, n_rows: 4096, k: 4096, n_ids: 512 },
+        ];
         const NMSE_MAX: f64 = 0.0;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];

@@ -7,6 +7,7 @@
 //! * Mixture: columns are pairs of token and slot sorted by expert (`moe_sort`), in tiles of 64 or 128, activations rounded so
 //!   (`round_act`); weights are [n_expert, n_rows, k], biases [n_expert, n_rows]; `y` has a row per pair, unsorted.
 //! * Result and tolerance: `mmvf`'s, bit for bit.
+//! * Hopper has a kernel of its own for the large tiles: `mmf_hopper.rs`.
 //! * Geometry: a CTA computes 128 rows × 128 columns with 8 warps (64 × 32 each), or 64 × 64 with 4 warps (32 × 32 each)
 //!   where the large tiles would be too few for the GPU or their two stages too large for its shared memory. Of a gated pair
 //!   it takes half the rows of each matrix. Column tiles are neighbours in the grid, so that they read the same weights
@@ -18,10 +19,6 @@
 //! address arithmetic, because the tiles lie in the order of their registers; (3) the registers of the next 16 of k are
 //! loaded before the products of these, also across stages, whose one barrier lies before the last products of a stage;
 //! (4) sums of a span and totals both stay in registers; results leave through shared memory in whole lines.
-//!
-//! On sm_90a `wgmma` could take the place of `Step` and its products: a warpgroup's A in registers is this layout, and a
-//! stage's activations are its core matrices without a swizzle, which four warps then share. Whether its sums
-//! have the bits of `mma.sync`, which `mmvf` uses, must be known first.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
@@ -443,10 +440,64 @@ mod host {
 
     use super::{Large, Small};
     use crate::case::{Kernel, Problem, Random};
+    use crate::driver::DeviceInfo;
     use crate::kernels::float_case::{self, Case};
+    use crate::kernels::mmf_hopper;
+    use crate::kernels::mmq::HOPPER_DRIVER;
     use crate::kernels::product::{Glu, Matrix, with_gate, with_parts};
     use crate::kernels::round_act::{self, SortedPairs};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+
+    /// Whether the sums of `wgmma` count as those of `mma`, bit for bit: without, no device gets `Cut::Warpgroups`.
+    pub const TRUSTED: bool = true;
+
+    /// What Hopper takes for large tiles: of the two forms the faster one, by the rows of the benchmark.
+    const HOPPER_CUT: Cut = Cut::Warpgroups;
+
+    /// How the work is cut into CTAs. Every cut gives the same bits.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Cut {
+        /// 64 rows, 64 columns.
+        Small,
+        /// 128 rows, 128 columns. Takes 64 KiB of shared memory at least.
+        Large,
+        /// The same for Hopper, a CTA per multiprocessor: only there is its kernel.
+        Warpgroups,
+        /// The same with two CTAs in a cluster, for 256 rows and 128 columns.
+        Pairs,
+    }
+
+    impl Cut {
+        /// Rows and columns of a tile.
+        pub fn tile(self) -> usize {
+            if self == Cut::Small { 64 } else { mmf_hopper::TILE }
+        }
+
+        /// The faster cut. A mixture's tiles have been chosen.
+        fn choose(args: &Args<'_>) -> Result<Cut, LaunchError> {
+            let device = args.device;
+            let large = match args.mixture {
+                None => {
+                    let rows: usize = args.parts.iter().map(|part| part.n_rows.div_ceil(128)).sum();
+                    // Large tiles for three quarters of the multiprocessors do more than small ones for all.
+                    let busy = 4 * rows * args.n_cols.div_ceil(128) >= 3 * device.n_sm as usize;
+                    busy && device.smem_per_cta_bytes >= 2 * 16 * Large::STAGE
+                }
+                Some(SortedPairs { tile_cols, .. }) if matches!(tile_cols, 64 | 128) => tile_cols == 128,
+                Some(SortedPairs { tile_cols, .. }) => {
+                    return Err(Check(Mmf::NAME).shape("tile_cols", "64 or 128", tile_cols));
+                }
+            };
+            let is_hopper = device.sm == 90
+                && device.driver_version >= HOPPER_DRIVER
+                && device.smem_per_cta_bytes >= mmf_hopper::BYTES;
+            Ok(match large {
+                true if TRUSTED && is_hopper => HOPPER_CUT,
+                true => Cut::Large,
+                false => Cut::Small,
+            })
+        }
+    }
 
     /// Arguments; see the contract. `format` is F16 or BF16, `x` as `round_act` writes it.
     #[derive(Clone, Copy, Debug)]
@@ -461,14 +512,17 @@ mod host {
         pub n_cols: usize,
         /// Its tiles have 64 or 128 columns, which decides on the kernel's.
         pub mixture: Option<SortedPairs>,
-        /// Of the device; like the next, it decides on speed alone.
-        pub n_sm: u32,
-        /// Of the device: 32 KiB at least.
-        pub smem_per_cta_bytes: u32,
+        /// It decides on speed alone. 32 KiB of shared memory at least.
+        pub device: &'a DeviceInfo,
     }
 
     /// One launch for all rows of all matrices.
     pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
+        launch_as(args, Cut::choose(args)?)
+    }
+
+    /// [`launch`] with a cut of the caller's choice; a mixture's tiles are the cut's.
+    pub(crate) fn launch_as(args: &Args<'_>, cut: Cut) -> Result<Launch, LaunchError> {
         let kernel = Mmf::NAME;
         let check = Check(kernel);
         let bf16 = match args.format {
@@ -479,45 +533,50 @@ mod host {
         check.multiple("k", args.k, 4, "a multiple of 4")?;
         let k = check.size("k", args.k)?;
         check.aligned("x", args.x, 16)?;
-        let large = match args.mixture {
-            None => {
-                let rows: usize = args.parts.iter().map(|part| part.n_rows.div_ceil(128)).sum();
-                // Large tiles for three quarters of the multiprocessors do more than small ones for all.
-                let busy = 4 * rows * args.n_cols.div_ceil(128) >= 3 * args.n_sm as usize;
-                busy && args.smem_per_cta_bytes >= 2 * 16 * Large::STAGE
-            }
-            Some(SortedPairs { tile_cols, .. }) if matches!(tile_cols, 64 | 128) => tile_cols == 128,
-            Some(SortedPairs { tile_cols, .. }) => {
-                let (expected, got) = ("64 or 128", tile_cols as u64);
-                return Err(LaunchError::Shape { kernel, what: "tile_cols", expected, got });
-            }
+        let (entry, cta, stage) = match cut {
+            Cut::Small => (["mmf_F16_64", "mmf_BF16_64"], Small::THREADS, Small::STAGE),
+            Cut::Large => (["mmf_F16_128", "mmf_BF16_128"], Large::THREADS, Large::STAGE),
+            Cut::Warpgroups => (["mmf_hopper_F16", "mmf_hopper_BF16"], mmf_hopper::THREADS, 0),
+            Cut::Pairs => (["mmf_hopper_F16_pair", "mmf_hopper_BF16_pair"], mmf_hopper::THREADS, 0),
         };
-        let (entry, cta, row_tiles, blocks, stage) = if large {
-            (["mmf_F16_128", "mmf_BF16_128"], Large::THREADS, Large::ROW_TILES, Large::BLOCKS, Large::STAGE)
-        } else {
-            (["mmf_F16_64", "mmf_BF16_64"], Small::THREADS, Small::ROW_TILES, Small::BLOCKS, Small::STAGE)
-        };
-        let cta_rows = if args.glu.is_some() { 8 } else { 16 } * row_tiles;
+        let tile = cut.tile() as u32;
+        let cluster = if cut == Cut::Pairs { 2 } else { 1 };
+        let rows_at_once = cluster * if args.glu.is_some() { tile / 2 } else { tile };
         let (params, n_ctas) =
-            with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(cta_rows))?;
+            with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(rows_at_once))?;
         let grid_y = check.grid("row tiles", n_ctas as usize)?;
         let (grid_x, n_cols, order, tiles) = match args.mixture {
             None => {
                 let n_cols = check.size("n_cols", args.n_cols)?;
-                (n_cols.div_ceil(8 * blocks), n_cols, DevicePtr::NULL, DevicePtr::NULL)
+                (n_cols.div_ceil(tile), n_cols, DevicePtr::NULL, DevicePtr::NULL)
             }
             Some(SortedPairs { order, tiles, n_tiles, .. }) => {
                 check.aligned("order", order, 4)?;
                 check.aligned("tiles", tiles, 16)?;
                 let n_tiles = check.size("n_tiles", n_tiles)?;
-                (n_tiles, n_tiles * 8 * blocks, order, tiles)
+                (n_tiles, n_tiles * tile, order, tiles)
             }
         };
         let params = with_gate(params.with(args.x).with(order).with(tiles), args.glu);
-        let shared = !large && grid_x as usize * grid_y as usize >= 2 * args.n_sm as usize;
-        let stages = match args.smem_per_cta_bytes / (16 * stage) {
+        let params = params.with(k).with(n_cols);
+        let entry = entry[usize::from(bf16)];
+        let &DeviceInfo { n_sm, smem_per_cta_bytes, .. } = args.device;
+        if matches!(cut, Cut::Warpgroups | Cut::Pairs) {
+            let n_items = check.size("tiles", grid_x as usize * grid_y as usize)?;
+            let at_once = (n_sm / cluster).max(1);
+            return Ok(Launch {
+                entry,
+                grid: [cluster * n_items.min(at_once), 1, 1],
+                cta,
+                cluster,
+                smem_bytes: mmf_hopper::BYTES,
+                params: params.with(grid_x).with(n_items),
+            });
+        }
+        let shared = cut == Cut::Small && grid_x as usize * grid_y as usize >= 2 * n_sm as usize;
+        let stages = match smem_per_cta_bytes / (16 * stage) {
             0..=1 => {
-                let got = args.smem_per_cta_bytes.into();
+                let got = smem_per_cta_bytes.into();
                 let expected = "two stages: 32 KiB, or 64 KiB for tiles of 128 columns";
                 return Err(LaunchError::Shape { kernel, what: "smem_per_cta_bytes", expected, got });
             }
@@ -526,12 +585,12 @@ mod host {
             _ => 3,
         };
         Ok(Launch {
-            entry: entry[usize::from(bf16)],
+            entry,
             grid: [grid_x, grid_y, 1],
             cta,
             cluster: 1,
             smem_bytes: stages * 16 * stage,
-            params: params.with(k).with(n_cols).with(stages),
+            params: params.with(stages),
         })
     }
 
@@ -568,14 +627,14 @@ mod host {
             let n_sm = if n_cols < 100 { 64 } else { 1 };
             // Room for 2, 3 and 5 stages of the large tile, for 3 and 5 of the small one.
             let smem_per_cta_bytes = [65_536, 98_304, 166_912][n_cols % 3];
+            let device = DeviceInfo { n_sm, smem_per_cta_bytes, ..DeviceInfo::default() };
             let columns = case.experts.map_or(n_cols, |_| case.max_tiles() * case.tile_cols());
             let scratch = round_act::tiles_bytes(columns, k);
             float_case::problem(case, random, scratch, move |operands| {
                 let (x, tiles, parts) = (operands.x, operands.scratch, &operands.matrices);
                 let mixture = operands.sorted;
                 let round = round_act::launch(&round_act::Args { format, x, tiles, n_cols, k, mixture })?;
-                let args =
-                    Args { format, parts, glu, x: tiles, k, n_cols, mixture, n_sm, smem_per_cta_bytes };
+                let args = Args { format, parts, glu, x: tiles, k, n_cols, mixture, device: &device };
                 Ok(vec![round, launch(&args)?])
             })
         }
@@ -593,12 +652,16 @@ mod host {
 #[cfg(all(test, feature = "emu"))]
 mod tests {
     use half::{bf16, f16};
+    use quant::FormatId;
 
     use super::gpu::mmf;
+    use super::{Args, TRUSTED, launch};
     use crate::case::{self, Kernel, Random};
     use crate::device::{Glb, U32x4};
+    use crate::driver::DeviceInfo;
     use crate::emu::{Emulator, Options};
-    use crate::kernels::product::{Gate, Part};
+    use crate::kernels::product::{Gate, Matrix, Part};
+    use crate::launch::DevicePtr;
 
     kernels! {
         in "mmf";
@@ -611,6 +674,28 @@ mod tests {
         "mmf_BF16_128" => mmf::<bf16, false, 4, 2, 4, 4>;
         "mmf_F16_64" => mmf::<f16, false, 2, 2, 2, 4>;
         "mmf_BF16_64" => mmf::<bf16, false, 2, 2, 2, 4>;
+    }
+
+    #[test]
+    fn hopper_takes_warpgroups_where_its_driver_takes_their_ptx() {
+        let at = DevicePtr(256);
+        let part = Matrix { w: at, bias: DevicePtr::NULL, residual: DevicePtr::NULL, y: at, n_rows: 4096 };
+        let entry = |sm: u32, driver_version: u32, n_cols: usize| {
+            let device = DeviceInfo {
+                sm,
+                driver_version,
+                n_sm: 132,
+                smem_per_cta_bytes: 232_448,
+                ..DeviceInfo::default()
+            };
+            let (format, parts, device) = (FormatId::F16, &[part][..], &device);
+            let args = Args { format, parts, glu: None, x: at, k: 4096, n_cols, mixture: None, device };
+            launch(&args).unwrap().entry
+        };
+        assert_eq!(entry(90, 12_040, 512).starts_with("mmf_hopper_F16"), TRUSTED);
+        assert_eq!(entry(90, 12_030, 512), "mmf_F16_128");
+        assert_eq!(entry(89, 12_040, 512), "mmf_F16_128");
+        assert_eq!(entry(90, 12_040, 128), "mmf_F16_64");
     }
 
     /// What tiers without tensor cores for the type run.

@@ -18,7 +18,8 @@
 //!
 //! Done for speed: (1) a lane's 16 bytes of a fragment are its registers of A: weights go from memory straight into the
 //! product, by coalesced 128-bit loads past L1; (2) a warp holds an item in registers and loads the next one behind the
-//! products that free them, so that 8 KiB per warp are always under way, 128 KiB per SM; (3) tensor cores compute 8 columns
+//! products that free them, so that 8 KiB per warp are always under way, 128 KiB per SM, the first of them before earlier
+//! launches have ended (`device/grid.rs`), except a mixture's; (3) tensor cores compute 8 columns
 //! in the time of one, so the cost is flat in n_cols.
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -41,7 +42,7 @@ mod gpu {
 
     use super::{COLUMN, PARTIAL, THREADS, WINDOW};
     use crate::device::mma::{self, FragmentA, FragmentB, FragmentF32};
-    use crate::device::{F32x2, Float, Glb, Smem, U32x4, sync, thread};
+    use crate::device::{F32x2, Float, Glb, Smem, U32x4, grid, sync, thread};
     use crate::kernels::product::{Gate, Part, choose};
     use crate::kernels::round_act::pair;
     use crate::tile::SPAN;
@@ -233,6 +234,7 @@ mod gpu {
                 a[I] = from.ld_stream(32 * I as u32);
             });
         }
+        grid::wait_for_earlier();
         let (mut at, mut start) = (warp, 0);
         while start < n_items {
             let end = if start + window < n_items { start + window } else { n_items };
@@ -325,7 +327,13 @@ mod gpu {
         pairs_per_x: u32,
     ) {
         let pair = thread::block_idx_y();
-        let (expert, first_x) = if ids.is_null() { (0, 0) } else { (ids.ld_nc(pair), pair / pairs_per_x) };
+        let (expert, first_x) = if ids.is_null() {
+            (0, 0)
+        } else {
+            // Which weights, an earlier launch says.
+            grid::wait_for_earlier();
+            (ids.ld_nc(pair), pair / pairs_per_x)
+        };
         let (g, t) = (thread::lane_id() / 4, thread::lane_id() % 4);
         let column = first_x + if g < n_cols { g } else { n_cols - 1 };
         let pairs = x.offset(column as usize * (k / 2) as usize + t as usize);
@@ -352,7 +360,7 @@ mod gpu {
 
     kernels! {
         in "mmvf";
-        pub(super) PLAIN: threads(256, 2);
+        pub(super) PLAIN: threads(256, 2), early;
         fn (
             p0: Part, p1: Part, p2: Part, x: Glb<F32x2>, ids: Glb<u32>, gate: Gate, k: u32, n_cols: u32,
             pairs_per_x: u32,
@@ -363,7 +371,7 @@ mod gpu {
 
     kernels! {
         in "mmvf";
-        pub(super) TILES: threads(256, 2);
+        pub(super) TILES: threads(256, 2), early;
         fn (p0: Part, p1: Part, p2: Part, x: Glb<u32>, gate: Gate, k: u32, n_cols: u32);
         "mmvf_F16_n8" => tiles::<f16, 1, { f16::TENSOR }>;
         "mmvf_F16_n16" => tiles::<f16, 2, STREAM_MANY>;

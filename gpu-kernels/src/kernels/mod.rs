@@ -14,6 +14,7 @@ pub mod kv_store;
 pub mod layer_norm;
 pub mod mmf;
 pub mod mmf32;
+pub mod mmf_hopper;
 pub mod mmq;
 pub mod mmq_hopper;
 mod mmq_narrow;

@@ -78,7 +78,7 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
         let bytes = match &program.actions[i] {
             Action::Attention { params: p, n, .. } => {
                 match class.geometry(device.sm, device.n_sm, *n, p.n_head_kv) {
-                    Geometry::Split { n_spans } => {
+                    Geometry::Split { n_spans, .. } => {
                         Some(flash::scratch_bytes(*n, p.n_head, p.head_dim_v, n_spans))
                     }
                     _ => None,
@@ -514,8 +514,7 @@ impl Emit<'_> {
                 k,
                 n_cols: n,
                 mixture: None,
-                n_sm: self.device.n_sm,
-                smem_per_cta_bytes: self.device.smem_per_cta_bytes,
+                device: self.device,
             })?),
             _ => {
                 let x = match x {

@@ -5,7 +5,8 @@ use alloc::{boxed::Box, vec, vec::Vec};
 use quant::FormatId;
 
 use super::{
-    CAUSAL, MAX_DIM_V, MERGE_THREADS, NO_SEQUENCE, PAGE, PER_TOKEN, PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile,
+    CAUSAL, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, NO_SEQUENCE, PAGE, PLAIN_WARPS, ROWS, SPAN, TRANSFORM,
+    Tile,
 };
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
@@ -53,21 +54,33 @@ struct Variant {
     class: Class,
     entry: &'static str,
     tile: Tile,
+    /// CTAs that a multiprocessor has registers for.
+    ctas_per_sm: u32,
+}
+
+impl Variant {
+    /// CTAs that a multiprocessor runs at a time; a little of its memory goes to each beside what it asks for.
+    fn ctas_per_sm(&self, smem_per_cta_bytes: u32) -> u32 {
+        const RESERVED_BYTES: u32 = 1024;
+        let room = (smem_per_cta_bytes + RESERVED_BYTES) / (self.tile.smem_bytes() + RESERVED_BYTES);
+        room.clamp(1, self.ctas_per_sm)
+    }
 }
 
 macro_rules! variants {
-    ($file:literal $table:ident $prefix:literal $bounds:tt
-        $($dim:literal $suffix:literal $class:ident $kind:ident $asynchronous:literal
+    ($file:literal $table:ident $prefix:literal ($threads:literal, $ctas_per_sm:literal)
+        $($dim:literal $suffix:literal $class:ident $kind:ident $stages:literal
             [$ks:literal $ns:literal $no:literal] [$sharers:literal $groups:literal];)*) => {
         const $table: &[Variant] = &[$(Variant {
             class: Class::$class,
             entry: concat!($prefix, $dim, "_", $suffix),
             tile: Tile::new(
                 if matches!(Class::$class, Class::Split) { 2 } else { 1 },
-                $asynchronous,
+                $stages,
                 [$ks, $ns, $no],
                 [$sharers, $groups],
             ),
+            ctas_per_sm: $ctas_per_sm,
         }),*];
     };
 }
@@ -82,12 +95,17 @@ pub enum Geometry {
     Prefill,
     /// A CTA per token and KV head.
     Decode,
-    /// A CTA per token, KV head and span, and a second launch that merges.
+    /// A token and KV head's spans shared by as many CTAs as run at a time, and a second launch that merges.
     Split {
-        /// Spans that the grid and `scratch` have room for: no sequence is longer.
+        /// Spans that `scratch` has room for: no sequence is longer.
         n_spans: usize,
+        /// Multiprocessors of the device.
+        n_sm: u32,
     },
 }
+
+/// Most spans that a CTA walks alone where others have nothing to do: the second launch would take as long.
+const DECODE_SPANS: usize = 2;
 
 impl Geometry {
     /// The best for `n_tokens` tokens, of which `tokens_per_sequence` belong to the sequence that has most, over at most
@@ -105,11 +123,10 @@ impl Geometry {
             Geometry::Plain
         } else if tokens_per_sequence >= ROWS {
             Geometry::Prefill
-        } else if n_spans == 1 || n_tokens * n_head_kv >= 4 * n_sm as usize {
-            // Four CTAs per multiprocessor hide each other's latencies.
+        } else if n_spans <= DECODE_SPANS || n_tokens * n_head_kv > n_sm as usize {
             Geometry::Decode
         } else {
-            Geometry::Split { n_spans }
+            Geometry::Split { n_spans, n_sm }
         }
     }
 }
@@ -267,10 +284,12 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         return Ok(Launches { attention, merge: None });
     }
     let class = Class::of([cache.type_k, cache.type_v]);
-    let decode = args.geometry != Geometry::Prefill;
     // In the order of the tables: prefill finds its own tile of a head before that of decode.
     let decodes = [DECODE, LARGE_DECODE, SPLIT_DECODE];
-    let prefills = if decode { [].as_slice() } else { &[PREFILL, SPLIT_PREFILL] };
+    let prefills = match args.geometry {
+        Geometry::Prefill => [PREFILL, NARROW_PREFILL, SPLIT_PREFILL, SPLIT_NARROW_PREFILL].as_slice(),
+        _ => &[],
+    };
     let mut variants = prefills.iter().chain(&decodes).copied().flatten();
     let variant = variants
         .find(|v| {
@@ -285,22 +304,25 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
             )
         })?;
     let tile = variant.tile;
-    let n_spans = match args.geometry {
-        Geometry::Split { n_spans } => check.grid("n_spans", n_spans)?,
-        _ => 0,
-    };
-    let tiles = if decode {
-        step.n_tokens * group.div_ceil(tile.rows())
+    let tiles = group.div_ceil(tile.rows());
+    let (mut n_spans, mut shares) = (0, 1);
+    if let Geometry::Split { n_spans: room, n_sm } = args.geometry {
+        n_spans = check.size("n_spans", room)?;
+        // As many CTAs as the device runs at a time, if there are spans for them: all start together and end together.
+        let at_a_time = n_sm.saturating_mul(variant.ctas_per_sm(args.smem_per_cta_bytes)) as usize;
+        shares = (at_a_time / (step.n_tokens * cache.n_head_kv * tiles)).clamp(1, room);
+    }
+    let grid = if tile.per_token() {
+        [n_tokens, check.grid("n_head_kv * tiles", cache.n_head_kv * tiles)?, check.grid("shares", shares)?]
     } else {
-        (step.n_tokens * group).div_ceil(tile.rows())
+        [check.size("tiles", (step.n_tokens * group).div_ceil(tile.rows()))?, n_head_kv, 1]
     };
-    let flags = flags | flag(decode, PER_TOKEN);
     let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(args.scratch);
     let params = addresses.iter().fold(params, |params, &at| params.with(at));
     let params = sizes.iter().fold(params, |params, &size| params.with(size));
     let attention = Launch {
         entry: variant.entry,
-        grid: [check.size("tiles", tiles)?, n_head_kv, n_spans.max(1)],
+        grid,
         cta: 32 * (tile.sharers * tile.row_groups) as u32,
         cluster: 1,
         smem_bytes: tile.smem_bytes(),
@@ -308,10 +330,11 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     };
     let merge = (n_spans > 0).then(|| Launch {
         entry: "flash_merge",
-        grid: [n_tokens * n_head, cache.head_dim_v.div_ceil(MERGE_THREADS as usize) as u32, 1],
+        grid: [n_tokens * n_head, cache.head_dim_v.div_ceil(MERGE_COLUMNS as usize) as u32, 1],
         cta: MERGE_THREADS,
         cluster: 1,
-        smem_bytes: MERGE_THREADS * 16 + MERGE_THREADS / 8,
+        // Per span weights and values; per warp a maximum.
+        smem_bytes: MERGE_THREADS * (16 + 4 * MERGE_COLUMNS) + MERGE_THREADS / 8,
         params: Params::new()
             .with(args.scratch)
             .with(args.out)
@@ -418,14 +441,24 @@ const BENCH_BASE: Case = Case { dims: [128, 128], n_head: 32, n_head_kv: 8, ..BA
 const BENCH_256: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
 
 const fn split(len: usize) -> Geometry {
-    Geometry::Split { n_spans: len.div_ceil(SPAN) }
+    Geometry::Split { n_spans: len.div_ceil(SPAN), n_sm: 132 }
 }
 
 /// Shapes to time: one query over a long cache, then many.
 const BENCH: &[Case] = &[
+    Case { sequences: &[(1, 1)], ..BENCH_BASE },
+    Case { sequences: &[(128, 1)], ..BENCH_BASE },
+    // Both forms where `DECODE_SPANS` parts them.
+    Case { sequences: &[(512, 1)], ..BENCH_BASE },
+    Case { sequences: &[(512, 1)], geometry: split(512), ..BENCH_BASE },
+    Case { sequences: &[(1024, 1)], ..BENCH_BASE },
+    Case { sequences: &[(1024, 1)], geometry: split(1024), ..BENCH_BASE },
     Case { sequences: &[(4096, 1)], geometry: split(4096), ..BENCH_BASE },
     Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
     Case { sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
+    // Room for twice the spans, as the engine has it one position further on.
+    Case { sequences: &[(32_768, 1)], geometry: split(65_536), ..BENCH_BASE },
+    Case { sequences: &[(131_072, 1)], geometry: split(131_072), ..BENCH_BASE },
     Case { types: [FormatId::Q8_0; 2], sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
     Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
     Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
@@ -439,7 +472,7 @@ const BENCH: &[Case] = &[
 pub struct Data {
     /// Bytes of the layer's K and V.
     pub cache: [Vec<u8>; 2],
-    /// Their rows, decoded: sequence, KV head, position.
+    /// Their rows, decoded: sequence, KV head, position. Not for timing.
     pub rows: [Vec<Vec<Vec<Vec<f32>>>>; 2],
     /// The step's arrays.
     pub positions: Vec<u32>,
@@ -492,9 +525,12 @@ impl Data {
                         let page = pages[pos / PAGE] as usize * case.n_head_kv + head;
                         let at = (page * PAGE + pos % PAGE) * row_bytes[p];
                         let bytes = &mut data.cache[p][at..at + row_bytes[p]];
-                        let mut decoded = vec![0.0; case.dims[p]];
                         quant::row::encode(case.types[p], &x, None, bytes)
                             .expect("cache formats can be encoded");
+                        if random.is_timing() {
+                            return vec![];
+                        }
+                        let mut decoded = vec![0.0; case.dims[p]];
                         quant::row::decode(case.types[p], bytes, &mut decoded).expect("as encoded");
                         decoded
                     };
@@ -566,7 +602,9 @@ impl Case {
     /// Bytes of `scratch`, at least one.
     pub fn scratch_bytes(&self) -> usize {
         match self.geometry {
-            Geometry::Split { n_spans } => scratch_bytes(self.n_tokens(), self.n_head, self.dims[1], n_spans),
+            Geometry::Split { n_spans, .. } => {
+                scratch_bytes(self.n_tokens(), self.n_head, self.dims[1], n_spans)
+            }
             _ => 1,
         }
     }
@@ -646,7 +684,14 @@ impl Kernel for Flash {
         Case { sequences: &[(255, 1), (256, 1), (257, 1), (600, 1)], n_head_kv: 4, ..BASE },
         Case {
             sequences: &[(600, 1), (257, 2), (0, 0), (3, 1)],
-            geometry: Geometry::Split { n_spans: 4 },
+            geometry: Geometry::Split { n_spans: 4, n_sm: 132 },
+            ..BASE
+        },
+        // Spans that three CTAs share, where the grid has room for more.
+        Case {
+            sequences: &[(1100, 1)],
+            n_head_kv: 1,
+            geometry: Geometry::Split { n_spans: 8, n_sm: 1 },
             ..BASE
         },
         Case { sequences: &[(70, 70)], geometry: Geometry::Prefill, ..BASE },
@@ -695,7 +740,7 @@ impl Kernel for Flash {
         Case {
             window: 20,
             sequences: &[(400, 1), (10, 1)],
-            geometry: Geometry::Split { n_spans: 2 },
+            geometry: Geometry::Split { n_spans: 2, n_sm: 132 },
             ..BASE
         },
         Case { window: 70, sequences: &[(330, 150)], geometry: Geometry::Prefill, ..BASE },
@@ -704,7 +749,7 @@ impl Kernel for Flash {
             softcap: 5.0,
             sinks: true,
             sequences: &[(300, 1)],
-            geometry: Geometry::Split { n_spans: 2 },
+            geometry: Geometry::Split { n_spans: 2, n_sm: 132 },
             ..BASE
         },
         Case { sinks: true, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
@@ -748,8 +793,13 @@ impl Kernel for Flash {
     const NMSE_MAX: f64 = 2e-6;
     const TIERS: Tiers = Tiers::From(80);
     #[cfg(feature = "emu")]
-    const ENTRIES: &'static [&'static [crate::emu::Entry]] =
-        &[super::attend::DECODE, super::attend::LARGE_DECODE, super::attend::PREFILL, super::merge::ENTRIES];
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[
+        super::entries::DECODE,
+        super::entries::LARGE_DECODE,
+        super::entries::PREFILL,
+        super::entries::NARROW_PREFILL,
+        super::merge::ENTRIES,
+    ];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)
@@ -772,7 +822,7 @@ impl Kernel for FlashSplit {
             types: [FormatId::F32; 2],
             dims: [128, 128],
             sequences: &[(300, 1)],
-            geometry: Geometry::Split { n_spans: 2 },
+            geometry: Geometry::Split { n_spans: 2, n_sm: 132 },
             ..BASE
         },
         Case {
@@ -808,7 +858,7 @@ impl Kernel for FlashSplit {
     const TIERS: Tiers = Tiers::From(80);
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
-        &[super::attend::SPLIT_DECODE, super::attend::SPLIT_PREFILL];
+        &[super::entries::SPLIT_DECODE, super::entries::SPLIT_PREFILL, super::entries::SPLIT_NARROW_PREFILL];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)

@@ -1,16 +1,20 @@
 //! The second launch of a split decode: a row's spans out of `scratch`, merged in order as one CTA would have.
 //!
-//! A CTA has one token and head and 128 dimensions, one per thread. The weights of up to 128 spans at a time come first:
-//! maxima only grow, so they are a scan, and a scan of maxima is exact. Then each thread walks its column, with the
-//! loads of 16 spans under way at a time.
+//! A CTA has one token and head and 32 dimensions: a chain of two operations per span cannot be cut, so there are many
+//! CTAs with a short one each. Values of up to 128 spans at a time are copied to shared memory, all at once, while the
+//! weights are computed: maxima only grow, so they are a scan, and a scan of maxima is exact. Then the first warp walks
+//! the chain, a column per lane.
 
 use super::{CAUSAL, NO_SEQUENCE, SPAN, state};
-use crate::device::{F32x2, F32x4, Glb, Smem, U32x2, grid, math, sync, thread, warp};
+use crate::device::{F32x2, F32x4, Glb, Smem, U32x2, U32x4, async_copy, grid, math, sync, thread, warp};
 
-/// Threads of a CTA, dimensions of one, and spans whose weights it holds.
+/// Threads of a CTA, and spans that it merges at a time.
 const THREADS: u32 = super::MERGE_THREADS;
-/// Loads of a thread under way.
-const BATCH: u32 = 16;
+/// Dimensions of a CTA, and 16-byte units of them.
+const COLUMNS: u32 = super::MERGE_COLUMNS;
+const UNITS: u32 = COLUMNS / 4;
+/// Spans whose values and weights are on their way to registers together.
+const BATCH: u32 = 8;
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // a kernel's
@@ -30,7 +34,7 @@ fn merge(
     let (tid, lane) = (thread::thread_idx_x(), thread::lane_id());
     let (row, head) = (thread::block_idx_x() as usize, thread::block_idx_x() % n_head);
     let token = thread::block_idx_x() / n_head;
-    let column = thread::block_idx_y() * THREADS + tid;
+    let first_column = thread::block_idx_y() * COLUMNS;
 
     // The spans that hold what the token sees.
     let (mut first, mut end) = (0, 0);
@@ -42,16 +46,31 @@ fn merge(
     }
     grid::wait_for_earlier();
 
-    let stride = (head_dim / 2 + 1) as usize;
-    let parts = scratch.offset(row * n_spans as usize * stride);
+    let n_rows = thread::grid_dim_x() as usize;
+    let states = scratch.offset(n_rows * n_spans as usize * (head_dim / 2) as usize + row * n_spans as usize);
+    let values = scratch.offset((row * n_spans as usize) * (head_dim / 2) as usize).cast::<U32x4>();
     let weights = Smem::<F32x4>::dynamic(0, THREADS);
-    let maxima = Smem::<f32>::dynamic(16 * THREADS, THREADS / 32);
+    let parts = Smem::<U32x4>::dynamic(16 * THREADS, THREADS * UNITS);
+    let maxima = Smem::<f32>::dynamic(16 * THREADS * (1 + UNITS), THREADS / 32);
     let (mut max, mut sum, mut value) = (f32::NEG_INFINITY, 0.0, 0.0);
     while first < end {
         let n = if end - first < THREADS { end - first } else { THREADS };
+        // Eight threads to a span: what they read lies in one piece.
+        let unit = first_column / 4 + tid % UNITS;
+        let mut span = tid / UNITS;
+        while span < n && unit < head_dim / 4 {
+            async_copy::copy16(
+                parts,
+                UNITS * span + tid % UNITS,
+                values,
+                (first + span) * (head_dim / 4) + unit,
+            );
+            span += THREADS / UNITS;
+        }
+        async_copy::commit();
         let mut part = [f32::NEG_INFINITY, 0.0];
         if tid < n {
-            part = parts.offset((first + tid) as usize * stride).ld_nc(head_dim / 2).0;
+            part = states.ld_nc(first + tid).0;
         }
         // The largest of this span and those before.
         let mut total = part[0];
@@ -80,25 +99,27 @@ fn merge(
             max = math::fmax(max, maxima.ld(i));
             i += 1;
         }
+        async_copy::wait::<0>();
         sync::sync_threads();
 
+        let column = parts.cast::<f32>();
         let mut i = 0;
-        while i < n {
-            let mut values = [0.0; BATCH as usize];
+        while tid < COLUMNS && first_column + tid < head_dim && i < n {
+            // All loads first: the chain waits for one round of them.
+            let mut batch = [([0.0; 4], 0.0); BATCH as usize];
             let mut j = 0;
             while j < BATCH {
-                if i + j < n && column < head_dim {
-                    let part = parts.offset((first + i + j) as usize * stride);
-                    values[j as usize] = part.cast::<f32>().ld_nc(column);
+                if i + j < n {
+                    batch[j as usize] = (weights.ld(i + j).0, column.ld(COLUMNS * (i + j) + tid));
                 }
                 j += 1;
             }
             let mut j = 0;
             while j < BATCH {
                 if i + j < n {
-                    let F32x4([own, other, part, _]) = weights.ld(i + j);
+                    let ([own, other, part, _], v) = batch[j as usize];
                     sum = state::merge(sum, part, [own, other]);
-                    value = state::merge(value, values[j as usize], [own, other]);
+                    value = state::merge(value, v, [own, other]);
                 }
                 j += 1;
             }
@@ -108,7 +129,8 @@ fn merge(
         sync::sync_threads();
         first += n;
     }
-    if column < head_dim {
+    let column = first_column + tid;
+    if tid < COLUMNS && column < head_dim {
         let sink = super::sink(sinks, head);
         out.offset(row * head_dim as usize).st(column, value * state::normaliser(max, sum, sink));
     }

@@ -11,15 +11,17 @@
 //!   dimensions are multiples of 8, at most 256, or (576, 512). Arrays are 16-byte aligned. Nothing overlaps. Everything
 //!   that changes from step to step is in device memory, so a captured launch can be replayed.
 //! * Entries: `flash_{decode,prefill}_{dim}_{class}`. `dim` 64, 128, 256, 576 holds the head (the rest is zeros). Class
-//!   `f16`: F16 cache, copied asynchronously, two stages. `wide`: F16 and block formats in any pair, widened to f16 on
+//!   `f16`: F16 cache, copied asynchronously. `wide`: F16 and block formats in any pair, widened to f16 on
 //!   the way into shared memory. `split`: any pair with F32 or BF16 in it; all operands (q, k, v, p) are kept as a sum of two
 //!   bf16, 16 bits of mantissa over f32's range, and multiplied as three products.
 //! * Geometry: rows of a tile are (token, head of a KV head's group), 16 to a fragment. Prefill: 8 warps with 16 rows each (head
-//!   256: two warps share 16 rows, 576: four), grid [tiles, kv heads], long rows first. Decode: 4 warps share one
-//!   token's 16 rows, grid [tokens · ⌈group/16⌉, kv heads, spans]. Warps that share rows split a block's
-//!   scores by position and the output by dimension.
-//! * Decode splits positions over CTAs where there are few (`split`): each writes its span's state into `scratch`, a second
-//!   launch merges them. CTAs beyond a sequence's positions leave at once.
+//!   256: two warps share 16 rows, 4 warps where shared memory is short), grid [tiles, kv heads], long rows first.
+//!   Decode, and prefill of head 576, whose groups fill tiles: 4 warps share 16 rows of one token, grid
+//!   [tokens, kv heads · ⌈group/16⌉, shares]. Warps that share rows split a block's scores by position and the output by
+//!   dimension.
+//! * Decode splits a token's spans over CTAs where there are few tokens (`split`): each takes an equal share of the spans
+//!   that the token sees, whose number it reads on the device, and writes every span's state into `scratch`; a second
+//!   launch merges them. `scratch`: [row][span][head_dim_v] weighted values, then [row][span] of (maximum, sum).
 //! * Order of sums, the same in every kernel and geometry: positions are cut into spans of 256. Within a span, online
 //!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans are merged in order. A
 //!   block or span that a row does not see changes no bit of it. So a row depends on shapes, formats and its own positions
@@ -30,58 +32,74 @@
 //!
 //! Done for speed: (1) the row sum l is a product with a column of ones, so it needs neither unpacking nor shuffles,
 //! (2) rescaling is skipped where no row's maximum moved, (3) masks are applied only in blocks that some row does not see
-//! whole, (4) tiles are swizzled: no bank conflicts for ldmatrix or copies, (5) one barrier per block, so that one
-//! warp's softmax runs beside another's products.
+//! whole, (4) tiles are swizzled: no bank conflicts for ldmatrix or copies, (5) one barrier per block of a prefill, so
+//! that one warp's softmax runs beside another's products, (6) a decode's copies go on across spans, two blocks ahead:
+//! 128 KiB of the cache are under way per SM, (7) a decode's rows all see the same, so what they see stays in registers,
+//! read from the step's inputs before the wait for earlier launches.
 
-/// Calls a macro with each table of entries: the kernel's name, its own, the entries' first part, threads and CTAs per SM, then per row
-/// head dimension, class, how operands are kept, whether copied asynchronously, [steps of 16 along a key, columns of 8
-/// scores and of 8 outputs per warp], [warps that share rows, groups of rows].
+/// Calls a macro with each table of entries: the kernel's name, its own, the entries' first part, threads and CTAs per
+/// SM, then per row head dimension, class, how operands are kept, blocks in shared memory (1: copied when they are
+/// needed), [steps of 16 along a key, columns of 8 scores and of 8 outputs per warp], [warps that share rows, groups
+/// of rows].
 ///
-/// The tiles of head 576 serve prefill too.
+/// Tiles of one group of rows are of one token. Those of head 576 serve prefill too.
 macro_rules! for_each_table {
     ($callback:ident) => {
         $callback! { "flash" DECODE "flash_decode_" (128, 3)
-            64 "f16" F16 Half true [4 2 2] [4 1];
-            128 "f16" F16 Half true [8 2 4] [4 1];
-            64 "wide" Wide Half false [4 2 2] [4 1];
-            128 "wide" Wide Half false [8 2 4] [4 1];
+            64 "f16" F16 Half 3 [4 2 2] [4 1];
+            128 "f16" F16 Half 3 [8 2 4] [4 1];
+            64 "wide" Wide Half 1 [4 2 2] [4 1];
+            128 "wide" Wide Half 1 [8 2 4] [4 1];
         }
         $callback! { "flash" LARGE_DECODE "flash_decode_" (128, 2)
-            256 "f16" F16 Half true [16 1 8] [4 1];
-            576 "f16" F16 Half true [36 1 16] [4 1];
-            256 "wide" Wide Half false [16 1 8] [4 1];
-            576 "wide" Wide Half false [36 1 16] [4 1];
+            256 "f16" F16 Half 3 [16 1 8] [4 1];
+            576 "f16" F16 Half 2 [36 1 16] [4 1];
+            256 "wide" Wide Half 1 [16 1 8] [4 1];
+            576 "wide" Wide Half 1 [36 1 16] [4 1];
         }
         $callback! { "flash" PREFILL "flash_prefill_" (256, 1)
-            64 "f16" F16 Half true [4 8 8] [1 8];
-            128 "f16" F16 Half true [8 8 16] [1 8];
-            256 "f16" F16 Half true [16 2 16] [2 4];
-            64 "wide" Wide Half false [4 8 8] [1 8];
-            128 "wide" Wide Half false [8 8 16] [1 8];
-            256 "wide" Wide Half false [16 2 16] [2 4];
+            64 "f16" F16 Half 2 [4 8 8] [1 8];
+            128 "f16" F16 Half 2 [8 8 16] [1 8];
+            256 "f16" F16 Half 2 [16 2 16] [2 4];
+            64 "wide" Wide Half 1 [4 8 8] [1 8];
+            128 "wide" Wide Half 1 [8 8 16] [1 8];
+            256 "wide" Wide Half 1 [16 2 16] [2 4];
+        }
+        $callback! { "flash" NARROW_PREFILL "flash_prefill_narrow_" (128, 2)
+            256 "f16" F16 Half 2 [16 2 16] [2 2];
+            256 "wide" Wide Half 1 [16 2 16] [2 2];
         }
         $callback! { "flash_split" SPLIT_DECODE "flash_decode_" (128, 2)
-            64 "split" Split Split false [4 1 2] [4 1];
-            128 "split" Split Split false [8 1 4] [4 1];
-            256 "split" Split Split false [16 1 16] [2 1];
-            576 "split" Split Split false [36 1 16] [4 1];
+            64 "split" Split Split 1 [4 1 2] [4 1];
+            128 "split" Split Split 1 [8 1 4] [4 1];
+            256 "split" Split Split 1 [16 1 16] [2 1];
+            576 "split" Split Split 1 [36 1 16] [4 1];
         }
         $callback! { "flash_split" SPLIT_PREFILL "flash_prefill_" (256, 1)
-            64 "split" Split Split false [4 4 8] [1 8];
-            128 "split" Split Split false [8 4 16] [1 8];
-            256 "split" Split Split false [16 1 16] [2 4];
+            64 "split" Split Split 1 [4 4 8] [1 8];
+            128 "split" Split Split 1 [8 4 16] [1 8];
+            256 "split" Split Split 1 [16 1 16] [2 4];
+        }
+        $callback! { "flash_split" SPLIT_NARROW_PREFILL "flash_prefill_narrow_" (128, 2)
+            256 "split" Split Split 1 [16 1 16] [2 2];
         }
     };
 }
 
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
-mod attend;
+mod block;
+#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
+mod decode;
+#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
+mod entries;
 #[cfg(not(target_arch = "nvptx64"))]
 mod host;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod merge;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod plain;
+#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
+mod prefill;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
@@ -105,15 +123,15 @@ const TABLE_COLUMNS: usize = 5;
 const PLAIN_WARPS: u32 = 4;
 /// Most elements of a value row.
 const MAX_DIM_V: u32 = 512;
-/// Threads of a merging CTA.
+/// Threads of a merging CTA, and spans that it merges at a time.
 const MERGE_THREADS: u32 = 128;
+/// Dimensions of one.
+const MERGE_COLUMNS: u32 = 32;
 
 /// Bits of the argument `flags`: a token sees up to its own position.
 const CAUSAL: u32 = 1;
 /// Scores take a soft cap or slopes.
 const TRANSFORM: u32 = 2;
-/// A tile holds rows of one token only.
-const PER_TOKEN: u32 = 4;
 
 /// What of a tile is fixed per entry.
 #[derive(Clone, Copy, Debug)]
@@ -128,8 +146,8 @@ struct Tile {
     sharers: usize,
     /// Groups of [`ROWS`] rows.
     row_groups: usize,
-    /// Whether the next block is copied while one is computed.
-    asynchronous: bool,
+    /// Blocks in shared memory: while one is computed the others are copied.
+    stages: usize,
 }
 
 /// Offsets of a CTA's shared memory in 16-byte units, and the whole.
@@ -152,7 +170,7 @@ struct Layout {
 impl Tile {
     const fn new(
         planes: usize,
-        asynchronous: bool,
+        stages: usize,
         [key_steps, score_columns, out_columns]: [usize; 3],
         [sharers, row_groups]: [usize; 2],
     ) -> Tile {
@@ -162,12 +180,17 @@ impl Tile {
             planes,
             sharers,
             row_groups,
-            asynchronous,
+            stages,
         }
     }
 
     const fn rows(&self) -> usize {
         ROWS * self.row_groups
+    }
+
+    /// Whether all rows are of one token.
+    const fn per_token(&self) -> bool {
+        self.row_groups == 1
     }
 
     /// Whether a warp keeps its queries in registers: where they and twice the outputs leave room for the rest.
@@ -181,7 +204,7 @@ impl Tile {
     }
 
     const fn layout(&self) -> Layout {
-        let (k, stages) = (0, if self.asynchronous { 2 } else { 1 });
+        let (k, stages) = (0, self.stages);
         let v = k + stages * self.planes * self.block * self.dims[0] / 8;
         let tiles = v + stages * self.planes * self.block * self.dims[1] / 8;
         // Queries on their way to registers lie where keys and values will.
@@ -192,8 +215,11 @@ impl Tile {
         let shared = self.sharers > 1;
         let maxima = p + if shared { self.planes * self.rows() * self.block / 8 } else { 0 };
         let rows = maxima + if shared { self.sharers * self.rows() / 4 } else { 0 };
-        let views = rows + TABLE_COLUMNS * self.rows() / 4;
-        Layout { k, v, q, p, maxima, rows, views, end: views + 2 * self.sharers * self.row_groups }
+        // Rows of one token all see the same, which needs no table.
+        let tables = if self.per_token() { 0 } else { 1 };
+        let views = rows + tables * TABLE_COLUMNS * self.rows() / 4;
+        let end = views + tables * 2 * self.sharers * self.row_groups;
+        Layout { k, v, q, p, maxima, rows, views, end }
     }
 }
 

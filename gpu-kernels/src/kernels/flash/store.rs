@@ -223,7 +223,7 @@ pub(super) fn fill<C: Class>(
 #[cfg_attr(target_arch = "nvptx64", inline(always))]
 #[track_caller]
 pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim: u32, threads: u32) {
-    // Computed anew for each block: see `attend::block`.
+    // Computed anew for each block: see `block::block`.
     let (given, thread) = (head_dim / 8, math::fresh(thread::thread_idx_x()));
     // The threads go through the tile together, and come out even. In a loop, for the addresses' sake.
     let units = n_rows * to.units;
@@ -240,5 +240,36 @@ pub(super) fn copy(from: Glb<u8>, to: Store, n_rows: u32, n_valid: u32, head_dim
             }
         }
         first += threads;
+    }
+}
+
+/// [`copy`] where a pass of the threads takes whole groups of eight rows, in which the places of units repeat: from pass to
+/// pass a thread's addresses grow by the same. Most blocks are whole and fill the tile: they are copied without a test.
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
+#[track_caller]
+pub(super) fn copy_in_passes(
+    from: Glb<u8>,
+    to: Store,
+    n_rows: u32,
+    n_valid: u32,
+    head_dim: u32,
+    threads: u32,
+) {
+    let thread = thread::thread_idx_x();
+    let (r, c) = (thread / to.units, thread % to.units);
+    let (at, given, pass) = (to.at(r, c), head_dim / 8, threads / to.units);
+    let from = from.cast::<U32x4>().offset((r * given + c) as usize);
+    let mut first = 0;
+    if given == to.units && n_valid >= n_rows {
+        while first < n_rows {
+            async_copy::copy16(to.rows, at + first * to.units, from, first * to.units);
+            first += pass;
+        }
+    } else if c < given {
+        while first < n_rows {
+            let there = first + r < n_valid;
+            async_copy::copy16_or_zero(to.rows, at + first * to.units, from, first * given, there);
+            first += pass;
+        }
     }
 }

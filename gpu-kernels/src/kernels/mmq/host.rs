@@ -67,7 +67,7 @@ const PAIRED_PERCENT: usize = 95;
 /// Most warps of a narrow cut of 16 columns, and of the others: registers are 128 and 255 a thread.
 const MOST_WARPS: [u32; 2] = [16, 8];
 /// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
-const HOPPER_DRIVER: u32 = 12_040;
+pub(crate) const HOPPER_DRIVER: u32 = 12_040;
 
 impl Cut {
     /// Narrow cuts of one row tile with as many warps as registers allow.

@@ -265,6 +265,13 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         with_token!((_mm256_srli_epi32::<N>(a.0), _mm256_srli_epi32::<N>(a.1)))
     }
     #[inline(always)]
+    fn shr_by(self, a: I, n: u32) -> I {
+        with_token!({
+            let n = _mm_cvtsi32_si128(n as i32);
+            (_mm256_srl_epi32(a.0, n), _mm256_srl_epi32(a.1, n))
+        })
+    }
+    #[inline(always)]
     fn shl<const N: i32>(self, a: I) -> I {
         with_token!((_mm256_slli_epi32::<N>(a.0), _mm256_slli_epi32::<N>(a.1)))
     }
@@ -346,6 +353,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
+    fn prefetch_far(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn idot<const T: usize, const STEPS: usize, const CLASS: usize>(
         self,
         codes: *const u8,
@@ -418,5 +430,90 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             }
             acc
         }
+    }
+    #[inline(always)]
+    unsafe fn pair16(self, a: *const u8, b: *const u8) -> I {
+        // SAFETY: 16 readable bytes at each by contract; the token proves the instructions.
+        unsafe {
+            let twice = |p: *const u8| _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast()));
+            (twice(a), twice(b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair32(self, a: *const u8, b: *const u8) -> I {
+        // SAFETY: 32 readable bytes at each by contract; the token proves the instructions.
+        unsafe { (_mm256_loadu_si256(a.cast()), _mm256_loadu_si256(b.cast())) }
+    }
+    #[inline(always)]
+    fn pair_nibbles(self, v: I) -> I {
+        with_token!({
+            let shift = _mm256_setr_epi64x(0, 0, 4, 4);
+            let nibbles = |v| _mm256_and_si256(_mm256_srlv_epi64(v, shift), _mm256_set1_epi32(0x0f0f_0f0f));
+            (nibbles(v.0), nibbles(v.1))
+        })
+    }
+    #[inline(always)]
+    fn pair_bits(self, a: u32, b: u32, value: u8) -> I {
+        with_token!({
+            // Byte i gets byte i / 8 of the word, of which bit i % 8 is looked at.
+            let spread =
+                _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201u64 as i64);
+            let bytes = |word: u32| {
+                let word = _mm256_shuffle_epi8(_mm256_set1_epi32(word as i32), spread);
+                let set = _mm256_cmpeq_epi8(_mm256_and_si256(word, bit), bit);
+                _mm256_and_si256(set, _mm256_set1_epi8(value as i8))
+            };
+            (bytes(a), bytes(b))
+        })
+    }
+    #[inline(always)]
+    unsafe fn pair_dot<const CLASS: usize>(self, codes: I, q: *const i8) -> I {
+        // SAFETY: 32 readable bytes by contract; the token proves the instructions.
+        unsafe {
+            let q = _mm256_loadu_si256(q.cast());
+            let dot = |codes| {
+                if VNNI {
+                    return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes, q);
+                }
+                let (unsigned, q) = if CLASS == 0 {
+                    // |code - 128| as unsigned times the activation with that sign, as in `idot`.
+                    let signed = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+                    (_mm256_abs_epi8(signed), _mm256_sign_epi8(q, signed))
+                } else {
+                    (codes, q)
+                };
+                _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned, q), _mm256_set1_epi16(1))
+            };
+            (dot(codes.0), dot(codes.1))
+        }
+    }
+    #[inline(always)]
+    fn pair_rest<const CLASS: usize>(self) -> i32 {
+        if !VNNI && CLASS == 0 { 128 } else { 0 }
+    }
+    #[inline(always)]
+    fn pair_sums(self, pairs: [I; 8]) -> [I; 2] {
+        with_token!({
+            let two = |a, b| _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let four = |a, b, c, d| {
+                let (a, b) = (two(a, b), two(c, d));
+                _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
+            };
+            // Each holds four rows' first halves, then their second.
+            let [p0, p1, p2, p3, p4, p5, p6, p7] = pairs;
+            let first = (four(p0.0, p1.0, p2.0, p3.0), four(p4.0, p5.0, p6.0, p7.0));
+            let second = (four(p0.1, p1.1, p2.1, p3.1), four(p4.1, p5.1, p6.1, p7.1));
+            [
+                (
+                    _mm256_permute2x128_si256::<0x20>(first.0, first.1),
+                    _mm256_permute2x128_si256::<0x20>(second.0, second.1),
+                ),
+                (
+                    _mm256_permute2x128_si256::<0x31>(first.0, first.1),
+                    _mm256_permute2x128_si256::<0x31>(second.0, second.1),
+                ),
+            ]
+        })
     }
 }

@@ -266,6 +266,10 @@ impl Simd for Avx512 {
         with_token!(_mm512_srl_epi32(a, _mm_cvtsi32_si128(N)))
     }
     #[inline(always)]
+    fn shr_by(self, a: __m512i, n: u32) -> __m512i {
+        with_token!(_mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32)))
+    }
+    #[inline(always)]
     fn shl<const N: i32>(self, a: __m512i) -> __m512i {
         with_token!(_mm512_sll_epi32(a, _mm_cvtsi32_si128(N)))
     }
@@ -369,6 +373,11 @@ impl Simd for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
+    fn prefetch_far(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn idot<const T: usize, const STEPS: usize, const CLASS: usize>(
         self,
         codes: *const u8,
@@ -394,5 +403,63 @@ impl Simd for Avx512 {
             }
             acc
         }
+    }
+    #[inline(always)]
+    unsafe fn pair16(self, a: *const u8, b: *const u8) -> __m512i {
+        // SAFETY: 16 readable bytes at each by contract; the token proves the instructions.
+        unsafe {
+            let a = _mm512_broadcast_i32x4(_mm_loadu_si128(a.cast()));
+            _mm512_mask_broadcast_i32x4(a, 0xff00, _mm_loadu_si128(b.cast()))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair32(self, a: *const u8, b: *const u8) -> __m512i {
+        // SAFETY: 32 readable bytes at each by contract; the token proves the instructions.
+        unsafe {
+            let a = _mm512_castsi256_si512(_mm256_loadu_si256(a.cast()));
+            _mm512_inserti64x4::<1>(a, _mm256_loadu_si256(b.cast()))
+        }
+    }
+    #[inline(always)]
+    fn pair_nibbles(self, v: __m512i) -> __m512i {
+        with_token!({
+            let shifted = _mm512_srlv_epi64(v, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+            _mm512_and_si512(shifted, _mm512_set1_epi32(0x0f0f_0f0f))
+        })
+    }
+    #[inline(always)]
+    fn pair_bits(self, a: u32, b: u32, value: u8) -> __m512i {
+        with_token!(_mm512_maskz_set1_epi8(u64::from(a) | u64::from(b) << 32, value as i8))
+    }
+    #[inline(always)]
+    unsafe fn pair_dot<const CLASS: usize>(self, codes: __m512i, q: *const i8) -> __m512i {
+        // SAFETY: 32 readable bytes by contract; the token proves the instructions.
+        unsafe {
+            let q = _mm512_broadcast_i64x4(_mm256_loadu_si256(q.cast()));
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, q)
+        }
+    }
+    #[inline(always)]
+    fn pair_rest<const CLASS: usize>(self) -> i32 {
+        0
+    }
+    #[inline(always)]
+    fn pair_sums(self, pairs: [__m512i; 8]) -> [__m512i; 2] {
+        with_token!({
+            // Four rows of four lanes to one lane each: two steps of adding what is interleaved.
+            let two = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let four = |i: usize| {
+                let (a, b) = (two(pairs[i], pairs[i + 1]), two(pairs[i + 2], pairs[i + 3]));
+                _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
+            };
+            // Each holds, in fours: rows i.., first half; second half; rows 8 + i.., first half; second half.
+            let (low, high) = (four(0), four(4));
+            let pick = |half: i64| {
+                let index = [0, 1, 8, 9, 4, 5, 12, 13].map(|i| i + 2 * half);
+                let index = _mm512_loadu_si512(index.as_ptr().cast());
+                _mm512_permutex2var_epi64(low, index, high)
+            };
+            [pick(0), pick(1)]
+        })
     }
 }

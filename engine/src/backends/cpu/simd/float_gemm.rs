@@ -6,6 +6,7 @@
 use quant::FormatId;
 
 use super::operands::{Rows, Store};
+use super::panel::FAR_BYTES;
 use super::vector::{Simd, SimdOp};
 
 /// How far a single token's stream of rows is fetched ahead (measured: half of it is slower, twice is no faster).
@@ -136,7 +137,9 @@ impl<const KIND: usize, const R: usize, const T: usize> SimdOp for FloatTile<KIN
                 // SAFETY: the maker gave `k` elements behind every pointer.
                 unsafe {
                     if T == 1 && self.ahead > 0 && k * elem % 64 == 0 {
-                        s.prefetch(self.w[turn].wrapping_add(STREAM_AHEAD_BYTES + k * elem));
+                        let line = self.w[turn].wrapping_add(k * elem);
+                        s.prefetch(line.wrapping_add(STREAM_AHEAD_BYTES));
+                        s.prefetch_far(line.wrapping_add(FAR_BYTES));
                     }
                     if T == 2 && self.ahead > 0 && k * elem % 64 == 0 {
                         // The rows of the next tile: rows are too short for prefetchers to catch on. With more tokens

@@ -39,6 +39,7 @@ mod operands;
 mod panel;
 mod quant_gemm;
 mod rope;
+mod row_dot;
 mod rows;
 mod scalar;
 mod scratch;

@@ -12,6 +12,7 @@ use quant::format::GROUP;
 use super::act::{Cell, Tiles, tile_max};
 use super::operands::Store;
 use super::panel::{CODE_BYTES, Panel, ROWS};
+use super::row_dot::{self, RowDots};
 use super::scratch::{Line, take};
 use super::unpack::Unpack;
 use super::vector::{Simd, SimdOp, pair_sums};
@@ -70,31 +71,19 @@ impl<const T: usize, const CLASS: usize, const HALVES: usize, const OFFSET: bool
                         let sums = cells.map(|c| (&raw const (*c).half_sums[half]));
                         let dots = s.idot::<T, 4, CLASS>(codes.add(half * 4 * 64), q, sums, self.bias);
                         let scale = s.load(&*scale.add(half));
-                        for t in 0..T {
-                            let d = s.mul(scale, s.splat((*cells[t]).d));
-                            acc[t] = s.fma(d, s.i32_to_f32(dots[t]), acc[t]);
-                        }
+                        add_scaled(s, &mut acc, dots, scale, cells.map(|c| (*c).d));
                     }
                     if OFFSET {
                         for half in 0..2 {
                             let offset = s.load(&*offset.add(half));
-                            for t in 0..T {
-                                acc[t] = s.fma(offset, s.splat((*cells[t]).half_d_sums[half]), acc[t]);
-                            }
+                            add_offset(s, &mut acc, offset, cells.map(|c| (*c).half_d_sums[half]));
                         }
                     }
                 } else {
                     let dots = s.idot::<T, 8, CLASS>(codes, q, cells.map(|c| &raw const (*c).sum), self.bias);
-                    let scale = s.load(&*scale);
-                    for t in 0..T {
-                        let d = s.mul(scale, s.splat((*cells[t]).d));
-                        acc[t] = s.fma(d, s.i32_to_f32(dots[t]), acc[t]);
-                    }
+                    add_scaled(s, &mut acc, dots, s.load(&*scale), cells.map(|c| (*c).d));
                     if OFFSET {
-                        let offset = s.load(&*offset);
-                        for t in 0..T {
-                            acc[t] = s.fma(offset, s.splat((*cells[t]).d_sum), acc[t]);
-                        }
+                        add_offset(s, &mut acc, s.load(&*offset), cells.map(|c| (*c).d_sum));
                     }
                 }
             }
@@ -103,6 +92,28 @@ impl<const T: usize, const CLASS: usize, const HALVES: usize, const OFFSET: bool
             // SAFETY: the maker gave `T` sums.
             s.store(acc[t], unsafe { &mut *self.acc.add(t) });
         }
+    }
+}
+
+/// Adds a group's (or a half's) integer sums times its rows' scales and the tokens'.
+#[inline(always)]
+pub(super) fn add_scaled<S: Simd, const T: usize>(
+    s: S,
+    acc: &mut [S::F; T],
+    dots: [S::I; T],
+    scale: S::F,
+    d: [f32; T],
+) {
+    for t in 0..T {
+        acc[t] = s.fma(s.mul(scale, s.splat(d[t])), s.i32_to_f32(dots[t]), acc[t]);
+    }
+}
+
+/// Adds the rows' offsets times the tokens' sums.
+#[inline(always)]
+pub(super) fn add_offset<S: Simd, const T: usize>(s: S, acc: &mut [S::F; T], offset: S::F, sums: [f32; T]) {
+    for t in 0..T {
+        acc[t] = s.fma(offset, s.splat(sums[t]), acc[t]);
     }
 }
 
@@ -216,6 +227,20 @@ impl<F: BlockFormat> SimdOp for Job<'_, F> {
                             core::ptr::copy_nonoverlapping(source, tail[r * bytes..].as_mut_ptr(), bytes);
                         }
                         (at, stride, unpack_first) = (tail.as_ptr(), bytes, 0);
+                    }
+                    if self.tokens == 1 && row_dot::knows(F::ID) {
+                        s.call(RowDots::<F> {
+                            rows: at,
+                            stride,
+                            first_group: unpack_first,
+                            groups,
+                            panel,
+                            cells: self.cells.add(first_group),
+                            acc: sums.add(p),
+                            first: first_group == 0,
+                            format: PhantomData,
+                        });
+                        continue;
                     }
                     s.call(Unpack::<F> {
                         rows: at,

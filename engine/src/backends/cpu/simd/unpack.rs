@@ -44,7 +44,8 @@ impl<F: BlockFormat> SimdOp for Unpack<F> {
                     offset: self.panel.offset.add(i * F::GROUPS * halves),
                 };
                 if unpack_blocks::knows(F::ID) {
-                    unpack_blocks::block(s, F::ID, at, self.stride, panel, &mut ahead);
+                    unpack_blocks::scales(s, F::ID, at, self.stride, panel, &mut ahead);
+                    unpack_blocks::codes(s, F::ID, at, self.stride, panel, &mut ahead);
                 } else if unpack_codebook::knows(F::ID) {
                     unpack_codebook::block(s, F::ID, at, self.stride, panel, &mut ahead);
                 } else {

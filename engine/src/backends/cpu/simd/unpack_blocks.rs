@@ -8,7 +8,7 @@ use quant::FormatId;
 use super::panel::{Ahead, CODE_BYTES, Panel, columns};
 use super::vector::Simd;
 
-/// Whether [`block`] knows the format.
+/// Whether [`scales`] and [`codes`] know the format.
 pub(super) const fn knows(id: FormatId) -> bool {
     use FormatId::*;
     matches!(
@@ -20,7 +20,7 @@ pub(super) const fn knows(id: FormatId) -> bool {
 /// What IQ4 codes are biased by.
 const IQ4_BIAS: i32 = 128;
 /// Codes of the IQ4 nibbles.
-const IQ4_CODES: [u8; 16] = {
+pub(super) const IQ4_CODES: [u8; 16] = {
     let mut codes = [0; 16];
     let mut i = 0;
     while i < 16 {
@@ -31,18 +31,18 @@ const IQ4_CODES: [u8; 16] = {
 };
 
 /// Codes of the E2M1 nibbles, as in quant's `mxfp4`: twice the value, biased by 12.
-const E2M1_CODES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+pub(super) const E2M1_CODES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
 /// The low nibbles of a word's bytes.
 pub(super) const NIBBLES: u32 = 0x0f0f_0f0f;
 
-/// One block of each of 16 rows into `panel`, which points at the block's first group.
+/// Scales and offsets of one block of each of 16 rows into `panel`, which points at the block's first group.
 ///
 /// # Safety
 /// * A block of a format that this module [`knows`] is readable at each `p + i·stride`.
 /// * `panel` has room for the block's groups.
 #[inline(always)]
-pub(super) unsafe fn block<S: Simd>(
+pub(super) unsafe fn scales<S: Simd>(
     s: S,
     id: FormatId,
     p: *const u8,
@@ -53,41 +53,12 @@ pub(super) unsafe fn block<S: Simd>(
     // SAFETY: every offset below lies in the format's block (the layouts are in quant's files).
     unsafe {
         match id {
-            FormatId::Q4_0 => {
+            FormatId::Q4_0 | FormatId::Q5_0 | FormatId::Q8_0 | FormatId::IQ4_NL => {
                 scale(s, panel, 0, s.gather_f16(p, stride));
-                nibbles(s, columns(s, ahead, p.add(2), stride), panel.codes, |v| v);
             }
-            FormatId::Q4_1 => {
+            FormatId::Q4_1 | FormatId::Q5_1 => {
                 scale(s, panel, 0, s.gather_f16(p, stride));
                 offset(s, panel, 0, s.gather_f16(p.add(2), stride));
-                nibbles(s, columns(s, ahead, p.add(4), stride), panel.codes, |v| v);
-            }
-            FormatId::Q5_0 => {
-                // The first 16 bytes hold the scale and the fifth bits at 2..6.
-                let head = columns(s, ahead, p, stride);
-                scale(s, panel, 0, s.low_f16(head[0]));
-                let fifth = s.or(s.shr::<16>(head[0]), s.shl::<16>(head[1]));
-                nibbles_and_fifth(s, columns(s, ahead, p.add(6), stride), fifth, panel.codes);
-            }
-            FormatId::Q5_1 => {
-                let head = columns(s, ahead, p, stride);
-                scale(s, panel, 0, s.low_f16(head[0]));
-                offset(s, panel, 0, s.low_f16(s.shr::<16>(head[0])));
-                nibbles_and_fifth(s, columns(s, ahead, p.add(8), stride), head[1], panel.codes);
-            }
-            FormatId::Q8_0 => {
-                scale(s, panel, 0, s.gather_f16(p, stride));
-                for half in 0..2 {
-                    let words = columns(s, ahead, p.add(2 + 16 * half), stride);
-                    for (c, word) in words.into_iter().enumerate() {
-                        s.store_i32(s.xor(word, 0x8080_8080), panel.codes.add((4 * half + c) * 64));
-                    }
-                }
-            }
-            FormatId::IQ4_NL => {
-                scale(s, panel, 0, s.gather_f16(p, stride));
-                let look = |v| s.lookup(v, &IQ4_CODES);
-                nibbles(s, columns(s, ahead, p.add(2), stride), panel.codes, look);
             }
             FormatId::IQ4_XS => {
                 let head = columns(s, ahead, p, stride);
@@ -97,13 +68,146 @@ pub(super) unsafe fn block<S: Simd>(
                     let six = s.or(s.and(low, 0xf), s.shl::<4>(s.and(high, 3)));
                     (high, low) = (s.shr::<2>(high), s.shr::<4>(low));
                     scale(s, panel, g, s.mul(d, s.sub(s.i32_to_f32(six), s.splat(32.0))));
+                }
+            }
+            FormatId::Q4_K | FormatId::Q5_K => scales_and_mins(s, ahead, p, stride, panel),
+            FormatId::Q6_K => {
+                let d = s.gather_f16(p.add(208), stride);
+                // Signed bytes as words: flipping the sign bit adds 128, which is taken off again exactly.
+                for (w, word) in columns(s, ahead, p.add(192), stride).into_iter().enumerate() {
+                    let mut word = s.xor(word, 0x8080_8080);
+                    for i in 0..4 {
+                        let byte = s.sub(s.i32_to_f32(s.and(word, 0xff)), s.splat(128.0));
+                        scale(s, panel, 4 * w + i, s.mul(d, byte));
+                        word = s.shr::<8>(word);
+                    }
+                }
+            }
+            FormatId::Q2_K => {
+                let d = columns(s, ahead, p.add(68), stride)[3];
+                let dmin = s.sub(s.splat(0.0), s.low_f16(s.shr::<16>(d)));
+                let d = s.low_f16(d);
+                for (w, mut word) in columns(s, ahead, p, stride).into_iter().enumerate() {
+                    for i in 0..4 {
+                        scale(s, panel, 4 * w + i, s.mul(d, s.i32_to_f32(s.and(word, 0xf))));
+                        let min = s.i32_to_f32(s.and(s.shr::<4>(word), 0xf));
+                        offset(s, panel, 4 * w + i, s.mul(dmin, min));
+                        word = s.shr::<8>(word);
+                    }
+                }
+            }
+            FormatId::Q3_K => {
+                // Scales are at 96..108, the half after them: two bytes off a load that ends with the block.
+                let tail = columns(s, ahead, p.add(94), stride);
+                let a = s.or(s.shr::<16>(tail[0]), s.shl::<16>(tail[1]));
+                let b = s.or(s.shr::<16>(tail[1]), s.shl::<16>(tail[2]));
+                let mut high = s.or(s.shr::<16>(tail[2]), s.shl::<16>(tail[3]));
+                let d = s.low_f16(s.shr::<16>(tail[3]));
+                for (w, low) in [a, b, s.shr::<4>(a), s.shr::<4>(b)].into_iter().enumerate() {
+                    let mut six = s.or(s.and(low, NIBBLES), s.shl::<4>(s.and(high, 0x0303_0303)));
+                    high = s.shr::<2>(high);
+                    for i in 0..4 {
+                        let signed = s.sub(s.i32_to_f32(s.and(six, 0xff)), s.splat(32.0));
+                        scale(s, panel, 4 * w + i, s.mul(d, signed));
+                        six = s.shr::<8>(six);
+                    }
+                }
+            }
+            FormatId::TQ2_0 => {
+                let d = s.gather_f16(p.add(64), stride);
+                for g in 0..8 {
+                    scale(s, panel, g, d);
+                }
+            }
+            FormatId::TQ1_0 => {
+                let d = s.gather_f16(p.add(52), stride);
+                for g in 0..8 {
+                    scale(s, panel, g, d);
+                }
+            }
+            FormatId::Q1_0 => {
+                let d = s.gather_f16(p, stride);
+                for g in 0..4 {
+                    scale(s, panel, g, d);
+                }
+            }
+            FormatId::Q2_0 => {
+                let d = s.gather_f16(p, stride);
+                scale(s, panel, 0, d);
+                scale(s, panel, 1, d);
+            }
+            FormatId::MXFP4 => {
+                // 2^(e - 128) as two factors, because the smallest are subnormal.
+                let e = s.i32_to_f32(s.and(columns(s, ahead, p, stride)[0], 0xff));
+                let e = s.sub(e, s.splat(128.0));
+                let normal = s.max(e, s.splat(-126.0));
+                scale(s, panel, 0, s.mul(s.pow2(normal), s.pow2(s.sub(e, normal))));
+            }
+            FormatId::NVFP4 => {
+                let mut scales = columns(s, ahead, p, stride)[0];
+                for i in 0..4 {
+                    // E4M3 bits are those of a half whose exponent is biased by 8 more; halved, 2^7 remain. 0x7f is 0.
+                    let value = s.low_f16(s.shl::<7>(s.and(scales, 0x7f)));
+                    let byte = s.i32_to_f32(s.and(scales, 0xff));
+                    let from_nan = s.abs(s.sub(byte, s.splat(127.0)));
+                    let value = s.mul(value, s.splat(128.0));
+                    scale(s, panel, i, s.select_lt(from_nan, s.splat(0.5), s.splat(0.0), value));
+                    scales = s.shr::<8>(scales);
+                }
+            }
+            _ => unreachable!("no vector unpacker for {id}"),
+        }
+    }
+}
+
+/// Codes of one block of each of 16 rows, as [`scales`].
+///
+/// # Safety
+/// * As there.
+#[inline(always)]
+pub(super) unsafe fn codes<S: Simd>(
+    s: S,
+    id: FormatId,
+    p: *const u8,
+    stride: usize,
+    panel: Panel,
+    ahead: &mut Ahead,
+) {
+    // SAFETY: every offset below lies in the format's block (the layouts are in quant's files).
+    unsafe {
+        match id {
+            FormatId::Q4_0 => nibbles(s, columns(s, ahead, p.add(2), stride), panel.codes, |v| v),
+            FormatId::Q4_1 => nibbles(s, columns(s, ahead, p.add(4), stride), panel.codes, |v| v),
+            FormatId::Q5_0 => {
+                // The first 16 bytes hold the fifth bits at 2..6.
+                let head = columns(s, ahead, p, stride);
+                let fifth = s.or(s.shr::<16>(head[0]), s.shl::<16>(head[1]));
+                nibbles_and_fifth(s, columns(s, ahead, p.add(6), stride), fifth, panel.codes);
+            }
+            FormatId::Q5_1 => {
+                let head = columns(s, ahead, p, stride);
+                nibbles_and_fifth(s, columns(s, ahead, p.add(8), stride), head[1], panel.codes);
+            }
+            FormatId::Q8_0 => {
+                for half in 0..2 {
+                    let words = columns(s, ahead, p.add(2 + 16 * half), stride);
+                    for (c, word) in words.into_iter().enumerate() {
+                        s.store_i32(s.xor(word, 0x8080_8080), panel.codes.add((4 * half + c) * 64));
+                    }
+                }
+            }
+            FormatId::IQ4_NL => {
+                let look = |v| s.lookup(v, &IQ4_CODES);
+                nibbles(s, columns(s, ahead, p.add(2), stride), panel.codes, look);
+            }
+            FormatId::IQ4_XS => {
+                for g in 0..8 {
                     let look = |v| s.lookup(v, &IQ4_CODES);
                     let words = columns(s, ahead, p.add(8 + 16 * g), stride);
                     nibbles(s, words, panel.codes.add(g * CODE_BYTES), look);
                 }
             }
             FormatId::Q4_K => {
-                scales_and_mins(s, ahead, p, stride, panel);
                 for pair in 0..4 {
                     let codes = panel.codes.add(2 * pair * CODE_BYTES);
                     for half in 0..2 {
@@ -117,7 +221,6 @@ pub(super) unsafe fn block<S: Simd>(
                 }
             }
             FormatId::Q5_K => {
-                scales_and_mins(s, ahead, p, stride, panel);
                 for half in 0..2 {
                     let mut fifth = columns(s, ahead, p.add(16 + 16 * half), stride);
                     for pair in 0..4 {
@@ -135,16 +238,6 @@ pub(super) unsafe fn block<S: Simd>(
                 }
             }
             FormatId::Q6_K => {
-                let d = s.gather_f16(p.add(208), stride);
-                // Signed bytes as words: flipping the sign bit adds 128, which is taken off again exactly.
-                for (w, word) in columns(s, ahead, p.add(192), stride).into_iter().enumerate() {
-                    let mut word = s.xor(word, 0x8080_8080);
-                    for i in 0..4 {
-                        let byte = s.sub(s.i32_to_f32(s.and(word, 0xff)), s.splat(128.0));
-                        scale(s, panel, 4 * w + i, s.mul(d, byte));
-                        word = s.shr::<8>(word);
-                    }
-                }
                 for plane in 0..2 {
                     for half in 0..2 {
                         let high = columns(s, ahead, p.add(128 + 32 * plane + 16 * half), stride);
@@ -165,36 +258,8 @@ pub(super) unsafe fn block<S: Simd>(
                     }
                 }
             }
-            FormatId::Q2_K => {
-                let d = columns(s, ahead, p.add(68), stride)[3];
-                let dmin = s.sub(s.splat(0.0), s.low_f16(s.shr::<16>(d)));
-                let d = s.low_f16(d);
-                for (w, mut word) in columns(s, ahead, p, stride).into_iter().enumerate() {
-                    for i in 0..4 {
-                        scale(s, panel, 4 * w + i, s.mul(d, s.i32_to_f32(s.and(word, 0xf))));
-                        let min = s.i32_to_f32(s.and(s.shr::<4>(word), 0xf));
-                        offset(s, panel, 4 * w + i, s.mul(dmin, min));
-                        word = s.shr::<8>(word);
-                    }
-                }
-                two_bits(s, ahead, p.add(16), stride, panel.codes);
-            }
+            FormatId::Q2_K => two_bits(s, ahead, p.add(16), stride, panel.codes),
             FormatId::Q3_K => {
-                // Scales are at 96..108, the half after them: two bytes off a load that ends with the block.
-                let tail = columns(s, ahead, p.add(94), stride);
-                let a = s.or(s.shr::<16>(tail[0]), s.shl::<16>(tail[1]));
-                let b = s.or(s.shr::<16>(tail[1]), s.shl::<16>(tail[2]));
-                let mut high = s.or(s.shr::<16>(tail[2]), s.shl::<16>(tail[3]));
-                let d = s.low_f16(s.shr::<16>(tail[3]));
-                for (w, low) in [a, b, s.shr::<4>(a), s.shr::<4>(b)].into_iter().enumerate() {
-                    let mut six = s.or(s.and(low, NIBBLES), s.shl::<4>(s.and(high, 0x0303_0303)));
-                    high = s.shr::<2>(high);
-                    for i in 0..4 {
-                        let signed = s.sub(s.i32_to_f32(s.and(six, 0xff)), s.splat(32.0));
-                        scale(s, panel, 4 * w + i, s.mul(d, signed));
-                        six = s.shr::<8>(six);
-                    }
-                }
                 two_bits(s, ahead, p.add(32), stride, panel.codes);
                 for half in 0..2 {
                     for (c, mut thirds) in columns(s, ahead, p.add(16 * half), stride).into_iter().enumerate()
@@ -208,18 +273,8 @@ pub(super) unsafe fn block<S: Simd>(
                     }
                 }
             }
-            FormatId::TQ2_0 => {
-                let d = s.gather_f16(p.add(64), stride);
-                for g in 0..8 {
-                    scale(s, panel, g, d);
-                }
-                two_bits(s, ahead, p, stride, panel.codes);
-            }
+            FormatId::TQ2_0 => two_bits(s, ahead, p, stride, panel.codes),
             FormatId::TQ1_0 => {
-                let d = s.gather_f16(p.add(52), stride);
-                for g in 0..8 {
-                    scale(s, panel, g, d);
-                }
                 for part in 0..2 {
                     for (c, word) in columns(s, ahead, p.add(16 * part), stride).into_iter().enumerate() {
                         trits::<S, 5>(s, word, panel.codes.add((4 * part + c) * 64), CODE_BYTES);
@@ -234,9 +289,7 @@ pub(super) unsafe fn block<S: Simd>(
                 trits::<S, 4>(s, last, panel.codes.add(7 * CODE_BYTES + CODE_BYTES / 2), 64);
             }
             FormatId::Q1_0 => {
-                let d = s.gather_f16(p, stride);
                 for (g, mut bits) in columns(s, ahead, p.add(2), stride).into_iter().enumerate() {
-                    scale(s, panel, g, d);
                     for c in 0..8 {
                         let codes = s.shl::<1>(spread_bits(s, bits));
                         s.store_i32(codes, panel.codes.add(g * CODE_BYTES + c * 64));
@@ -245,9 +298,6 @@ pub(super) unsafe fn block<S: Simd>(
                 }
             }
             FormatId::Q2_0 => {
-                let d = s.gather_f16(p, stride);
-                scale(s, panel, 0, d);
-                scale(s, panel, 1, d);
                 for (w, mut word) in columns(s, ahead, p.add(2), stride).into_iter().enumerate() {
                     for i in 0..4 {
                         s.store_i32(spread_pairs(s, word), panel.codes.add((4 * w + i) * 64));
@@ -256,11 +306,6 @@ pub(super) unsafe fn block<S: Simd>(
                 }
             }
             FormatId::MXFP4 => {
-                // 2^(e - 128) as two factors, because the smallest are subnormal.
-                let e = s.i32_to_f32(s.and(columns(s, ahead, p, stride)[0], 0xff));
-                let e = s.sub(e, s.splat(128.0));
-                let normal = s.max(e, s.splat(-126.0));
-                scale(s, panel, 0, s.mul(s.pow2(normal), s.pow2(s.sub(e, normal))));
                 for (c, word) in columns(s, ahead, p.add(1), stride).into_iter().enumerate() {
                     let (low, high) = two_nibbles(s, word);
                     s.store_i32(s.lookup(low, &E2M1_CODES), panel.codes.add(c * 64));
@@ -268,16 +313,6 @@ pub(super) unsafe fn block<S: Simd>(
                 }
             }
             FormatId::NVFP4 => {
-                let mut scales = columns(s, ahead, p, stride)[0];
-                for i in 0..4 {
-                    // E4M3 bits are those of a half whose exponent is biased by 8 more; halved, 2^7 remain. 0x7f is 0.
-                    let value = s.low_f16(s.shl::<7>(s.and(scales, 0x7f)));
-                    let byte = s.i32_to_f32(s.and(scales, 0xff));
-                    let from_nan = s.abs(s.sub(byte, s.splat(127.0)));
-                    let value = s.mul(value, s.splat(128.0));
-                    scale(s, panel, i, s.select_lt(from_nan, s.splat(0.5), s.splat(0.0), value));
-                    scales = s.shr::<8>(scales);
-                }
                 for g in 0..2 {
                     for (w, word) in columns(s, ahead, p.add(4 + 16 * g), stride).into_iter().enumerate() {
                         let at = panel.codes.add(g * CODE_BYTES + (w / 2 * 4 + w % 2) * 64);
@@ -348,7 +383,7 @@ unsafe fn nibbles_and_fifth<S: Simd>(s: S, words: [S::I; 4], mut fifth: S::I, co
 /// Scales and offsets of Q4_K and Q5_K: the block's first 16 bytes are d, dmin and the packed 6-bit pairs.
 ///
 /// # Safety
-/// * As [`block`].
+/// * As [`scales`].
 #[inline(always)]
 unsafe fn scales_and_mins<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
     // SAFETY: by this function's contract.

@@ -106,6 +106,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn or(self, a: Self::I, b: Self::I) -> Self::I;
     /// Logical shift right of each lane.
     fn shr<const N: i32>(self, a: Self::I) -> Self::I;
+    /// Logical shift right of each lane by fewer than 32.
+    fn shr_by(self, a: Self::I, n: u32) -> Self::I;
     /// Shift left of each lane.
     fn shl<const N: i32>(self, a: Self::I) -> Self::I;
     /// Each byte (0..16) replaced by its entry.
@@ -171,6 +173,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     }
     /// Bring a line into the first-level cache; any address is allowed.
     fn prefetch(self, p: *const u8);
+    /// Bring a line into the second-level cache, which can wait for more of them at a time.
+    fn prefetch_far(self, p: *const u8);
 
     /// Integer dot products of 16 rows with `T` tokens over `4·STEPS` codes:
     /// `Σ (code - bias) · q`, given `*sums[t] = Σ q` and codes as `[STEPS][16 rows][4]`.
@@ -187,4 +191,30 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
         sums: [*const i32; T],
         bias: i32,
     ) -> [Self::I; T];
+
+    /// 16 bytes at `a` twice, then 16 at `b` twice: two rows' packed halves of a group.
+    ///
+    /// # Safety
+    /// * 16 bytes at each are readable.
+    unsafe fn pair16(self, a: *const u8, b: *const u8) -> Self::I;
+    /// 32 bytes at `a`, then 32 at `b`: two rows' groups.
+    ///
+    /// # Safety
+    /// * 32 bytes at each are readable.
+    unsafe fn pair32(self, a: *const u8, b: *const u8) -> Self::I;
+    /// Of a [`Simd::pair16`], the low nibbles of each first copy and the high ones of each second.
+    fn pair_nibbles(self, v: Self::I) -> Self::I;
+    /// `value` in byte `i` of each row where bit `i` of its word is set.
+    fn pair_bits(self, a: u32, b: u32, value: u8) -> Self::I;
+    /// Products of two rows' groups with 32 activations, summed by fours: lanes 0..4 first half of the first row, 4..8 its
+    /// second half, then the second row. They are of `code - rest`, where `rest` is [`Simd::pair_rest`]'s.
+    ///
+    /// # Safety
+    /// * 32 bytes at `q` are readable.
+    /// * As for [`Simd::idot`] with this `CLASS`.
+    unsafe fn pair_dot<const CLASS: usize>(self, codes: Self::I, q: *const i8) -> Self::I;
+    /// What [`Simd::pair_dot`] has subtracted from codes.
+    fn pair_rest<const CLASS: usize>(self) -> i32;
+    /// The sums over the halves of groups with lanes as rows; `pairs[i]` are rows `i` and `i + 8`.
+    fn pair_sums(self, pairs: [Self::I; 8]) -> [Self::I; 2];
 }
