@@ -433,7 +433,7 @@ mod tests {
         assert_eq!(choose(2 * 14336, 512, &h100), Cut::Warpgroups);
         assert_eq!(choose(4096, 9, &h100), Cut::NARROW_16);
         // Neither would fit with all its warps.
-        assert_eq!(choose(4096, 512, &turing), Cut::NARROW_16.of_warps(14).paired());
+        assert_eq!(choose(4096, 512, &turing), Cut::NARROW_32.of_warps(6).paired());
         assert_eq!(choose(4096, 512, &device(61, 48 << 10, 12_000)), Cut::NARROW_16.of_warps(10).paired());
         for format in FORMATS {
             let most = [
