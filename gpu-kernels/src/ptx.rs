@@ -6,6 +6,8 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use crate::driver::DeviceInfo;
+
 /// One module.
 #[derive(Clone, Copy, Debug)]
 pub struct PtxModule {
@@ -59,6 +61,16 @@ pub fn modules_for(sm: u32, entry: &str) -> Vec<&'static PtxModule> {
 /// Whether a GPU of this compute capability (times ten) runs the embedded modules of a tier; if there are none, it does not.
 pub fn runs(tier: &str, sm: u32) -> bool {
     MODULES.iter().any(|module| module.tier == tier && module.runs_on(sm))
+}
+
+/// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
+const HOPPER_DRIVER: u32 = 12_040;
+
+/// Whether a device runs what only the tier sm_90a has. Without any embedded module kernels come from elsewhere, all of
+/// them; a build for chosen tiers may lack this one.
+pub fn runs_hopper(device: &DeviceInfo) -> bool {
+    let there = MODULES.is_empty() || runs("sm_90a", device.sm);
+    there && device.sm == 90 && device.driver_version >= HOPPER_DRIVER
 }
 
 /// Bytes of all embedded text, deflated.

@@ -443,10 +443,10 @@ mod host {
     use crate::driver::DeviceInfo;
     use crate::kernels::float_case::{self, Case};
     use crate::kernels::mmf_hopper;
-    use crate::kernels::mmq::HOPPER_DRIVER;
     use crate::kernels::product::{Glu, Matrix, with_gate, with_parts};
     use crate::kernels::round_act::{self, SortedPairs};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+    use crate::ptx;
 
     /// Whether the sums of `wgmma` count as those of `mma`, bit for bit: without, no device gets `Cut::Warpgroups`.
     pub const TRUSTED: bool = true;
@@ -488,9 +488,7 @@ mod host {
                     return Err(Check(Mmf::NAME).shape("tile_cols", "64 or 128", tile_cols));
                 }
             };
-            let is_hopper = device.sm == 90
-                && device.driver_version >= HOPPER_DRIVER
-                && device.smem_per_cta_bytes >= mmf_hopper::BYTES;
+            let is_hopper = ptx::runs_hopper(device) && device.smem_per_cta_bytes >= mmf_hopper::BYTES;
             Ok(match large {
                 true if TRUSTED && is_hopper => HOPPER_CUT,
                 true => Cut::Large,

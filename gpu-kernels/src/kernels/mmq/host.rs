@@ -17,6 +17,7 @@ use crate::kernels::mmvq::{Weights, reference};
 use crate::kernels::product::{self, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
 use crate::kernels::{moe_sort, quantise_act};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+use crate::ptx;
 use crate::tile::{self, ROWS};
 
 /// How the work is cut into CTAs. Every cut gives the same bits.
@@ -66,8 +67,6 @@ const NARROW_CYCLES: [(usize, usize); 3] = [(16, 830), (32, 1230), (64, 1930)];
 const PAIRED_PERCENT: usize = 95;
 /// Most warps of a narrow cut of 16 columns, and of the others: registers are 128 and 255 a thread.
 const MOST_WARPS: [u32; 2] = [16, 8];
-/// The first driver that takes the PTX of the tier sm_90a: that of CUDA 12.4.
-pub(crate) const HOPPER_DRIVER: u32 = 12_040;
 
 impl Cut {
     /// Narrow cuts of one row tile with as many warps as registers allow.
@@ -116,9 +115,11 @@ impl Cut {
         let fits =
             |cut| entry(format, cut, false).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
         let waves = |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
-        let is_hopper = device.sm == 90 && device.driver_version >= HOPPER_DRIVER;
-        let (wide, cycles) =
-            if is_hopper { (Cut::Warpgroups, WARPGROUPS_CYCLES) } else { (Cut::Wide, WIDE_CYCLES) };
+        let (wide, cycles) = if ptx::runs_hopper(device) {
+            (Cut::Warpgroups, WARPGROUPS_CYCLES)
+        } else {
+            (Cut::Wide, WIDE_CYCLES)
+        };
         let wide = Some((waves(wide.cols(), wide.cols()) * cycles, wide)).filter(|&(_, cut)| fits(cut));
 
         let narrow = NARROW_CYCLES.iter().flat_map(|&(cols, cycles)| {

@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use super::vector::{Simd, SimdOp};
+use super::vector::{PairOp, Pairs, Simd, SimdOp};
 
 /// Proof that the CPU and the system have AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
 #[derive(Clone, Copy)]
@@ -27,6 +27,13 @@ fn with_avx2<O: SimdOp>(s: Avx2<false>, op: O) -> O::Output {
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 #[inline(never)]
 fn with_avx_vnni<O: SimdOp>(s: Avx2<true>, op: O) -> O::Output {
+    op.run(s)
+}
+
+/// As [`with_avx2`].
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline(never)]
+fn pairs_with_avx2<O: PairOp>(s: Avx2<false>, op: O) {
     op.run(s)
 }
 
@@ -79,6 +86,13 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     fn call<O: SimdOp>(self, op: O) -> O::Output {
         // SAFETY: the token proves the features.
         unsafe { if VNNI { with_avx_vnni(Avx2(()), op) } else { with_avx2(Avx2(()), op) } }
+    }
+    /// The byte dot product would save one instruction of a dozen: not worth a copy of every format's kernel.
+    #[inline(always)]
+    fn call_pairs<O: PairOp>(self, op: O) -> bool {
+        // SAFETY: the token proves the features.
+        unsafe { pairs_with_avx2(Avx2(()), op) }
+        true
     }
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -431,6 +445,9 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             acc
         }
     }
+}
+
+impl Pairs for Avx2<false> {
     #[inline(always)]
     unsafe fn pair16(self, a: *const u8, b: *const u8) -> I {
         // SAFETY: 16 readable bytes at each by contract; the token proves the instructions.
@@ -473,9 +490,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe {
             let q = _mm256_loadu_si256(q.cast());
             let dot = |codes| {
-                if VNNI {
-                    return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes, q);
-                }
                 let (unsigned, q) = if CLASS == 0 {
                     // |code - 128| as unsigned times the activation with that sign, as in `idot`.
                     let signed = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
@@ -490,7 +504,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
     #[inline(always)]
     fn pair_rest<const CLASS: usize>(self) -> i32 {
-        if !VNNI && CLASS == 0 { 128 } else { 0 }
+        if CLASS == 0 { 128 } else { 0 }
     }
     #[inline(always)]
     fn pair_sums(self, pairs: [I; 8]) -> [I; 2] {

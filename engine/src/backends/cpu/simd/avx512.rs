@@ -3,7 +3,7 @@
 use core::arch::x86_64::*;
 
 use super::codebook::{Codebook, load_entries};
-use super::vector::{Simd, SimdOp};
+use super::vector::{PairOp, Pairs, Simd, SimdOp};
 
 /// Proof that the CPU and the system have AVX-512 F, BW, DQ, VL and VNNI, besides AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -25,6 +25,13 @@ impl Avx512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 #[inline(never)]
 fn with_features<O: SimdOp>(s: Avx512, op: O) -> O::Output {
+    op.run(s)
+}
+
+/// As [`with_features`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline(never)]
+fn pairs_with_features<O: PairOp>(s: Avx512, op: O) {
     op.run(s)
 }
 
@@ -121,6 +128,12 @@ impl Simd for Avx512 {
     fn call<O: SimdOp>(self, op: O) -> O::Output {
         // SAFETY: the token proves the features.
         unsafe { with_features(self, op) }
+    }
+    #[inline(always)]
+    fn call_pairs<O: PairOp>(self, op: O) -> bool {
+        // SAFETY: the token proves the features.
+        unsafe { pairs_with_features(self, op) }
+        true
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -404,6 +417,9 @@ impl Simd for Avx512 {
             acc
         }
     }
+}
+
+impl Pairs for Avx512 {
     #[inline(always)]
     unsafe fn pair16(self, a: *const u8, b: *const u8) -> __m512i {
         // SAFETY: 16 readable bytes at each by contract; the token proves the instructions.

@@ -228,18 +228,18 @@ impl<F: BlockFormat> SimdOp for Job<'_, F> {
                         }
                         (at, stride, unpack_first) = (tail.as_ptr(), bytes, 0);
                     }
-                    if self.tokens == 1 && row_dot::knows(F::ID) {
-                        s.call(RowDots::<F> {
-                            rows: at,
-                            stride,
-                            first_group: unpack_first,
-                            groups,
-                            panel,
-                            cells: self.cells.add(first_group),
-                            acc: sums.add(p),
-                            first: first_group == 0,
-                            format: PhantomData,
-                        });
+                    let row_dots = RowDots::<F> {
+                        rows: at,
+                        stride,
+                        first_group: unpack_first,
+                        groups,
+                        panel,
+                        cells: self.cells.add(first_group),
+                        acc: sums.add(p),
+                        first: first_group == 0,
+                        format: PhantomData,
+                    };
+                    if self.tokens == 1 && row_dot::knows(F::ID) && s.call_pairs(row_dots) {
                         continue;
                     }
                     s.call(Unpack::<F> {

@@ -12,7 +12,7 @@ use super::act::Cell;
 use super::panel::{Ahead, Panel, ROWS};
 use super::quant_gemm::{add_offset, add_scaled};
 use super::unpack_blocks::{E2M1_CODES, IQ4_CODES, NIBBLES, scales};
-use super::vector::{Simd, SimdOp, pair_sums};
+use super::vector::{PairOp, Pairs, Simd, pair_sums};
 
 /// Whether [`RowDots`] knows the format.
 pub(super) const fn knows(id: FormatId) -> bool {
@@ -38,10 +38,9 @@ pub(super) struct RowDots<F> {
     pub format: PhantomData<F>,
 }
 
-impl<F: BlockFormat> SimdOp for RowDots<F> {
-    type Output = ();
+impl<F: BlockFormat> PairOp for RowDots<F> {
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Pairs>(self, s: S) {
         match const { pair_sums(F::CODE_MAX) } {
             0 => self.blocks::<S, 0>(s),
             _ => self.blocks::<S, 1>(s),
@@ -51,7 +50,7 @@ impl<F: BlockFormat> SimdOp for RowDots<F> {
 
 impl<F: BlockFormat> RowDots<F> {
     #[inline(always)]
-    fn blocks<S: Simd, const CLASS: usize>(&self, s: S) {
+    fn blocks<S: Pairs, const CLASS: usize>(&self, s: S) {
         let first_block = self.first_group / F::GROUPS;
         // SAFETY: the maker gave sums, blocks, cells and room.
         unsafe {
@@ -76,7 +75,7 @@ impl<F: BlockFormat> RowDots<F> {
     /// # Safety
     /// * As the maker's word, for this group and its cell.
     #[inline(always)]
-    unsafe fn group<S: Simd, const CLASS: usize>(
+    unsafe fn group<S: Pairs, const CLASS: usize>(
         &self,
         s: S,
         at: *const u8,
@@ -133,7 +132,7 @@ fn unbiased<S: Simd>(s: S, dots: S::I, too_much: i32) -> S::I {
 /// # Safety
 /// * Both are blocks of a format that this module [`knows`], and have this group.
 #[inline(always)]
-unsafe fn codes<S: Simd, F: BlockFormat>(s: S, a: *const u8, b: *const u8, g: usize) -> S::I {
+unsafe fn codes<S: Pairs, F: BlockFormat>(s: S, a: *const u8, b: *const u8, g: usize) -> S::I {
     // SAFETY: every offset lies in the format's block.
     unsafe {
         let nibbles = |at: usize| s.pair_nibbles(s.pair16(a.add(at), b.add(at)));

@@ -1,6 +1,6 @@
 //! The vector machine in plain Rust: the definition of every method, and what runs on CPUs without AVX2 and FMA.
 
-use super::vector::{Simd, SimdOp};
+use super::vector::{PairOp, Simd, SimdOp};
 
 /// No capability needed.
 #[derive(Clone, Copy)]
@@ -21,6 +21,10 @@ impl Simd for Scalar {
     #[inline(never)]
     fn call<O: SimdOp>(self, op: O) -> O::Output {
         op.run(self)
+    }
+    /// Plain Rust takes the panel's way.
+    fn call_pairs<O: PairOp>(self, _op: O) -> bool {
+        false
     }
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
@@ -184,44 +188,6 @@ impl Simd for Scalar {
                     sum += (code as i32 - bias) * q as i32;
                 }
                 sum as u32
-            })
-        })
-    }
-    unsafe fn pair16(self, a: *const u8, b: *const u8) -> [u32; 16] {
-        // SAFETY: readable by this function's contract; the reads are unaligned.
-        let [a, b] = [a, b].map(|p| unsafe { p.cast::<[u32; 4]>().read_unaligned() });
-        core::array::from_fn(|i| if i < 8 { a[i % 4] } else { b[i % 4] })
-    }
-    unsafe fn pair32(self, a: *const u8, b: *const u8) -> [u32; 16] {
-        // SAFETY: readable by this function's contract; the reads are unaligned.
-        let [a, b] = [a, b].map(|p| unsafe { p.cast::<[u32; 8]>().read_unaligned() });
-        core::array::from_fn(|i| if i < 8 { a[i] } else { b[i % 8] })
-    }
-    fn pair_nibbles(self, v: [u32; 16]) -> [u32; 16] {
-        core::array::from_fn(|i| v[i] >> (i as u32 / 4 % 2 * 4) & 0x0f0f_0f0f)
-    }
-    fn pair_bits(self, a: u32, b: u32, value: u8) -> [u32; 16] {
-        core::array::from_fn(|i| {
-            let four = if i < 8 { a } else { b } >> (i % 8 * 4);
-            u32::from_le_bytes(core::array::from_fn(|j| if four >> j & 1 == 1 { value } else { 0 }))
-        })
-    }
-    unsafe fn pair_dot<const CLASS: usize>(self, codes: [u32; 16], q: *const i8) -> [u32; 16] {
-        // SAFETY: readable by this function's contract.
-        let q = unsafe { q.cast::<[i8; 32]>().read() };
-        core::array::from_fn(|i| {
-            let products = codes[i].to_le_bytes().into_iter().zip(&q[i % 8 * 4..]);
-            products.map(|(code, &q)| i32::from(code) * i32::from(q)).sum::<i32>() as u32
-        })
-    }
-    fn pair_rest<const CLASS: usize>(self) -> i32 {
-        0
-    }
-    fn pair_sums(self, pairs: [[u32; 16]; 8]) -> [[u32; 16]; 2] {
-        [0, 1].map(|half| {
-            core::array::from_fn(|row| {
-                let first = row / 8 * 8 + 4 * half;
-                pairs[row % 8][first..first + 4].iter().fold(0u32, |sum, v| sum.wrapping_add(*v))
             })
         })
     }

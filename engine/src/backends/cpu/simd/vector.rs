@@ -41,6 +41,10 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// Runs a kernel compiled for this machine; never inlined, so that callers share one copy.
     fn call<O: SimdOp>(self, op: O) -> O::Output;
 
+    /// The same for a kernel that needs [`Pairs`]; `false` if this machine, or one with fewer instructions of its kind, has
+    /// none.
+    fn call_pairs<O: PairOp>(self, op: O) -> bool;
+
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
     /// Lanes from memory.
@@ -191,7 +195,16 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
         sums: [*const i32; T],
         bias: i32,
     ) -> [Self::I; T];
+}
 
+/// A kernel body for a machine with [`Pairs`], as [`SimdOp`].
+pub(super) trait PairOp {
+    /// The body.
+    fn run<S: Pairs>(self, s: S);
+}
+
+/// What products of a single token need besides: two rows at a time, as they lie.
+pub(super) trait Pairs: Simd {
     /// 16 bytes at `a` twice, then 16 at `b` twice: two rows' packed halves of a group.
     ///
     /// # Safety
@@ -202,18 +215,18 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// * 32 bytes at each are readable.
     unsafe fn pair32(self, a: *const u8, b: *const u8) -> Self::I;
-    /// Of a [`Simd::pair16`], the low nibbles of each first copy and the high ones of each second.
+    /// Of a [`Pairs::pair16`], the low nibbles of each first copy and the high ones of each second.
     fn pair_nibbles(self, v: Self::I) -> Self::I;
     /// `value` in byte `i` of each row where bit `i` of its word is set.
     fn pair_bits(self, a: u32, b: u32, value: u8) -> Self::I;
     /// Products of two rows' groups with 32 activations, summed by fours: lanes 0..4 first half of the first row, 4..8 its
-    /// second half, then the second row. They are of `code - rest`, where `rest` is [`Simd::pair_rest`]'s.
+    /// second half, then the second row. They are of `code - rest`, where `rest` is [`Pairs::pair_rest`]'s.
     ///
     /// # Safety
     /// * 32 bytes at `q` are readable.
     /// * As for [`Simd::idot`] with this `CLASS`.
     unsafe fn pair_dot<const CLASS: usize>(self, codes: Self::I, q: *const i8) -> Self::I;
-    /// What [`Simd::pair_dot`] has subtracted from codes.
+    /// What [`Pairs::pair_dot`] has subtracted from codes.
     fn pair_rest<const CLASS: usize>(self) -> i32;
     /// The sums over the halves of groups with lanes as rows; `pairs[i]` are rows `i` and `i + 8`.
     fn pair_sums(self, pairs: [Self::I; 8]) -> [Self::I; 2];
