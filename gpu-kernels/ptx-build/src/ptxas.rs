@@ -71,7 +71,11 @@ pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<
     rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
     let mut spilling = rows
         .iter()
-        .filter(|row| row.stack_bytes > row.spill_bytes || row.spill_bytes > most_spilled(module.tier));
+        // A stack is counted in eights, and what is never read back counts once.
+        .filter(|row| {
+            let spilled = row.spill_bytes.next_multiple_of(8);
+            row.stack_bytes > spilled || row.spill_bytes > most_spilled(module.tier)
+        });
     if let Some(first) = spilling.next() {
         let others: String = spilling.map(|row| format!(", {} too", row.kernel)).collect();
         let what =
