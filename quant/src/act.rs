@@ -7,7 +7,7 @@
 use crate::bits::{f16_to_f32, f32_to_f16, round_half_away};
 use crate::extent::abs_max;
 
-/// Weights in one [`Group`].
+/// Weights in one [`Group`](crate::Group).
 pub const GROUP: usize = 32;
 /// Values that share a scale in [`ActKind::Q8K`].
 pub const SUPER_BLOCK: usize = 256;
