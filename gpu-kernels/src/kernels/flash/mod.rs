@@ -88,6 +88,8 @@ macro_rules! for_each_table {
 
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod block;
+#[cfg(not(target_arch = "nvptx64"))]
+mod cases;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod decode;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
@@ -105,6 +107,8 @@ mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod store;
 
+#[cfg(not(target_arch = "nvptx64"))]
+pub use cases::*;
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
