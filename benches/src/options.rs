@@ -51,15 +51,12 @@ fn tier(name: &str) -> Result<&'static str, BenchError> {
 
 /// Names of the embedded tiers, oldest first.
 pub fn tiers() -> Vec<&'static str> {
-    let mut tiers: Vec<&str> = ptx::MODULES.iter().map(|module| module.tier).collect();
-    tiers.dedup();
-    let mut seen = Vec::new();
-    tiers.retain(|tier| {
-        !seen.contains(tier) && {
-            seen.push(*tier);
-            true
+    let mut tiers = Vec::new();
+    for module in ptx::MODULES {
+        if !tiers.contains(&module.tier) {
+            tiers.push(module.tier);
         }
-    });
+    }
     tiers
 }
 

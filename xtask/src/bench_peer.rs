@@ -3,12 +3,11 @@
 //! A round runs one engine, then the other, so that a machine that slows down slows both; what is reported is the
 //! median over rounds of each round's ratio. Speeds are llama-bench's pp512 and tg128 (tokens per second). Time to
 //! first token is a whole process on a warm page cache: load, then a prompt of ten tokens. runik's includes tokenizer
-//! and sampling (`run`), llama.cpp's does not (`llama-bench` on ten tokens). Peak memory is of the speed runs and
-//! counts mapped file pages that were touched, for both.
+//! and sampling (`run`), llama.cpp's does not (`llama-bench` on ten tokens). Peak memory is of the same processes (`bench`
+//! measures the machine's bandwidth on half a GiB of its own) and counts mapped file pages that were touched, for both.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use crate::args;
 use crate::error::TaskError;
@@ -114,20 +113,20 @@ impl Engines {
 
 impl Samples {
     fn add_speed(&mut self, command: &mut Command) -> Result<(), TaskError> {
-        let Measured { stdout, peak_rss_bytes, .. } = process::measure(command)?;
+        let Measured { stdout, .. } = process::measure(command)?;
         let speed = |n_prompt, n_gen| {
             tokens_per_second(&stdout, n_prompt, n_gen)
                 .map_err(|what| TaskError::Output { line: process::line(command), what })
         };
         self.prefill_ts.push(speed(N_PROMPT, 0)?);
         self.decode_ts.push(speed(0, N_GEN)?);
-        self.peak_rss_mib.extend(peak_rss_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20)));
         Ok(())
     }
 
     fn add_ttft(&mut self, command: &mut Command) -> Result<(), TaskError> {
-        let wall: Duration = process::measure(command)?.wall;
+        let Measured { wall, peak_rss_bytes, .. } = process::measure(command)?;
         self.ttft_ms.push(wall.as_secs_f64() * 1e3);
+        self.peak_rss_mib.extend(peak_rss_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20)));
         Ok(())
     }
 }

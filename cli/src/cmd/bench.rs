@@ -4,7 +4,7 @@
 //! A test `ppN` computes N random tokens at once, `tgN` computes N one by one; `@ dN` starts with N in the context; `× N`
 //! is N sequences at once, a token of each per step, their tokens counted together.
 //! Each test runs once to warm up and then `-r` times. Tokenising is not part of it; a step of `tgN` ends with the likeliest
-//! token, as an answer's does, but the next step takes a random one.
+//! token, as a greedy answer's does, but the next step takes a random one.
 
 use std::cell::Cell;
 use std::fmt::Write as _;
@@ -201,7 +201,7 @@ fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> 
         for (sequence, token) in tokens.iter().enumerate() {
             batch.extend(sequence, &[*token], true);
         }
-        // As an answer is generated: where the backend can, it picks the tokens itself, and no logits travel.
+        // As a greedy answer is generated: where the backend can, it picks the tokens itself, and no logits travel.
         if generates {
             context.decode_greedy(&batch)?;
         } else {

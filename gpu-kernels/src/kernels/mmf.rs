@@ -451,7 +451,8 @@ mod host {
     /// Whether the sums of `wgmma` count as those of `mma`, bit for bit: without, no device gets `Cut::Warpgroups`.
     pub const TRUSTED: bool = true;
 
-    /// What Hopper takes for large tiles: of the two forms the faster one, by the rows of the benchmark.
+    /// What Hopper takes for large tiles: the form that whole models have been run with. Pairs were 4 % faster in the one
+    /// shape that was timed (`benches/NOTES.md`).
     const HOPPER_CUT: Cut = Cut::Warpgroups;
 
     /// How the work is cut into CTAs. Every cut gives the same bits.
