@@ -21,7 +21,7 @@
 //!   dimension.
 //! * Decode splits a token's spans over CTAs where there are few tokens (`split`): each takes an equal share of the spans
 //!   that the token sees, whose number it reads on the device, and writes every span's state into `scratch`; a second
-//!   launch merges them. `scratch`: [row][span][head_dim_v] weighted values, then [row][span] of (maximum, sum).
+//!   launch merges them. `scratch`: `[row][span][head_dim_v]` weighted values, then `[row][span]` of (maximum, sum).
 //! * Order of sums, the same in every kernel and geometry: positions are cut into spans of 256. Within a span, online
 //!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans are merged in order. A
 //!   block or span that a row does not see changes no bit of it. So a row depends on shapes, formats and its own positions
