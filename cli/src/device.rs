@@ -122,6 +122,7 @@ impl Compute {
             embeddings: params.embeddings,
             greedy: false,
             taps: false,
+            prompt: false,
         };
         let graph = placement.part(&model.graph(params.n_ctx, shape), model.weights(), 1);
         let bar = ui::bytes_bar(0, "to the GPU");

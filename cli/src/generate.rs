@@ -133,9 +133,9 @@ impl Session {
         let tokenizer = model.tokenizer();
 
         let started = Instant::now();
-        // Where only the likeliest token is asked for, the device picks it and the logits stay there.
-        let greedy = sampler.params().is_argmax() && !limits.logprobs;
-        self.decode(&Batch::prompt(0, &prompt[known..]), greedy)?;
+        // Probabilities are those of all logits; without them the device may draw and keep the logits.
+        let from_logits = limits.logprobs;
+        let mut token = self.next_token(&Batch::prompt(0, &prompt[known..]), sampler, from_logits)?;
         self.tokens.extend_from_slice(&prompt[known..]);
         let prompt_ms = ui::ms(started.elapsed());
         let mut answer = Answer {
@@ -153,7 +153,6 @@ impl Session {
                 answer.stop = Stop::Interrupted;
                 break;
             }
-            let token = if greedy { self.context.token(0) } else { sampler.sample(self.context.output(0)) };
             let first = *first_token.get_or_insert_with(Instant::now);
             if answer.ttft_ms == 0.0 {
                 answer.ttft_ms = ui::ms(limits.since.elapsed());
@@ -178,20 +177,22 @@ impl Session {
             }
             let mut batch = std::mem::take(&mut self.batch);
             batch.clear();
-            batch.extend(0, &[token], true);
-            self.decode(&batch, greedy)?;
+            batch.push_generated(0, token);
+            let next = self.next_token(&batch, sampler, from_logits)?;
             self.batch = batch;
             self.tokens.push(token);
+            token = next;
         }
         Ok(answer)
     }
 
-    fn decode(&mut self, batch: &Batch, greedy: bool) -> Result<()> {
-        if greedy {
-            self.context.decode_greedy(batch)?
-        } else {
-            self.context.decode(batch)?
-        };
-        Ok(())
+    /// Runs a batch with one output and draws its token.
+    fn next_token(&mut self, batch: &Batch, sampler: &mut Sampler, from_logits: bool) -> Result<u32> {
+        if from_logits {
+            self.context.decode(batch)?;
+            return Ok(sampler.sample(self.context.output(0)));
+        }
+        self.context.decode_sampled(batch, &mut [sampler])?;
+        Ok(self.context.token(0))
     }
 }

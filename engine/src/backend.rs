@@ -7,6 +7,7 @@ use crate::error::EngineError;
 use crate::graph::{Graph, Node};
 use crate::kv_cache::KvLayout;
 use crate::plan::Plan;
+use crate::sampler::Sampler;
 use crate::tensor::TensorId;
 
 /// A plan that a backend has taken in.
@@ -60,6 +61,13 @@ pub trait Backend: Send {
     /// Whether it can run a node; the reason if not.
     fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String>;
 
+    /// Whether prompt tokens have kernels of their own here, whose sums are rounded otherwise than those of the kernels
+    /// for generated tokens. A step then has tokens of one kind only, so that what a token gives depends neither on its
+    /// batch mates nor on how a prompt is cut.
+    fn runs_prompts_apart(&self) -> bool {
+        false
+    }
+
     /// Allocates the cache; replaces an earlier one.
     fn create_kv(&mut self, layout: &KvLayout) -> Result<(), EngineError>;
 
@@ -74,4 +82,18 @@ pub trait Backend: Send {
 
     /// Copies an output of the last run of a plan, f32; `out` is as long as the tensor.
     fn read(&mut self, plan: PlanId, tensor: TensorId, out: &mut [f32]) -> Result<(), EngineError>;
+
+    /// Draws a token from each row of an output of the last run of a plan, logits, where they are: what
+    /// [`Sampler::sample`] would draw, whose generators move on alike. `false` if the backend cannot; then nothing has
+    /// happened.
+    fn sample(
+        &mut self,
+        plan: PlanId,
+        logits: TensorId,
+        samplers: &mut [&mut Sampler],
+        tokens: &mut [u32],
+    ) -> Result<bool, EngineError> {
+        let _ = (plan, logits, samplers, tokens);
+        Ok(false)
+    }
 }

@@ -1,7 +1,8 @@
 //! A context: a model on a backend, with a KV cache and its sequences. Batches go in, logits come out.
 //!
 //! A batch may mix tokens of several sequences; results of a sequence do not depend on what else is in the batch, nor on
-//! how its tokens are cut into batches.
+//! how its tokens are cut into batches. (They may depend on which tokens were given and which generated: see
+//! [`Backend::runs_prompts_apart`].)
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
@@ -20,6 +21,7 @@ use crate::kv_cache::{KvCache, KvLayout};
 use crate::model::Model;
 use crate::models::StepShape;
 use crate::plan::Plan;
+use crate::sampler::Sampler;
 use crate::tensor::TensorId;
 
 /// Plans kept ready; the one unused for longest goes first.
@@ -70,6 +72,7 @@ impl ContextParams {
             embeddings: self.embeddings,
             greedy: false,
             taps: self.taps,
+            prompt: false,
         }
     }
 }
@@ -83,6 +86,8 @@ pub struct BatchToken {
     pub seq: usize,
     /// Whether its output is wanted.
     pub output: bool,
+    /// Whether the model made it, in an answer that goes on; else it is part of a prompt.
+    pub generated: bool,
 }
 
 /// Tokens to run, in order; each goes to the end of its sequence.
@@ -103,9 +108,15 @@ impl Batch {
         batch
     }
 
-    /// Adds tokens of a sequence.
+    /// Adds tokens of a sequence's prompt.
     pub fn extend(&mut self, seq: usize, tokens: &[u32], output: bool) {
-        self.tokens.extend(tokens.iter().map(|&token| BatchToken { token, seq, output }));
+        let of_prompt = |&token: &u32| BatchToken { token, seq, output, generated: false };
+        self.tokens.extend(tokens.iter().map(of_prompt));
+    }
+
+    /// Adds the token that a sequence's answer has just got; its output is wanted.
+    pub fn push_generated(&mut self, seq: usize, token: u32) {
+        self.tokens.push(BatchToken { token, seq, output: true, generated: true });
     }
 
     /// Forgets the tokens, keeps the memory.
@@ -145,9 +156,32 @@ pub struct Context {
     last_step: Option<StepShape>,
     step: StepBuffers,
     outputs: Vec<f32>,
+    /// Logits to draw from.
+    rows: Vec<f32>,
     n_outputs: usize,
     /// Whether the outputs are tokens, as bits, instead of rows of floats.
-    greedy: bool,
+    picked: bool,
+}
+
+/// What becomes of a batch's outputs.
+enum Pick<'a, 'b> {
+    /// They are read back.
+    Rows,
+    /// The likeliest token of each.
+    Likeliest,
+    /// The token that a sampler draws, one sampler per output.
+    Drawn(&'a mut [&'b mut Sampler]),
+}
+
+impl Pick<'_, '_> {
+    /// Whether of the outputs `from..to` only the likeliest tokens are wanted: a part of the graph.
+    fn is_likeliest(&self, from: usize, to: usize) -> bool {
+        match self {
+            Pick::Rows => false,
+            Pick::Likeliest => true,
+            Pick::Drawn(samplers) => samplers[from..to].iter().all(|sampler| sampler.params().is_argmax()),
+        }
+    }
 }
 
 /// The step's inputs, kept between steps so that a step allocates nothing.
@@ -164,6 +198,17 @@ struct StepBuffers {
     index_of: Vec<u32>,
     /// Length of each sequence of the cache before the batch.
     len_before: Vec<usize>,
+}
+
+/// Makes a buffer at least so long.
+fn grow(buffer: &mut Vec<f32>, len: usize) -> Result<(), EngineError> {
+    if let Some(more) = len.checked_sub(buffer.len()) {
+        let bytes = more * size_of::<f32>();
+        let what = "outputs";
+        buffer.try_reserve_exact(more).map_err(|_| EngineError::OutOfMemory { what, bytes })?;
+        buffer.resize(len, 0.0);
+    }
+    Ok(())
 }
 
 impl Context {
@@ -213,8 +258,9 @@ impl Context {
             last_step: None,
             step,
             outputs: Vec::new(),
+            rows: Vec::new(),
             n_outputs: 0,
-            greedy: false,
+            picked: false,
         })
     }
 
@@ -258,25 +304,37 @@ impl Context {
 
     /// Runs a batch and returns how many outputs there are. On an error the sequences are as before.
     pub fn decode(&mut self, batch: &Batch) -> Result<usize, EngineError> {
-        self.greedy = false;
-        self.decode_batch(batch)
+        self.decode_batch(batch, Pick::Rows)
     }
 
     /// The same, but the backend picks the likeliest token of each output, and no logits leave the device:
     /// [`Context::token`].
     pub fn decode_greedy(&mut self, batch: &Batch) -> Result<usize, EngineError> {
         assert!(!self.params.embeddings, "a context for logits");
-        self.greedy = true;
-        self.decode_batch(batch)
+        self.decode_batch(batch, Pick::Likeliest)
     }
 
-    fn decode_batch(&mut self, batch: &Batch) -> Result<usize, EngineError> {
+    /// The same with a sampler for each output: [`Context::token`] is what it draws. Where the backend can, it draws, and
+    /// no logits leave the device. On an error some samplers may have drawn.
+    pub fn decode_sampled(
+        &mut self,
+        batch: &Batch,
+        samplers: &mut [&mut Sampler],
+    ) -> Result<usize, EngineError> {
+        assert!(!self.params.embeddings, "a context for logits");
+        let n_outputs = batch.tokens.iter().filter(|t| t.output).count();
+        assert_eq!(samplers.len(), n_outputs, "a sampler for each output");
+        self.decode_batch(batch, Pick::Drawn(samplers))
+    }
+
+    fn decode_batch(&mut self, batch: &Batch, mut pick: Pick<'_, '_>) -> Result<usize, EngineError> {
         self.check(batch)?;
+        self.picked = !matches!(pick, Pick::Rows);
         self.n_outputs = 0;
         for seq in 0..self.kv.n_seq() {
             self.step.len_before[seq] = self.kv.len(seq);
         }
-        let result = self.decode_all(&batch.tokens);
+        let result = self.decode_all(&batch.tokens, &mut pick);
         if result.is_err() {
             for seq in 0..self.kv.n_seq() {
                 self.kv.truncate(seq, self.step.len_before[seq]);
@@ -288,14 +346,15 @@ impl Context {
 
     /// Output row `i` of the last batch: logits, or hidden states.
     pub fn output(&self, i: usize) -> &[f32] {
-        assert!(i < self.n_outputs && !self.greedy, "output {i} of {}", self.n_outputs);
+        assert!(i < self.n_outputs && !self.picked, "output {i} of {}", self.n_outputs);
         let cols = self.output_cols();
         &self.outputs[i * cols..][..cols]
     }
 
-    /// The likeliest token of output `i` of the last [`Context::decode_greedy`]; of equal ones the lowest.
+    /// The token of output `i` of the last [`Context::decode_greedy`], the lowest of equally likely ones, or
+    /// [`Context::decode_sampled`].
     pub fn token(&self, i: usize) -> u32 {
-        assert!(i < self.n_outputs && self.greedy, "token {i} of {}", self.n_outputs);
+        assert!(i < self.n_outputs && self.picked, "token {i} of {}", self.n_outputs);
         self.outputs[i].to_bits()
     }
 
@@ -358,7 +417,7 @@ impl Context {
         Ok(())
     }
 
-    fn decode_all(&mut self, tokens: &[BatchToken]) -> Result<(), EngineError> {
+    fn decode_all(&mut self, tokens: &[BatchToken], pick: &mut Pick<'_, '_>) -> Result<(), EngineError> {
         // The whole batch must fit before any of it runs.
         for t in tokens {
             self.kv.extend(t.seq, 1)?;
@@ -368,25 +427,32 @@ impl Context {
         }
         // Without a causal mask a sequence must be whole in one step, whatever the outputs take.
         let max_outputs = if self.model.hparams().causal { MAX_OUTPUTS } else { usize::MAX };
+        let apart = self.backend.runs_prompts_apart();
         let mut rest = tokens;
-        while !rest.is_empty() {
+        while let Some(first) = rest.first() {
             let mut outputs = 0;
             let n = rest
                 .iter()
                 .take(self.params.n_ubatch)
                 .take_while(|t| {
                     outputs += usize::from(t.output);
-                    outputs <= max_outputs
+                    outputs <= max_outputs && !(apart && t.generated != first.generated)
                 })
                 .count();
             let (now, later) = rest.split_at(n);
-            self.run_step(now)?;
+            let prompt = apart && !first.generated;
+            self.run_step(now, prompt, pick)?;
             rest = later;
         }
         Ok(())
     }
 
-    fn run_step(&mut self, tokens: &[BatchToken]) -> Result<(), EngineError> {
+    fn run_step(
+        &mut self,
+        tokens: &[BatchToken],
+        prompt: bool,
+        pick: &mut Pick<'_, '_>,
+    ) -> Result<(), EngineError> {
         let s = &mut self.step;
         for v in [&mut s.tokens, &mut s.positions, &mut s.output_rows] {
             v.clear();
@@ -417,12 +483,14 @@ impl Context {
                 s.pages.extend_from_slice(self.kv.pages(seq));
             }
         }
+        let (first, end) = (self.n_outputs, self.n_outputs + s.output_rows.len());
         let shape = StepShape {
             n_tokens: tokens.len(),
             n_outputs: s.output_rows.len(),
             embeddings: self.params.embeddings,
-            greedy: self.greedy,
+            greedy: pick.is_likeliest(first, end),
             taps: self.params.taps,
+            prompt,
         };
         let (id, output) = self.prepared(shape)?;
         let s = &self.step;
@@ -438,19 +506,40 @@ impl Context {
         };
         self.backend.run(id, &step)?;
         self.last_step = Some(shape);
-        if let Some(output) = output {
-            let cols = if self.greedy { 1 } else { self.output_cols() };
-            let (from, to) = (self.n_outputs * cols, (self.n_outputs + shape.n_outputs) * cols);
-            if self.outputs.len() < to {
-                let more = to - self.outputs.len();
-                self.outputs.try_reserve_exact(more).map_err(|_| EngineError::OutOfMemory {
-                    what: "outputs",
-                    bytes: more * size_of::<f32>(),
-                })?;
-                self.outputs.resize(to, 0.0);
+        let Some(output) = output else { return Ok(()) };
+        match pick {
+            Pick::Drawn(samplers) if !shape.greedy => self.draw(id, output, &mut samplers[first..end])?,
+            _ => {
+                let cols = if self.picked { 1 } else { self.output_cols() };
+                grow(&mut self.outputs, end * cols)?;
+                self.backend.read(id, output, &mut self.outputs[first * cols..end * cols])?;
             }
-            self.backend.read(id, output, &mut self.outputs[from..to])?;
-            self.n_outputs += shape.n_outputs;
+        }
+        self.n_outputs = end;
+        Ok(())
+    }
+
+    /// Adds the tokens that samplers draw from rows of logits: on the device, or here.
+    fn draw(
+        &mut self,
+        plan: PlanId,
+        logits: TensorId,
+        samplers: &mut [&mut Sampler],
+    ) -> Result<(), EngineError> {
+        let (first, end) = (self.n_outputs, self.n_outputs + samplers.len());
+        grow(&mut self.outputs, end)?;
+        let tokens = bytemuck::cast_slice_mut(&mut self.outputs[first..end]);
+        if self.backend.sample(plan, logits, samplers, tokens)? {
+            return Ok(());
+        }
+        let cols = self.output_cols();
+        grow(&mut self.rows, samplers.len() * cols)?;
+        let rows = &mut self.rows[..samplers.len() * cols];
+        self.backend.read(plan, logits, rows)?;
+        for ((sampler, row), token) in
+            samplers.iter_mut().zip(rows.chunks(cols)).zip(&mut self.outputs[first..])
+        {
+            *token = f32::from_bits(sampler.sample(row));
         }
         Ok(())
     }

@@ -42,6 +42,8 @@ pub struct Graph {
     pub nodes: Vec<Node>,
     /// Tensors that must survive the step.
     pub outputs: Vec<(Output, TensorId)>,
+    /// [`crate::models::StepShape::prompt`] of the step.
+    pub prompt: bool,
 }
 
 impl Graph {

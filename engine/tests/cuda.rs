@@ -12,6 +12,7 @@ use engine::graph::Output;
 use engine::kv_cache::{KvLayout, PAGE};
 use engine::models::StepShape;
 use engine::plan::Plan;
+use engine::sampler::{Sampler, SamplerParams};
 use engine::tensor::{Storage, TensorId};
 use engine::{Batch, Context, ContextParams, Model};
 use quant::FormatId;
@@ -41,7 +42,8 @@ fn every_tensor(
     merged: bool,
 ) -> Vec<(TensorId, Vec<f32>)> {
     let bert = model.arch_name() == "bert";
-    let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: bert, greedy: false, taps: false };
+    let shape =
+        StepShape { n_tokens: n, n_outputs: n, embeddings: bert, greedy: false, taps: false, prompt: false };
     let mut graph = model.graph(256, shape);
     let written: Vec<TensorId> = graph
         .nodes
@@ -102,6 +104,7 @@ fn every_tensor_matches_the_reference() {
                 embeddings: name.starts_with("bert"),
                 greedy: false,
                 taps: false,
+                prompt: false,
             };
             let graph = model.graph(256, shape);
             for ((t, got), (_, want)) in got.iter().zip(&want) {
@@ -213,6 +216,43 @@ fn greedy_tokens_are_the_largest_logits() {
         for i in 0..n {
             assert_eq!(tokens.token(i), engine::sampler::argmax(logits.output(i)));
         }
-        batch = Batch::prompt(0, &[tokens.token(n - 1)]);
+        batch.clear();
+        batch.push_generated(0, tokens.token(n - 1));
+    }
+}
+
+/// The tokens that the device draws are those that samplers draw from the logits that it would have given, step after
+/// step: their generators and their memory of recent tokens stay together.
+#[test]
+fn drawn_tokens_are_the_samplers() {
+    let Some(dir) = common::goldens() else { return };
+    let model = common::model(&dir.join("tiny/llama-b.gguf"));
+    let plain = SamplerParams { temp: 1.1, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 3, ..Default::default() };
+    let of_rows = [
+        SamplerParams { seed: 1, ..Default::default() },
+        SamplerParams { repeat_penalty: 1.3, presence_penalty: 0.5, frequency_penalty: 0.2, ..plain.clone() },
+        SamplerParams { temp: 0.0, ..Default::default() },
+        plain,
+    ];
+    let (mut logits, mut tokens) = (context(&model, 4, FormatId::F16), context(&model, 4, FormatId::F16));
+    let mut here: Vec<Sampler> = of_rows.iter().cloned().map(Sampler::new).collect();
+    let mut there = here.clone();
+    let mut batch = Batch::default();
+    for seq in 0..4 {
+        batch.extend(seq, &[1, 9, 5 + seq as u32], false);
+        batch.tokens.last_mut().unwrap().output = true;
+    }
+    for step in 0..6 {
+        logits.decode(&batch).unwrap();
+        let mut samplers: Vec<&mut Sampler> = there.iter_mut().collect();
+        assert_eq!(tokens.decode_sampled(&batch, &mut samplers).unwrap(), 4);
+        batch.clear();
+        for (seq, (here, there)) in here.iter_mut().zip(&mut there).enumerate() {
+            let token = here.sample(logits.output(seq));
+            assert_eq!(tokens.token(seq), token, "step {step}, row {seq}");
+            here.accept(token);
+            there.accept(token);
+            batch.push_generated(seq, token);
+        }
     }
 }

@@ -199,7 +199,7 @@ fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> 
     for tokens in tokens.chunks_exact(test.n_parallel) {
         batch.clear();
         for (sequence, token) in tokens.iter().enumerate() {
-            batch.extend(sequence, &[*token], true);
+            batch.push_generated(sequence, *token);
         }
         // As a greedy answer is generated: where the backend can, it picks the tokens itself, and no logits travel.
         if generates {

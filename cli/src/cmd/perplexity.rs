@@ -50,6 +50,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
             token: bos.filter(|_| pos == 0).unwrap_or(token),
             seq: 0,
             output: (first..n_ctx - 1).contains(&pos),
+            generated: false,
         }));
         loaded.context.truncate(0, 0);
         loaded.context.decode(&batch)?;

@@ -9,7 +9,6 @@ use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use engine::context::BatchToken;
 use engine::sampler::{self, Sampler, SamplerParams};
 use engine::tokenizer::StreamDecoder;
 use engine::{Batch, Context, EngineError, Model};
@@ -189,11 +188,21 @@ impl<'m> Scheduler<'m> {
         if self.batch.tokens.is_empty() {
             return count;
         }
-        let greedy = self.rows.iter().all(|&i| self.active[i].job.is_greedy());
-        let result = match greedy {
-            // The device picks the tokens and the logits stay there.
-            true => self.context.decode_greedy(&self.batch),
-            false => self.context.decode(&self.batch),
+        // Probabilities are those of all logits; where nobody asks, the device may draw and keep the logits.
+        let from_logits = self.rows.iter().any(|&i| self.active[i].job.logprobs.is_some());
+        let result = match from_logits {
+            true => self.context.decode(&self.batch),
+            false => {
+                let mut samplers: Vec<(usize, &mut Sampler)> = Vec::with_capacity(self.rows.len());
+                for (i, active) in self.active.iter_mut().enumerate() {
+                    let row = self.rows.iter().position(|&row| row == i);
+                    samplers.extend(row.map(|row| (row, &mut active.sampler)));
+                }
+                samplers.sort_unstable_by_key(|(row, _)| *row);
+                let mut samplers: Vec<&mut Sampler> =
+                    samplers.into_iter().map(|(_, sampler)| sampler).collect();
+                self.context.decode_sampled(&self.batch, &mut samplers)
+            }
         };
         if let Err(error) = result {
             // The sequences are as before, but would fail again: the jobs end, the server goes on.
@@ -212,9 +221,9 @@ impl<'m> Scheduler<'m> {
         for (row, &i) in self.rows.iter().enumerate() {
             let active = &mut self.active[i];
             let full = self.tokens[active.seq].len() >= n_ctx;
-            let picked = match greedy {
-                true => Picked::Token(self.context.token(row)),
-                false => Picked::Logits(self.context.output(row)),
+            let picked = match from_logits {
+                true => Picked::Logits(self.context.output(row)),
+                false => Picked::Token(self.context.token(row)),
             };
             let before = active.n_answer;
             events.push(active.take(picked, self.model, full));
@@ -259,7 +268,7 @@ impl<'m> Scheduler<'m> {
         self.rows.clear();
         for (i, a) in self.active.iter().enumerate() {
             if let Some(token) = a.next {
-                self.batch.tokens.push(BatchToken { token, seq: a.seq, output: true });
+                self.batch.push_generated(a.seq, token);
                 self.rows.push(i);
             }
         }
@@ -285,17 +294,10 @@ impl<'m> Scheduler<'m> {
 
 /// What a step gives a job.
 enum Picked<'a> {
-    /// The likeliest token.
+    /// The token drawn.
     Token(u32),
     /// All logits.
     Logits(&'a [f32]),
-}
-
-impl Job {
-    /// Whether the likeliest token is all that is wanted of a step.
-    fn is_greedy(&self) -> bool {
-        self.sampling.is_argmax() && self.logprobs.is_none()
-    }
 }
 
 impl Active<'_> {

@@ -19,6 +19,7 @@ use crate::graph::{Graph, Node, Output};
 use crate::kv_cache::KvLayout;
 use crate::op::Op;
 use crate::plan::Plan;
+use crate::sampler::Sampler;
 use crate::tensor::{Storage, TensorId};
 use crate::weights::Weights;
 
@@ -135,7 +136,7 @@ impl Placement {
         let cut = self.cut(graph, weights);
         let mine = cut.iter().filter(|(d, _)| *d == device).flat_map(|(_, nodes)| nodes);
         let nodes = mine.map(|&n| graph.nodes[n].clone()).collect();
-        Graph { tensors: graph.tensors.clone(), nodes, outputs: Vec::new() }
+        Graph { tensors: graph.tensors.clone(), nodes, outputs: Vec::new(), prompt: graph.prompt }
     }
 }
 
@@ -214,6 +215,10 @@ impl Backend for Split {
         Ok(())
     }
 
+    fn runs_prompts_apart(&self) -> bool {
+        self.backends.iter().any(|backend| backend.runs_prompts_apart())
+    }
+
     fn create_kv(&mut self, layout: &KvLayout) -> Result<(), EngineError> {
         for (d, backend) in self.backends.iter_mut().enumerate() {
             let mut own = layout.clone();
@@ -276,6 +281,7 @@ impl Backend for Split {
                 tensors: graph.tensors.clone(),
                 nodes: nodes.iter().map(|&n| graph.nodes[n].clone()).collect(),
                 outputs: made[p].iter().map(|&b| (Output::Tap, borders[b].0)).collect(),
+                prompt: graph.prompt,
             };
             for &(kind, t) in &graph.outputs {
                 let base = graph.base(t);
@@ -332,6 +338,18 @@ impl Backend for Split {
         let parts = &self.plans[&plan.0];
         let part = &parts.parts[parts.writers[&parts.graph.graph.base(tensor)]];
         self.backends[part.device].read(part.plan, tensor, out)
+    }
+
+    fn sample(
+        &mut self,
+        plan: PlanId,
+        logits: TensorId,
+        samplers: &mut [&mut Sampler],
+        tokens: &mut [u32],
+    ) -> Result<bool, EngineError> {
+        let parts = &self.plans[&plan.0];
+        let part = &parts.parts[parts.writers[&parts.graph.graph.base(logits)]];
+        self.backends[part.device].sample(part.plan, logits, samplers, tokens)
     }
 }
 

@@ -89,6 +89,9 @@ pub struct StepShape {
     pub greedy: bool,
     /// Keep named intermediate tensors.
     pub taps: bool,
+    /// Whether the tokens are a prompt's, where the back end runs those apart
+    /// ([`crate::backend::Backend::runs_prompts_apart`]).
+    pub prompt: bool,
 }
 
 /// A graph under construction, with the model at hand.
@@ -140,7 +143,7 @@ impl Build<'_> {
 pub fn build(arch: &Arch, hp: &Hparams, weights: &Weights, n_ctx: usize, shape: StepShape) -> Graph {
     let mut build = Build { g: GraphBuilder::new(shape.taps), hp, shape, n_ctx, weights };
     (arch.build)(&mut build);
-    build.g.finish()
+    Graph { prompt: shape.prompt, ..build.g.finish() }
 }
 
 /// A tensor as the files have it.

@@ -51,7 +51,8 @@ impl Default for SamplerParams {
 }
 
 impl SamplerParams {
-    fn has_penalties(&self) -> bool {
+    /// Whether recent tokens change anything.
+    pub fn has_penalties(&self) -> bool {
         self.repeat_last_n > 0
             && (self.repeat_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0)
     }
@@ -121,6 +122,23 @@ impl Sampler {
         } else {
             self.recent[self.next_recent] = token;
             self.next_recent = (self.next_recent + 1) % self.recent.len();
+        }
+    }
+
+    /// The recent tokens that penalties count; none where there are no penalties.
+    pub fn recent(&self) -> &[u32] {
+        &self.recent
+    }
+
+    /// The generator as the next draw finds it.
+    pub fn rng(&self) -> &Rng {
+        &self.rng
+    }
+
+    /// Moves the generator on as [`Sampler::sample`] does, whose work was done elsewhere.
+    pub fn skip(&mut self) {
+        if self.params.temp > 0.0 {
+            self.rng.next_u64();
         }
     }
 

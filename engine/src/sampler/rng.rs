@@ -24,6 +24,11 @@ impl Rng {
         Rng { state: core::array::from_fn(|_| splitmix64(&mut s)) }
     }
 
+    /// Its four words.
+    pub fn state(&self) -> [u64; 4] {
+        self.state
+    }
+
     /// The next 64 bits.
     pub fn next_u64(&mut self) -> u64 {
         let s = &mut self.state;

@@ -222,7 +222,8 @@ impl Driver for Emulator {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             name: "emulator".to_string(),
-            sm: 80,
+            sm: self.options.sm,
+            driver_version: 13_000,
             n_sm: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
             memory_bytes: u64::MAX,
             smem_per_cta_bytes: MAX_SMEM_BYTES,

@@ -62,11 +62,13 @@ pub struct Options {
     pub seed: u64,
     /// CTAs at a time; 0 for the number of cores.
     pub workers: usize,
+    /// Compute capability, times ten, that the driver reports: callers choose kernels by it.
+    pub sm: u32,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { races: true, seed: 1, workers: 0 }
+        Options { races: true, seed: 1, workers: 0, sm: 80 }
     }
 }
 

@@ -3,7 +3,6 @@
 
 use alloc::vec::Vec;
 
-use engine::sampler::argmax;
 use engine::tokenizer::EncodeOptions;
 use engine::{Batch, Context};
 use uk_kernel::{clock, say, serial};
@@ -19,12 +18,13 @@ pub fn answer(
     let ids = tokenizer.encode(prompt, EncodeOptions { add_special: true, parse_special: true })?;
     let started = clock::now();
     context.truncate(0, 0);
-    context.decode(&Batch::prompt(0, &ids))?;
+    context.decode_greedy(&Batch::prompt(0, &ids))?;
     let prefilled = clock::now();
     let mut stream = tokenizer.stream(false);
     let mut tokens: Vec<u32> = Vec::new();
+    let mut batch = Batch::default();
     while tokens.len() < n_predict {
-        let token = argmax(context.output(0));
+        let token = context.token(0);
         if tokenizer.is_eog(token) {
             break;
         }
@@ -33,7 +33,9 @@ pub fn answer(
         if context.seq_len(0) == context.n_ctx() || tokens.len() == n_predict {
             break;
         }
-        context.decode(&Batch::prompt(0, &[token]))?;
+        batch.clear();
+        batch.push_generated(0, token);
+        context.decode_greedy(&batch)?;
     }
     serial::print(format_args!("{}\n", stream.finish()));
     say!("tokens {tokens:?}");

@@ -15,6 +15,7 @@ mod inputs;
 mod memory;
 pub mod needs;
 mod program;
+mod sampling;
 mod translate;
 mod weights;
 
@@ -27,6 +28,7 @@ use core::cell::RefCell;
 use gpu_kernels::driver::{DeviceInfo, DriverError, GraphId, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch};
 use gpu_kernels::modules::{FindModule, Modules};
+use gpu_kernels::ptx;
 
 use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
@@ -34,6 +36,7 @@ use inputs::{InputAddresses, InputLayout};
 pub use memory::Device;
 use memory::{Growing, Mark, Memory};
 pub use needs::Needs;
+use sampling::Sampling;
 use translate::{Addresses, Anywhere, WeightKey};
 use weights::DeviceWeights;
 pub use weights::Progress;
@@ -45,6 +48,7 @@ use crate::graph::{Graph, Node};
 use crate::kv_cache::KvLayout;
 use crate::op::KvPart;
 use crate::plan::{self, Plan, Slot};
+use crate::sampler::Sampler;
 use crate::tensor::{Input, TensorId};
 use crate::weights::Weights;
 
@@ -66,6 +70,7 @@ pub struct Cuda {
     inputs: Growing,
     /// Pinned, for what is read back.
     outputs: Growing,
+    sampling: Sampling,
     kv: Option<Kv>,
     kv_generation: u64,
     plans: BTreeMap<usize, Prepared>,
@@ -231,6 +236,7 @@ impl Cuda {
             arena: Growing::new(MemKind::Device),
             inputs: Growing::new(MemKind::Device),
             outputs: Growing::new(MemKind::Host),
+            sampling: Sampling::new(),
             kv: None,
             kv_generation: 0,
             plans: BTreeMap::new(),
@@ -257,6 +263,13 @@ impl Cuda {
 
     fn generation(&self) -> [u64; 3] {
         [self.arena.generation, self.inputs.generation, self.kv_generation]
+    }
+
+    /// Where an output of a plan's last run is.
+    fn of_last_run(&self, plan: PlanId, tensor: TensorId) -> DevicePtr {
+        let prepared = &self.plans[&plan.0];
+        let slot = prepared.ready[&prepared.last].slots[&prepared.plan.graph.base(tensor)];
+        self.arena.at().offset(slot.offset as u64)
     }
 
     /// Makes a plan's launches.
@@ -419,10 +432,12 @@ impl Backend for Cuda {
         Ok(())
     }
 
+    fn runs_prompts_apart(&self) -> bool {
+        ptx::runs_hopper(&self.info)
+    }
+
     fn read(&mut self, plan: PlanId, tensor: TensorId, out: &mut [f32]) -> Result<(), EngineError> {
-        let prepared = &self.plans[&plan.0];
-        let slot = prepared.ready[&prepared.last].slots[&prepared.plan.graph.base(tensor)];
-        let at = self.arena.at().offset(slot.offset as u64);
+        let at = self.of_last_run(plan, tensor);
         let out: &mut [u8] = bytemuck::cast_slice_mut(out);
         // Through pinned memory: the driver takes longer to copy to pages that may move.
         self.outputs.reserve(&self.device, out.len())?;
@@ -430,6 +445,19 @@ impl Backend for Cuda {
         self.device.synchronise(StreamId::DEFAULT)?;
         self.device.read_host(out, self.outputs.at())?;
         Ok(())
+    }
+
+    fn sample(
+        &mut self,
+        plan: PlanId,
+        logits: TensorId,
+        samplers: &mut [&mut Sampler],
+        tokens: &mut [u32],
+    ) -> Result<bool, EngineError> {
+        let at = self.of_last_run(plan, logits);
+        let n_vocab = self.plans[&plan.0].plan.graph.tensor(logits).shape.cols();
+        self.sampling.draw(&self.device, &mut self.modules, at, n_vocab, samplers, tokens)?;
+        Ok(true)
     }
 }
 

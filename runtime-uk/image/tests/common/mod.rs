@@ -225,7 +225,9 @@ pub fn hosted_on(
             return tokens;
         }
         tokens.push(token);
-        context.decode(&Batch::prompt(0, &[token])).unwrap();
+        let mut batch = Batch::default();
+        batch.push_generated(0, token);
+        context.decode(&batch).unwrap();
     }
 }
 
