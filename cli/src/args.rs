@@ -74,9 +74,10 @@ pub struct EngineArgs {
     /// Threads [default: physical cores available]
     #[arg(short = 't', long, value_name = "N", value_parser = count)]
     pub threads: Option<usize>,
-    /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = Device::parse)]
-    pub device: Device,
+    /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one. Several GPUs, cuda:0,cuda:1, share the
+    /// layers
+    #[arg(long, value_name = "DEVICE,…", default_value = "auto", value_delimiter = ',', value_parser = Device::parse)]
+    pub device: Vec<Device>,
     /// Layers on the GPU: a number, auto or all (-ngl) [default: auto]
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = GpuLayers::parse)]
     pub gpu_layers: Option<GpuLayers>,
@@ -335,9 +336,10 @@ pub struct BenchArgs {
     /// Tokens computed at once
     #[arg(short = 'b', long, alias = "ubatch-size", value_name = "N", default_value = "512", value_parser = count)]
     pub batch_size: usize,
-    /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = Device::parse)]
-    pub device: Device,
+    /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one. Several GPUs, cuda:0,cuda:1, share the
+    /// layers
+    #[arg(long, value_name = "DEVICE,…", default_value = "auto", value_delimiter = ',', value_parser = Device::parse)]
+    pub device: Vec<Device>,
     /// Layers on the GPU: a number, auto or all (-ngl) [default: auto]
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = GpuLayers::parse)]
     pub gpu_layers: Option<GpuLayers>,

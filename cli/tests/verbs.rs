@@ -66,6 +66,30 @@ fn logits_are_llama_cpps() {
 }
 
 /// The answer to raw token text is the greedy continuation; the JSON holds what scripts read.
+/// Two GPUs, emulated, share the layers; with fewer layers than there are the CPU has the first; a wrong list is refused.
+#[test]
+fn several_gpus_share_the_layers() {
+    let answer = |device: &str, layers: &str| {
+        let args =
+            ["run", MODEL, "hi", "--raw", "--temp", "0", "-n", "4", "--json", "-ctk", "f32", "-ctv", "f32"];
+        let output = run(&[&args[..], &["--device", device, "-ngl", layers]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (ids(&answer["tokens"]), String::from_utf8(output.stderr).unwrap())
+    };
+    let (want, _) = answer("cpu", "auto");
+    let (got, _) = answer("emu,emu", "all");
+    assert_eq!(got, want);
+    // A layer is one GPU's; the other has nothing to do.
+    let (got, said) = answer("emu,emu", "1");
+    assert_eq!(got, want);
+    assert_eq!(said.matches("emu (emulator): 1 of 1 layers").count(), 1, "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    let wrong = run(&["run", MODEL, "hi", "--device", "emu,cpu"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("only GPUs share a model"));
+}
+
 #[test]
 fn run_greedy_is_llama_cpps() {
     let golden = golden();

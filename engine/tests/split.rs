@@ -68,3 +68,24 @@ fn cpu_and_gpu_share_a_model() {
         }
     }
 }
+
+/// Layers on two GPUs give what one gives, bit for bit, and with some on the CPU too what the CPU gives.
+#[test]
+fn two_gpus_and_the_cpu_share_a_model() {
+    let Some(dir) = common::goldens() else { return };
+    let model = common::model(&dir.join("tiny/llama-b.gguf"));
+    let n_layer = model.hparams().n_layer();
+    let gpu = || -> Box<dyn Backend> {
+        Box::new(Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), model.weights().clone()))
+    };
+    let one = outputs(&model, gpu(), false);
+    let ranges = [0..1, 1..n_layer];
+    let placement = Placement::ranges(n_layer, &ranges, false);
+    let split = Split::new(vec![gpu(), gpu()], placement, model.weights().clone());
+    assert!(outputs(&model, Box::new(split), false) == one, "two GPUs give other bits");
+    let want = outputs(&model, cpu(&model), false);
+    let placement = Placement::ranges(n_layer, &[0..0, 1..n_layer], true);
+    let split = Split::new(vec![cpu(&model), gpu(), gpu()], placement, model.weights().clone());
+    let err = common::nmse(&outputs(&model, Box::new(split), false), &want);
+    assert!(err <= 1e-5, "nmse {err:.1e}");
+}

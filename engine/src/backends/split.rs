@@ -12,6 +12,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use crate::backend::{Backend, BackendInfo, PlanId, Step};
 use crate::error::EngineError;
@@ -47,6 +48,16 @@ impl Placement {
             layers: (0..n_layer).map(|il| usize::from(il >= first)).collect(),
             output: usize::from(n > n_layer),
         }
+    }
+
+    /// Consecutive layers on each of several devices; what comes before the first layer goes with it. Layers before the
+    /// first device's are device 0's, with all else, if `host`; devices then count from 1.
+    pub fn ranges(n_layer: usize, devices: &[Range<usize>], host: bool) -> Placement {
+        let mut layers = alloc::vec![0; n_layer];
+        for (device, of_device) in devices.iter().enumerate() {
+            layers[of_device.clone()].fill(device + usize::from(host));
+        }
+        Placement { input: 0, layers, output: if host { 0 } else { devices.len().saturating_sub(1) } }
     }
 
     /// Layers spread over devices in proportion to their shares, in order; the output goes with the last layer.

@@ -1,6 +1,7 @@
 //! How much memory a model needs on the device, layer by layer: known before anything is loaded.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use gpu_kernels::driver::DeviceInfo;
 
@@ -8,7 +9,7 @@ use super::emit::{self, SizeClass};
 use super::fuse::RuleSet;
 use super::translate::{self, Anywhere};
 use super::weights::DeviceWeights;
-use crate::backends::split::layer_of;
+use crate::backends::split::{Placement, layer_of};
 use crate::context::ContextParams;
 use crate::error::EngineError;
 use crate::kv_cache::{KvLayout, PAGE};
@@ -84,22 +85,56 @@ impl Needs {
         self.layer_weights.len()
     }
 
-    /// What the last `n` layers take; with more than there are, all of the model.
+    /// What the last `n` layers take on one device; with more than there are, all of the model.
     pub fn share(&self, n: usize) -> Share {
         let first = self.n_layer() - n.min(self.n_layer());
-        let other = if n > self.n_layer() { self.other_weights } else { 0 };
-        let sum = |list: &[usize]| list[first..].iter().map(|b| *b as u64).sum::<u64>();
+        self.share_of(first..self.n_layer(), n > self.n_layer())
+    }
+
+    /// What layers take on a device that has them, and perhaps the weights outside the layers.
+    fn share_of(&self, layers: Range<usize>, others: bool) -> Share {
+        let sum = |list: &[usize]| list[layers.clone()].iter().map(|b| *b as u64).sum::<u64>();
         Share {
-            weights: sum(&self.layer_weights) + other as u64,
+            weights: sum(&self.layer_weights) + if others { self.other_weights as u64 } else { 0 },
             kv_cache: sum(&self.layer_kv),
-            activations: if n == 0 { 0 } else { self.activations as u64 },
+            activations: if layers.is_empty() && !others { 0 } else { self.activations as u64 },
         }
     }
 
-    /// The most layers, counted as [`Needs::share`] does, that fit into so many free bytes.
-    pub fn most_layers(&self, free_bytes: u64) -> usize {
-        let room = free_bytes.saturating_sub(RESERVE_BYTES);
-        (0..=self.n_layer() + 1).rev().find(|n| self.share(*n).total() <= room).unwrap_or(0)
+    /// The last `n` layers, counted as [`Needs::share`] does, over devices with so many free bytes: the layers of each, in
+    /// proportion to what is free, or else each as many as fit. `None` if they do not fit.
+    pub fn spread(&self, n: usize, free_bytes: &[u64]) -> Option<Vec<Range<usize>>> {
+        let (end, all) = (self.n_layer(), n > self.n_layer());
+        let first = end - n.min(end);
+        let fits = |device: usize, layers: Range<usize>| {
+            // Embeddings are the first device's, the output the last one's; a model may have one matrix for both.
+            let others = all && (device == 0 || device + 1 == free_bytes.len());
+            self.share_of(layers, others).total() <= free_bytes[device].saturating_sub(RESERVE_BYTES)
+        };
+        let ranges = |mut count: &mut dyn FnMut(usize, usize) -> usize| {
+            let mut from = first;
+            let ranges: Vec<Range<usize>> = (0..free_bytes.len())
+                .map(|device| {
+                    let layers = from..from + (&mut count)(device, from);
+                    from = layers.end;
+                    layers
+                })
+                .collect();
+            let all_fit = ranges.iter().enumerate().all(|(device, layers)| fits(device, layers.clone()));
+            (from == end && all_fit).then_some(ranges)
+        };
+        let shares: Vec<usize> = free_bytes.iter().map(|&free| (free >> 20) as usize).collect();
+        let proportional = Placement::spread(end - first, &shares).layers;
+        ranges(&mut |device, _| proportional.iter().filter(|of| **of == device).count()).or_else(|| {
+            ranges(&mut |device, from| {
+                (0..=end - from).rev().find(|n| fits(device, from..from + n)).unwrap_or(0)
+            })
+        })
+    }
+
+    /// The most layers, counted as [`Needs::share`] does, that fit on devices with so many free bytes.
+    pub fn most_layers(&self, free_bytes: &[u64]) -> usize {
+        (0..=self.n_layer() + 1).rev().find(|n| self.spread(*n, free_bytes).is_some()).unwrap_or(0)
     }
 }
 
@@ -117,8 +152,28 @@ mod tests {
         };
         assert_eq!(needs.share(1), Share { weights: 300, kv_cache: 10, activations: 50 });
         assert_eq!(needs.share(4).total(), 1680);
-        let most = |free: u64| needs.most_layers(RESERVE_BYTES + free);
+        let most = |free: u64| needs.most_layers(&[RESERVE_BYTES + free]);
         assert_eq!([most(359), most(360), most(569), most(570), most(1679), most(1680)], [0, 1, 1, 2, 3, 4]);
-        assert_eq!(needs.most_layers(0), 0);
+        assert_eq!(needs.most_layers(&[0]), 0);
+    }
+
+    #[test]
+    fn layers_go_to_several_devices_in_proportion_or_as_they_fit() {
+        let needs = Needs {
+            layer_weights: alloc::vec![100, 100, 100, 700],
+            layer_kv: alloc::vec![10; 4],
+            other_weights: 1000,
+            activations: 50,
+        };
+        let free = |bytes: [u64; 2]| bytes.map(|bytes| RESERVE_BYTES + bytes);
+        // Much the same is free: half each, as far as it fits.
+        assert_eq!(needs.spread(2, &free([160, 760])), Some(alloc::vec![2..3, 3..4]));
+        assert_eq!(needs.spread(4, &free([2000, 2000])), Some(alloc::vec![0..2, 2..4]));
+        assert_eq!(needs.spread(4, &free([380, 760])), Some(alloc::vec![0..3, 3..4]));
+        assert_eq!(needs.spread(4, &free([270, 760])), None);
+        assert_eq!(needs.most_layers(&free([270, 760])), 3);
+        // Embeddings and output count on both ends.
+        assert_eq!(needs.spread(5, &free([1270, 1869])), None);
+        assert_eq!(needs.spread(5, &free([1270, 1870])), Some(alloc::vec![0..2, 2..4]));
     }
 }
