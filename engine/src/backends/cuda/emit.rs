@@ -14,7 +14,7 @@ use gpu_kernels::kernels::mmq::{self, Cut};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
 use gpu_kernels::kernels::{
-    argmax, get_rows, glu, kv_store, layer_norm, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
+    argmax, get_rows, glu, kv_store, layer_norm, mmd_hopper, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
     quantise_act, rms_norm, rope, round_act,
 };
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
@@ -22,7 +22,7 @@ use quant::FormatId;
 
 use super::inputs::InputAddresses;
 use super::program::{
-    Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Sorted, Store,
+    Action, Acts, ExpertProduct, Factor, Gate, Halves, Norm, NormKind, Part, Place, Product, Program, Sorted, Store,
     Table, Value,
 };
 use crate::backend::Step;
@@ -72,7 +72,7 @@ impl SizeClass {
 
 /// Adds what an action's kernel needs on this device beside its operands: sorted pairs, room for partial results.
 pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo) {
-    let mut sorted: Vec<(Place, Sorted)> = Vec::new();
+    let mut found: Vec<(Place, Sorted)> = Vec::new();
     let mut i = 0;
     while i < program.actions.len() {
         let bytes = match &program.actions[i] {
@@ -99,19 +99,15 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
             let w = p.parts[0].w;
             let (ids, n_pairs, n_expert) = (p.ids, p.n * p.n_used, w.n_expert);
             let rows = p.parts.iter().map(|part| part.w.rows).sum();
-            let cut = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device);
-            let tile_cols = cut.cols();
-            let found = sorted.iter().find(|(place, s)| *place == ids && s.cut.cols() == tile_cols);
-            let of = match found {
-                Some((_, s)) => Sorted { cut, ..*s },
+            let tile_cols = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device).cols();
+            let of = match found.iter().find(|(place, s)| *place == ids && s.tile_cols == tile_cols) {
+                Some((_, sorted)) => *sorted,
                 None => {
-                    let order = program.value(4 * n_pairs);
-                    let tiles = program.value(16 * moe_sort::max_tiles(n_pairs, n_expert, tile_cols));
-                    let sort = Action::SortExperts { ids, n_pairs, n_expert, tile_cols, order, tiles };
-                    program.actions.insert(i, sort);
+                    let sorted = program.sorted(n_pairs, n_expert, tile_cols);
+                    program.actions.insert(i, Action::SortExperts { ids, n_pairs, n_expert, sorted });
                     i += 1;
-                    sorted.push((ids, Sorted { order, tiles, cut }));
-                    Sorted { order, tiles, cut }
+                    found.push((ids, sorted));
+                    sorted
                 }
             };
             if let Action::ExpertProduct(p) = &mut program.actions[i] {
@@ -136,6 +132,8 @@ pub struct Emit<'a> {
     pub class: SizeClass,
     /// The device.
     pub device: &'a DeviceInfo,
+    /// Whether the step's tokens are a prompt's, and those run apart.
+    pub prompt: bool,
 }
 
 /// Where the cache is.
@@ -221,16 +219,27 @@ impl Emit<'_> {
                 k: *k,
                 mixture: None,
             })),
+            Action::Halve { x, n, k, pairs, halves } => {
+                let args = round_act::Args {
+                    format: FormatId::F16,
+                    x: self.place(*x),
+                    tiles: self.value(halves.tiles),
+                    n_cols: *n,
+                    k: *k,
+                    mixture: pairs.map(|(sorted, pairs_per_x)| self.sorted_pairs(sorted, pairs_per_x)),
+                };
+                one(round_act::launch_scaled(&args, self.value(halves.scales)))
+            }
             Action::Product(product) => self.product(product),
             Action::ExpertProduct(product) => self.expert_product(product),
-            Action::SortExperts { ids, n_pairs, n_expert, tile_cols, order, tiles } => {
+            Action::SortExperts { ids, n_pairs, n_expert, sorted } => {
                 one(moe_sort::launch(&moe_sort::Args {
                     ids: self.place(*ids),
-                    order: self.value(*order),
-                    tiles: self.value(*tiles),
+                    order: self.value(sorted.order),
+                    tiles: self.value(sorted.tiles),
                     n_pairs: *n_pairs,
                     n_expert: *n_expert,
-                    tile_cols: *tile_cols,
+                    tile_cols: sorted.tile_cols,
                 }))
             }
             Action::RopeTable { positions, frequencies, factors, magnitude, n, n_rot, out } => {
@@ -487,11 +496,34 @@ impl Emit<'_> {
                 let norm = mmvq::Norm { weight: self.place(weight), eps };
                 Some((self.place(x), DevicePtr::NULL, Some(norm)))
             }
-            Factor::Floats(_) | Factor::Rounded(_) => None,
+            Factor::Floats(_) | Factor::Rounded(_) | Factor::Halves(_) => None,
         }
     }
 
-    /// A product with float weights.
+    /// Sorted pairs as kernels on f16 take them.
+    fn sorted_pairs(&self, sorted: Sorted, pairs_per_x: usize) -> round_act::SortedPairs {
+        let Sorted { order, tiles, n_tiles, tile_cols } = sorted;
+        let (order, tiles) = (self.value(order), self.value(tiles));
+        round_act::SortedPairs { order, tiles, n_tiles, tile_cols, pairs_per_x }
+    }
+
+    /// A product with block formats that dequantises on the way.
+    fn dequantising_product(
+        &self,
+        parts: &[product::Matrix],
+        glu: Option<product::Glu>,
+        halves: Halves,
+        k: usize,
+        n_cols: usize,
+        format: FormatId,
+        mixture: Option<round_act::SortedPairs>,
+    ) -> Result<Launch, LaunchError> {
+        let (x, scales) = (self.value(halves.tiles), self.value(halves.scales));
+        let device = self.device;
+        mmd_hopper::launch(&mmd_hopper::Args { format, parts, glu, x, scales, k, n_cols, mixture, device })
+    }
+
+    /// A product on floats: of float weights, or of weights turned into such.
     fn float_product(
         &self,
         matrices: &[product::Matrix],
@@ -502,6 +534,9 @@ impl Emit<'_> {
         format: FormatId,
     ) -> Result<Launch, Refusal> {
         match x {
+            Factor::Halves(halves) => {
+                Ok(self.dequantising_product(matrices, glu, halves, k, n, format, None)?)
+            }
             Factor::Floats(x) if format == FormatId::F32 => {
                 let (parts, x, n_cols, mixture) = (matrices, self.place(x), n, None);
                 Ok(mmf32::launch(&mmf32::Args { parts, glu, x, k, n_cols, mixture })?)
@@ -520,7 +555,7 @@ impl Emit<'_> {
                 let x = match x {
                     Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
                     Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
-                    Factor::Acts(_) | Factor::Normed(..) => {
+                    Factor::Acts(_) | Factor::Halves(_) | Factor::Normed(..) => {
                         return Err(Refusal::Words(String::from("quantised activations of float weights")));
                     }
                 };
@@ -549,14 +584,14 @@ impl Emit<'_> {
         let (parts, n_cols, k) = (&matrices[..], n_pairs / pairs_per_x, p.k);
         if let Some((q, scales, norm)) = self.integers(p.x, format) {
             let product = product::Args { format, parts, glu, q, scales, k, n_cols, mixture };
-            let Some(Sorted { order, tiles, cut }) = p.sorted else {
+            let Some(Sorted { order, tiles, .. }) = p.sorted else {
                 return one(mmvq::launch_with(&product, mmvq::Besides { norm, acts: None }));
             };
-            let sorted = mmq::Sorted {
-                order: self.value(order),
-                tiles: self.value(tiles),
-                n_expert: p.parts[0].w.n_expert,
-            };
+            let n_expert = p.parts[0].w.n_expert;
+            let rows = parts.iter().map(|part| part.n_rows).sum();
+            // As when the tiles were sorted.
+            let cut = Cut::choose_mixture(format, rows, n_expert, n_pairs, self.device);
+            let sorted = mmq::Sorted { order: self.value(order), tiles: self.value(tiles), n_expert };
             return one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }));
         }
         match p.x {
@@ -567,6 +602,10 @@ impl Emit<'_> {
             Factor::Floats(x) => {
                 let x = mmvf::Activations::Plain(self.place(x));
                 one(mmvf::launch(&mmvf::Args { format, parts, glu, x, k, n_cols, mixture }))
+            }
+            Factor::Halves(halves) => {
+                let mixture = p.sorted.map(|sorted| self.sorted_pairs(sorted, pairs_per_x));
+                one(self.dequantising_product(parts, glu, halves, k, n_cols, format, mixture))
             }
             Factor::Rounded(_) | Factor::Acts(_) | Factor::Normed(..) => {
                 Err(Refusal::Words(String::from("rounded activations of a mixture with float weights")))
@@ -592,8 +631,10 @@ impl Emit<'_> {
         out: Value,
         partials: Option<Value>,
     ) -> Result<Vec<Launch>, Refusal> {
+        let cache = self.cache(p.il)?;
+        let of_prompt = if self.prompt { Geometry::of_prompt(self.device, &cache) } else { None };
         let launches = flash::launch(&flash::Args {
-            cache: self.cache(p.il)?,
+            cache,
             step: flash::Step {
                 positions: self.inputs.positions(),
                 token_sequences: self.inputs.token_sequences(),
@@ -612,12 +653,10 @@ impl Emit<'_> {
             scale: p.scale,
             softcap: p.softcap,
             smem_per_cta_bytes: self.device.smem_per_cta_bytes,
-            geometry: match partials {
-                None if self.class.prefill || self.device.sm < 80 => {
-                    self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv)
-                }
-                None => Geometry::Decode,
-                Some(_) => self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv),
+            geometry: match (of_prompt, partials) {
+                (Some(geometry), _) => geometry,
+                (None, None) if !self.class.prefill && self.device.sm >= 80 => Geometry::Decode,
+                (None, _) => self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv),
             },
         })?;
         Ok(launches.iter().copied().collect())

@@ -278,7 +278,7 @@ impl Cuda {
         let constants = RefCell::new(&mut self.constants);
         let placed = Placed { weights: &self.weights, inputs, constants, failure: RefCell::default() };
         let (mut program, values) =
-            translate::translate(&plan.graph, &placed).map_err(|(i, why)| match placed.failure.take() {
+            translate::translate(&plan.graph, &placed, &self.info).map_err(|(i, why)| match placed.failure.take() {
                 Some(error) => error.into(),
                 None => unsupported(&plan.graph, i, why),
             })?;
@@ -294,6 +294,7 @@ impl Cuda {
             kv: self.kv.as_ref().map(Kv::addresses),
             class,
             device: &self.info,
+            prompt: translate::runs_apart(&plan.graph, &self.info),
         };
         let mut launches = Vec::new();
         for action in &program.actions {
@@ -356,7 +357,7 @@ impl Backend for Cuda {
 
     fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String> {
         // What the launchers say of the node's own actions, wherever its tensors may be.
-        let mut t = translate::Translator::new(graph, &Anywhere);
+        let mut t = translate::Translator::new(graph, &Anywhere, &self.info);
         t.node(node)?;
         let slots: Vec<Option<Slot>> =
             t.program.values.iter().map(|&len| Some(Slot { offset: 0, len })).collect();
@@ -367,6 +368,7 @@ impl Backend for Cuda {
             kv: self.kv.as_ref().map(Kv::addresses),
             class: SizeClass { max_spans: 1, prefill: false },
             device: &self.info,
+            prompt: translate::runs_apart(graph, &self.info),
         };
         t.program.actions.iter().try_for_each(|action| emit.launches(action).map(drop))
     }

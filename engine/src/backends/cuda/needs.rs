@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use gpu_kernels::driver::DeviceInfo;
+use gpu_kernels::ptx;
 
 use super::emit::{self, SizeClass};
 use super::fuse::RuleSet;
@@ -14,6 +15,7 @@ use crate::context::ContextParams;
 use crate::error::EngineError;
 use crate::kv_cache::{KvLayout, PAGE};
 use crate::model::Model;
+use crate::models::StepShape;
 use crate::op::KvPart;
 use crate::plan;
 
@@ -55,7 +57,8 @@ impl Share {
 impl Needs {
     /// Of a model in a context of these sizes on a device.
     pub fn of(model: &Model, params: &ContextParams, device: &DeviceInfo) -> Result<Needs, EngineError> {
-        let graph = model.graph(params.n_ctx, params.largest_step());
+        let prompt = ptx::runs_hopper(device);
+        let graph = model.graph(params.n_ctx, StepShape { prompt, ..params.largest_step() });
         let n_cells = params.n_ctx.div_ceil(PAGE) * PAGE * params.n_seq;
         let kv = KvLayout::new(model.hparams(), n_cells, params.type_k, params.type_v)?;
         let n_layer = kv.layers.len();
@@ -69,7 +72,7 @@ impl Needs {
         }
         let layer_kv =
             (0..n_layer).map(|il| kv.part_bytes(il, KvPart::K) + kv.part_bytes(il, KvPart::V)).collect();
-        let (mut program, _) = translate::translate(&graph, &Anywhere).map_err(|(i, why)| {
+        let (mut program, _) = translate::translate(&graph, &Anywhere, device).map_err(|(i, why)| {
             EngineError::UnsupportedOp { backend: super::NAME, op: graph.nodes[i].op.name(), why }
         })?;
         RuleSet::ALL.apply(&mut program);

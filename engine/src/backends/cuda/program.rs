@@ -6,7 +6,7 @@
 
 use alloc::vec::Vec;
 
-use gpu_kernels::kernels::mmq::Cut;
+use gpu_kernels::kernels::{moe_sort, round_act};
 use gpu_kernels::launch::DevicePtr;
 use quant::FormatId;
 use quant::act::ActKind;
@@ -60,6 +60,15 @@ pub struct Acts {
     pub kind: ActKind,
 }
 
+/// Activations for products that dequantise their weights: what `round_act::launch_scaled` writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Halves {
+    /// f16, in tiles.
+    pub tiles: Value,
+    /// f32, one per column.
+    pub scales: Value,
+}
+
 /// The right-hand side of a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Factor {
@@ -71,6 +80,9 @@ pub enum Factor {
     Rounded(Value),
     /// Quantised; products with block formats.
     Acts(Acts),
+    /// f16 with scales; products with block formats and a prompt's tokens, where those run apart. Of experts in the
+    /// order of [`ExpertProduct::sorted`].
+    Halves(Halves),
 }
 
 /// One matrix of a product and what becomes of it.
@@ -133,8 +145,17 @@ pub struct Sorted {
     pub order: Value,
     /// Four u32 per tile.
     pub tiles: Value,
-    /// How the product is cut.
-    pub cut: Cut,
+    /// Tiles there is room for.
+    pub n_tiles: usize,
+    /// Columns of a tile.
+    pub tile_cols: usize,
+}
+
+impl Sorted {
+    fn for_each_value(self, f: &mut dyn FnMut(Value)) {
+        f(self.order);
+        f(self.tiles);
+    }
 }
 
 /// What a norm divides by.
@@ -253,6 +274,14 @@ pub enum Action {
         k: usize,
         out: Value,
     },
+    /// To f16 and scales; the pairs of a mixture in their sorted order, `pairs_per_x` of which share a row of `x`.
+    Halve {
+        x: Place,
+        n: usize,
+        k: usize,
+        pairs: Option<(Sorted, usize)>,
+        halves: Halves,
+    },
     Product(Product),
     ExpertProduct(ExpertProduct),
     /// Orders the step's (token, slot) pairs by expert, into tiles of so many columns.
@@ -260,9 +289,7 @@ pub enum Action {
         ids: Place,
         n_pairs: usize,
         n_expert: usize,
-        tile_cols: usize,
-        order: Value,
-        tiles: Value,
+        sorted: Sorted,
     },
     /// `frequencies`: radians per position of each pair, [n_rot / 2] sums of two floats.
     RopeTable {
@@ -379,6 +406,18 @@ impl Program {
         }
     }
 
+    /// Room for pairs sorted by expert.
+    pub fn sorted(&mut self, n_pairs: usize, n_expert: usize, tile_cols: usize) -> Sorted {
+        let n_tiles = moe_sort::max_tiles(n_pairs, n_expert, tile_cols);
+        Sorted { order: self.value(4 * n_pairs), tiles: self.value(16 * n_tiles), n_tiles, tile_cols }
+    }
+
+    /// Room for f16 activations and their scales.
+    pub fn halves(&mut self, n_cols: usize, k: usize) -> Halves {
+        let tiles = self.value(round_act::tiles_bytes(n_cols, k));
+        Halves { tiles, scales: self.value(4 * round_act::n_scales(n_cols)) }
+    }
+
     /// What the planner needs to know, action by action.
     pub fn accesses(&self) -> Vec<Access> {
         self.actions.iter().map(Action::access).collect()
@@ -402,6 +441,10 @@ impl Factor {
             Factor::Acts(acts) => {
                 f(acts.q);
                 f(acts.scales);
+            }
+            Factor::Halves(halves) => {
+                f(halves.tiles);
+                f(halves.scales);
             }
         }
     }
@@ -444,10 +487,11 @@ impl Action {
                 p.x.for_each_value(f);
                 place(p.ids, f);
                 p.parts.iter().for_each(|part| opt(part.bias, f));
-                if let Some(sorted) = p.sorted {
-                    f(sorted.order);
-                    f(sorted.tiles);
-                }
+                p.sorted.iter().for_each(|sorted| sorted.for_each_value(f));
+            }
+            Action::Halve { x, pairs, .. } => {
+                place(*x, f);
+                pairs.iter().for_each(|(sorted, _)| sorted.for_each_value(f));
             }
             Action::RopeTable { positions, factors, .. } => {
                 place(*positions, f);
@@ -511,6 +555,10 @@ impl Action {
                 acts(&n.acts, f);
             }
             Action::Quantise { acts: a, .. } => acts(&Some(*a), f),
+            Action::Halve { halves, .. } => {
+                f(halves.tiles);
+                f(halves.scales);
+            }
             Action::Product(Product { acts: Some(a), .. }) => acts(&Some(*a), f),
             Action::Product(Product { parts, glu, .. })
             | Action::ExpertProduct(ExpertProduct { parts, glu, .. }) => {
@@ -531,10 +579,7 @@ impl Action {
                 f(*ids);
                 f(*weights);
             }
-            Action::SortExperts { order, tiles, .. } => {
-                f(*order);
-                f(*tiles);
-            }
+            Action::SortExperts { sorted, .. } => sorted.for_each_value(f),
             Action::Argmax { out, scratch, .. } => {
                 f(*out);
                 f(*scratch);
@@ -591,6 +636,7 @@ impl Action {
             Action::Norm(_) => "norm",
             Action::Quantise { .. } => "quantise",
             Action::Round { .. } => "round",
+            Action::Halve { .. } => "halve",
             Action::Product(_) => "product",
             Action::ExpertProduct(_) => "expert_product",
             Action::SortExperts { .. } => "sort_experts",

@@ -8,14 +8,16 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use alloc::{format, vec};
 
-use gpu_kernels::kernels::{argmax, rope, round_act};
+use gpu_kernels::driver::DeviceInfo;
+use gpu_kernels::kernels::{argmax, mmd_hopper, rope, round_act};
 use gpu_kernels::launch::DevicePtr;
+use gpu_kernels::ptx;
 use quant::FormatId;
 
 use super::emit::MMVF_MAX_PLAIN_COLS;
 use super::program::{
-    Action, Acts, ExpertProduct, Factor, Gate, Matrix, Norm, NormKind, Part, Place, Product, Program,
-    Rotation, Store, Table, Value,
+    Action, Acts, ExpertProduct, Factor, Gate, Halves, Matrix, Norm, NormKind, Part, Place, Product, Program,
+    Rotation, Sorted, Store, Table, Value,
 };
 use crate::graph::{Graph, Node};
 use crate::op::{Op, RopeParams};
@@ -132,16 +134,27 @@ pub struct Translator<'a> {
     pub program: Program,
     /// Value of each activation, by base tensor.
     pub values: BTreeMap<TensorId, Value>,
+    /// Whether products with block formats dequantise their weights.
+    dequantises: bool,
     quantised: Vec<(Place, Acts)>,
+    /// f16 activations, of a mixture in the order of its pairs (by their ids).
+    halved: Vec<(Place, Option<Place>, Halves)>,
+    sorted: Vec<(Place, Sorted)>,
     rounded: Vec<(Place, Value, FormatId)>,
 }
 
-/// Translates a whole graph; the reason if a node cannot be.
+/// Whether a graph's tokens are a prompt's, and the device runs those apart.
+pub fn runs_apart(graph: &Graph, device: &DeviceInfo) -> bool {
+    graph.prompt && ptx::runs_hopper(device)
+}
+
+/// Translates a whole graph for a device; the reason if a node cannot be.
 pub fn translate<'a>(
     graph: &'a Graph,
     addresses: &'a dyn Addresses,
+    device: &DeviceInfo,
 ) -> Result<(Program, BTreeMap<TensorId, Value>), (usize, String)> {
-    let mut t = Translator::new(graph, addresses);
+    let mut t = Translator::new(graph, addresses, device);
     for (i, node) in graph.nodes.iter().enumerate() {
         t.node(node).map_err(|why| (i, why))?;
     }
@@ -155,13 +168,16 @@ pub fn translate<'a>(
 
 impl<'a> Translator<'a> {
     /// Nothing translated yet.
-    pub fn new(graph: &'a Graph, addresses: &'a dyn Addresses) -> Translator<'a> {
+    pub fn new(graph: &'a Graph, addresses: &'a dyn Addresses, device: &DeviceInfo) -> Translator<'a> {
         Translator {
             graph,
             addresses,
+            dequantises: runs_apart(graph, device),
             program: Program::default(),
             values: BTreeMap::new(),
             quantised: Vec::new(),
+            halved: Vec::new(),
+            sorted: Vec::new(),
             rounded: Vec::new(),
         }
     }
@@ -223,6 +239,9 @@ impl<'a> Translator<'a> {
     /// The right-hand side for weights of a format, quantised if it must be and is not yet.
     fn factor(&mut self, x: Place, n: usize, k: usize, format: FormatId) -> Factor {
         let Some(kind) = format.act_kind() else { return self.float_factor(x, n, k, format) };
+        if self.dequantises {
+            return Factor::Halves(self.halves(x, n, k, None));
+        }
         if let Some((_, acts)) = self.quantised.iter().find(|(p, a)| *p == x && a.kind == kind) {
             return Factor::Acts(*acts);
         }
@@ -230,6 +249,31 @@ impl<'a> Translator<'a> {
         self.program.actions.push(Action::Quantise { x, n, k, acts });
         self.quantised.push((x, acts));
         Factor::Acts(acts)
+    }
+
+    /// Activations as f16 with scales, of a mixture (ids, pairs that share a row of `x`, the pairs) in their order.
+    fn halves(&mut self, x: Place, n: usize, k: usize, pairs: Option<(Place, usize, Sorted)>) -> Halves {
+        let ids = pairs.map(|(ids, ..)| ids);
+        if let Some((.., halves)) = self.halved.iter().find(|(p, of, _)| *p == x && *of == ids) {
+            return *halves;
+        }
+        let columns = pairs.map_or(n, |(.., sorted)| sorted.n_tiles * sorted.tile_cols);
+        let halves = self.program.halves(columns, k);
+        let pairs = pairs.map(|(_, per_x, sorted)| (sorted, per_x));
+        self.push(Action::Halve { x, n, k, pairs, halves });
+        self.halved.push((x, ids, halves));
+        halves
+    }
+
+    /// The pairs of a mixture, sorted for products that dequantise.
+    fn sorted(&mut self, ids: Place, n_pairs: usize, n_expert: usize) -> Sorted {
+        if let Some((_, sorted)) = self.sorted.iter().find(|(of, _)| *of == ids) {
+            return *sorted;
+        }
+        let sorted = self.program.sorted(n_pairs, n_expert, mmd_hopper::TILE_COLS);
+        self.push(Action::SortExperts { ids, n_pairs, n_expert, sorted });
+        self.sorted.push((ids, sorted));
+        sorted
     }
 
     /// The right-hand side for float weights: rounded in a pass of its own where many tokens share that.
@@ -326,9 +370,14 @@ impl<'a> Translator<'a> {
                 let bias = self.opt_vector(*bias)?;
                 let (x, ids) = (self.place(*x), self.place(*ids));
                 // A mixture's float products round on the way, whatever the number of tokens.
-                let x = match w.format.act_kind() {
-                    Some(_) => self.factor(x, rows, k, w.format),
-                    None => Factor::Floats(x),
+                let (x, sorted) = match w.format.act_kind() {
+                    Some(_) if self.dequantises => {
+                        let sorted = self.sorted(ids, n * n_used, n_expert);
+                        let per_x = if per_used { 1 } else { n_used };
+                        (Factor::Halves(self.halves(x, rows, k, Some((ids, per_x, sorted)))), Some(sorted))
+                    }
+                    Some(_) => (self.factor(x, rows, k, w.format), None),
+                    None => (Factor::Floats(x), None),
                 };
                 let parts = vec![Part { w, bias, residual: None, out: self.value(out()) }];
                 self.push(Action::ExpertProduct(ExpertProduct {
@@ -340,7 +389,7 @@ impl<'a> Translator<'a> {
                     n_used,
                     k,
                     glu: None,
-                    sorted: None,
+                    sorted,
                 }));
             }
             Op::RopeTable { positions, freq_factors, params } => {
