@@ -47,3 +47,4 @@ pub(crate) mod lookup;
 mod order;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
+mod warpgroups;
