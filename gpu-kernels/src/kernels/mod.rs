@@ -12,6 +12,7 @@ pub mod get_rows;
 pub mod glu;
 pub mod kv_store;
 pub mod layer_norm;
+pub mod mmd_hopper;
 pub mod mmf;
 pub mod mmf32;
 pub mod mmf_hopper;
