@@ -59,6 +59,7 @@ kernels! {
     mmf
     mmf_hopper
     mmf32
+    mmd_hopper
     glu
     layer_norm
     moe_route

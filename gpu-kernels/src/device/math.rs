@@ -169,6 +169,45 @@ pub fn pack_f16(low: f32, high: f32) -> u32 {
     }
 }
 
+/// Arithmetic on two f16 in a word, each result rounded to nearest even.
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+macro_rules! two_f16 {
+    ($($(#[$meta:meta])* $name:ident($($arg:ident),*): $instruction:literal, |$($x:ident),*| $value:expr;)*) => {$(
+        $(#[$meta])*
+        #[inline(always)]
+        pub fn $name($($arg: u32),*) -> u32 {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let result: u32;
+                // SAFETY: arithmetic.
+                unsafe {
+                    core::arch::asm!($instruction, out(reg32) result, $(in(reg32) $arg,)* options(pure, nomem, nostack, preserves_flags))
+                }
+                result
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                let half = |shift: u32| {
+                    // Products are exact in f64, and sums nearly.
+                    $(let $x = half::f16::from_bits(($arg >> shift) as u16).to_f64();)*
+                    u32::from(half::f16::from_f64($value).to_bits()) << shift
+                };
+                half(0) | half(16)
+            }
+        }
+    )*};
+}
+
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+two_f16! {
+    /// `a - b`.
+    sub_f16(a, b): "sub.rn.f16x2 {},{},{};", |x, y| x - y;
+    /// `a * b`.
+    mul_f16(a, b): "mul.rn.f16x2 {},{},{};", |x, y| x * y;
+    /// `a * b + c`, rounded once.
+    fma_f16(a, b, c): "fma.rn.f16x2 {},{},{},{};", |x, y, z| x * y + z;
+}
+
 /// `low` and `high` as two bf16, nearest even, the first in the low half (`cvt.rn.bf16x2.f32`, one instruction from sm_80
 /// on).
 #[inline(always)]

@@ -1,10 +1,12 @@
-//! Problems with float weights, for the cases of their products: `mmvf`, `mmf`, `mmf32`.
+//! Problems of products that sum f32 activations or their rounded values, for the cases of `mmvf`, `mmf`, `mmf32`,
+//! `mmd_hopper`.
 
 use alloc::{boxed::Box, vec, vec::Vec};
 
-use quant::{FloatFormat, FormatId};
+use quant::{FloatFormat, FormatId, info, with_format};
 
 use crate::case::{Buffer, Expected, Problem, Random, bytes_of};
+use crate::kernels::mmvq::Weights;
 use crate::kernels::product::{Glu, Matrix, Mixture, glu_reference};
 use crate::kernels::round_act::SortedPairs;
 use crate::launch::{DevicePtr, Launch, LaunchError};
@@ -13,7 +15,7 @@ use crate::tile;
 /// A case: the shape and everything a launch may have.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
-    /// F16, BF16 or F32.
+    /// F16, BF16 or F32, or a block format.
     pub format: FormatId,
     /// Rows of each matrix.
     pub n_rows: &'static [usize],
@@ -37,16 +39,21 @@ impl Case {
 
     /// Bytes that must move.
     pub fn bytes(&self) -> u64 {
-        let elem = if self.format == FormatId::F32 { 4 } else { 2 };
+        let row = info(self.format);
         let rows: usize = self.n_rows.iter().sum();
         let experts = self.experts.map_or(1, |(n, _)| n.min(self.n_cols));
         let x = self.n_cols / self.experts.map_or(1, |(_, slots)| slots) * self.k * 4;
-        (experts * rows * self.k * elem + x + 4 * rows * self.n_cols) as u64
+        (experts * rows * self.k / row.elems * row.bytes + x + 4 * rows * self.n_cols) as u64
     }
 
-    /// Columns of a tile of sorted pairs: a large one's where there are many.
+    /// Whether the weights are blocks.
+    fn is_quantised(&self) -> bool {
+        info(self.format).elems > 1
+    }
+
+    /// Columns of a tile of sorted pairs: a large one's where there are many, or where there is no other.
     pub(crate) fn tile_cols(&self) -> usize {
-        if self.n_cols < 100 { 64 } else { 128 }
+        if self.n_cols < 100 && !self.is_quantised() { 64 } else { 128 }
     }
 
     /// Entries of the list of those tiles.
@@ -111,7 +118,15 @@ pub(crate) fn problem(
 ) -> Problem {
     let Case { format, n_rows, k, n_cols, addends, glu, experts } = *case;
     let (n_experts, slots) = experts.unwrap_or((1, 1));
-    let x = random.values(n_cols / slots * k);
+    // Smaller, so that an activation's argument stays where it bends; of blocks, which are encoded as they are, the
+    // activations. Else those are beyond f16, which their scales must mend.
+    let scale = if glu.is_some() { 2.0 / libm::sqrtf(k as f32) } else { 1.0 };
+    let (scale, x_scale) = match (case.is_quantised(), glu) {
+        (false, _) => (scale, 1.0),
+        (true, Some(_)) => (1.0, scale),
+        (true, None) => (1.0, 3e4),
+    };
+    let x: Vec<f32> = random.values(n_cols / slots * k).into_iter().map(|x| x * x_scale).collect();
     let ids: Vec<u32> = (0..n_cols).map(|_| random.below(n_experts as u64) as u32).collect();
     let (tile_cols, n_tiles) = (case.tile_cols(), case.max_tiles());
     let (order, tiles) = sort(&ids, tile_cols, n_tiles);
@@ -122,21 +137,23 @@ pub(crate) fn problem(
         Buffer::Input(bytes_of(&tiles)),
         Buffer::Input(vec![0xff; scratch.max(16)]),
     ];
-    // Smaller weights, so that an activation's argument stays where it bends.
-    let scale = if glu.is_some() { 2.0 / libm::sqrtf(k as f32) } else { 1.0 };
     let mut sums: Vec<Vec<f64>> = vec![];
     let mut residuals: Vec<Vec<f32>> = vec![];
     for &rows in n_rows {
-        let weights: Vec<f32> =
-            (0..n_experts * rows * k).map(|_| rounded(format, scale * random.value())).collect();
-        let raw = |weights: &[f32]| -> Vec<u8> {
-            match format {
-                FormatId::F32 => bytes_of(weights),
+        let n = n_experts * rows * k;
+        let (raw, weights) = if case.is_quantised() {
+            with_format(format, Weights(random, n)).expect("cases name formats of weights")
+        } else {
+            let weights: Vec<f32> = (0..n).map(|_| rounded(format, scale * random.value())).collect();
+            let raw = match format {
+                FormatId::F32 => bytes_of(&weights),
                 FormatId::F16 => weights.iter().flat_map(|&w| half::f16::from_f32(w).to_le_bytes()).collect(),
                 _ => weights.iter().flat_map(|&w| half::bf16::from_f32(w).to_le_bytes()).collect(),
-            }
+            };
+            (raw, weights)
         };
-        let tiles = weights.chunks(rows * k).flat_map(|w| tile::pack(format, &raw(w), rows, k)).collect();
+        let tiles =
+            raw.chunks(raw.len() / n_experts).flat_map(|raw| tile::pack(format, raw, rows, k)).collect();
         let bias = random.values(if addends { n_experts * rows } else { 0 });
         let residual = random.values(if addends { n_cols * rows } else { 0 });
         let mut sum = vec![];

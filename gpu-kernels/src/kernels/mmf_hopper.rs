@@ -23,6 +23,7 @@ pub use host::MmfHopper;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use crate::device::U32x4;
+use crate::kernels::warpgroups::{self, PIECE_ELEMS};
 
 /// Rows and columns of a tile.
 pub const TILE: usize = 128;
@@ -32,15 +33,12 @@ pub const THREADS: u32 = 384;
 const ROW_TILES: u32 = TILE as u32 / 16;
 const BLOCKS: u32 = TILE as u32 / 8;
 /// Steps of 16 of k in a stage.
-const STEPS: u32 = 4;
+const STEPS: u32 = warpgroups::STEPS;
 /// 16-byte vectors of weights in a stage, and of weights and activations.
 const A: u32 = ROW_TILES * STEPS * 32;
 const STAGE: u32 = A + BLOCKS * STEPS * 16;
 /// Stages of the ring: as many as fit.
 const STAGES: u32 = 6;
-/// Columns that a warpgroup finishes at a time, and elements between two of them: a fragment's lanes hit 32 banks.
-const PIECE: u32 = TILE as u32 / 2;
-const STRIDE: u32 = 64 + 4;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 smem! {
@@ -48,14 +46,14 @@ smem! {
     struct Shared {
         stages: [U32x4; (STAGES * STAGE) as usize],
         /// What the consumers finish, for each of the two.
-        finished: [f32; (2 * PIECE * STRIDE) as usize],
+        finished: [f32; (2 * PIECE_ELEMS) as usize],
         /// When a stage is full, and when it is empty.
         barriers: [u64; 2 * STAGES as usize],
     }
 }
 
 /// Shared memory of a CTA.
-pub const BYTES: u32 = 16 * STAGES * STAGE + 4 * 2 * PIECE * STRIDE + 8 * 2 * STAGES;
+pub const BYTES: u32 = 16 * STAGES * STAGE + 4 * 2 * PIECE_ELEMS + 8 * 2 * STAGES;
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
@@ -64,10 +62,11 @@ mod gpu {
 
     use super::*;
     use crate::device::mma::FragmentA;
-    use crate::device::sync::{self, Mbarrier};
+    use crate::device::sync;
     use crate::device::wgmma::{self, Bf16N128, F16N128, Operand, Registers, Sums};
-    use crate::device::{Glb, bulk_copy, math, thread, warp};
-    use crate::kernels::product::{Gate, Part, choose_at};
+    use crate::device::{Glb, Smem, bulk_copy, math, thread, warp};
+    use crate::kernels::product::{Gate, Part};
+    use crate::kernels::warpgroups::{BLOCK, Place, Ring, Work};
 
     const _: () = assert!(Shared::BYTES == BYTES);
 
@@ -104,277 +103,131 @@ mod gpu {
         }
     }
 
-    /// A place in the ring.
-    #[derive(Clone, Copy)]
-    struct Place {
-        slot: u32,
-        parity: u32,
-    }
-
-    impl Place {
-        const FIRST: Place = Place { slot: 0, parity: 0 };
+    impl Ring for Shared {
+        const STAGES: u32 = STAGES;
 
         #[inline(always)]
-        fn next(self) -> Place {
-            if self.slot + 1 == STAGES {
-                Place { slot: 0, parity: self.parity ^ 1 }
+        fn barriers() -> Smem<u64> {
+            Shared::barriers()
+        }
+    }
+
+    /// A lane's weights of the stage for step `step`; `a` is its first vector there.
+    #[inline(always)]
+    #[track_caller]
+    fn load(place: Place, a: u32, step: u32) -> FragmentA {
+        FragmentA(Shared::stages().ld(place.slot * STAGE + a + step * 32).0)
+    }
+
+    /// The activations of the stage.
+    #[inline(always)]
+    #[track_caller]
+    fn columns(place: Place) -> Operand {
+        Operand::cores(Shared::stages(), place.slot * STAGE + A, BLOCK)
+    }
+
+    /// What warp `warp` of the producers does, by one lane: two row tiles and four blocks of columns of every stage.
+    #[inline(always)]
+    #[track_caller]
+    fn produce<const CTAS: u32>(work: &Work<CTAS>, warp: u32) {
+        const SLOTS: u32 = ROW_TILES / PRODUCERS;
+        const COLUMNS: u32 = BLOCKS / PRODUCERS;
+        // Of its four blocks a warp copies one half if the other CTA copies the other.
+        let own = COLUMNS / CTAS;
+        let first_own = thread::block_idx_x() % CTAS * own;
+        let mut place = Place::FIRST;
+        let (mut i, step) = Work::<CTAS>::walk();
+        while i < work.n_items {
+            let tile = work.tile(i, TILE as u32, TILE as u32);
+            i += step;
+            if tile.is_empty() {
+                continue;
+            }
+            // Of a gated pair a warp of either matrix. Tiles beyond the matrix repeat its last; they are not stored.
+            let last = tile.part.n_rows.div_ceil(16) - 1;
+            // Matrices are padded to 32 rows: two row tiles.
+            let matrix = tile.expert as usize * 2 * tile.part.n_rows.div_ceil(32) as usize;
+            let (w, first) = if !work.gate.is_some() {
+                (tile.part.w, SLOTS * warp)
             } else {
-                Place { slot: self.slot + 1, parity: self.parity }
-            }
-        }
-
-        /// Ends its phase when the producers' copies have filled the stage.
-        #[inline(always)]
-        #[track_caller]
-        fn full(self) -> Mbarrier {
-            Mbarrier::at(Shared::barriers(), self.slot)
-        }
-
-        /// Ends its phase when the consumers have read the stage.
-        #[inline(always)]
-        #[track_caller]
-        fn empty(self) -> Mbarrier {
-            Mbarrier::at(Shared::barriers(), STAGES + self.slot)
-        }
-
-        /// Called by a consumer warp that has read the stage.
-        #[inline(always)]
-        #[track_caller]
-        fn release<const CTAS: u32>(self) {
-            warp::sync_warp();
-            let lane = thread::lane_id();
-            if CTAS == 1 && lane == 0 {
-                self.empty().arrive();
-            }
-            // The other CTA's producers write here too.
-            if CTAS > 1 && lane < CTAS {
-                self.empty().arrive_at(lane);
-            }
-        }
-
-        /// This lane's weights of the stage for step `step`; `a` is its first vector there.
-        #[inline(always)]
-        #[track_caller]
-        fn load(self, a: u32, step: u32) -> FragmentA {
-            FragmentA(Shared::stages().ld(self.slot * STAGE + a + step * 32).0)
-        }
-
-        /// The activations of the stage.
-        #[inline(always)]
-        #[track_caller]
-        fn columns(self) -> Operand {
-            Operand::cores(Shared::stages(), self.slot * STAGE + A, STEPS * 16)
-        }
-    }
-
-    /// What a launch does.
-    #[derive(Clone, Copy)]
-    struct Work<const CTAS: u32> {
-        parts: [Part; 3],
-        x: Glb<U32x4>,
-        order: Glb<u32>,
-        of_expert: Glb<U32x4>,
-        gate: Gate,
-        n_k16: u32,
-        n_cols: u32,
-        /// Tiles of columns, and all items: a tile, or one for each CTA of a cluster, below each other.
-        n_across: u32,
-        n_items: u32,
-    }
-
-    /// A tile of it.
-    #[derive(Clone, Copy)]
-    struct Tile {
-        part: Part,
-        first_row: u32,
-        first_block: u32,
-        /// Where its columns end; at its first column if there is none.
-        n_cols: u32,
-        /// Of a mixture.
-        expert: u32,
-        first_pair: u32,
-    }
-
-    impl Tile {
-        #[inline(always)]
-        fn is_empty(&self) -> bool {
-            self.n_cols == self.first_block * 8
-        }
-    }
-
-    impl<const CTAS: u32> Work<CTAS> {
-        /// This CTA's first item, and how many items lie between it and the next.
-        #[inline(always)]
-        fn walk() -> (u32, u32) {
-            (thread::block_idx_x() / CTAS, thread::grid_dim_x() / CTAS)
-        }
-
-        /// This CTA's tile of item `i`.
-        #[inline(always)]
-        #[track_caller]
-        fn tile(&self, i: u32) -> Tile {
-            let (down, across) = (i / self.n_across, i % self.n_across);
-            let part = choose_at(self.parts[0], self.parts[1], self.parts[2], down);
-            let rows = if self.gate.is_some() { TILE as u32 / 2 } else { TILE as u32 };
-            let rank = thread::block_idx_x() % CTAS;
-            let first_row = ((down - part.first_cta) * CTAS + rank) * rows;
-            let first_block = across * BLOCKS;
-            let (expert, first_pair, n_cols) = if self.order.is_null() {
-                (0, 0, self.n_cols)
-            } else {
-                let U32x4([expert, first, number, _]) = self.of_expert.ld_nc(across);
-                (expert, first, first_block * 8 + number)
+                (if warp.is_multiple_of(2) { tile.part.w } else { work.parts[1].w }, SLOTS * (warp / 2))
             };
-            Tile { part, first_row, first_block, n_cols, expert, first_pair }
-        }
-
-        /// What warp `warp` of the producers does, by one lane: two row tiles and four blocks of columns of every stage.
-        #[inline(always)]
-        #[track_caller]
-        fn produce(&self, warp: u32) {
-            const SLOTS: u32 = ROW_TILES / PRODUCERS;
-            const COLUMNS: u32 = BLOCKS / PRODUCERS;
-            // Of its four blocks a warp copies one half if the other CTA copies the other.
-            let own = COLUMNS / CTAS;
-            let first_own = thread::block_idx_x() % CTAS * own;
-            let mut place = Place::FIRST;
-            let (mut i, step) = Self::walk();
-            while i < self.n_items {
-                let tile = self.tile(i);
-                i += step;
-                if tile.is_empty() {
-                    continue;
-                }
-                // Of a gated pair a warp of either matrix. Tiles beyond the matrix repeat its last; they are not stored.
-                let last = tile.part.n_rows.div_ceil(16) - 1;
-                // Matrices are padded to 32 rows: two row tiles.
-                let matrix = tile.expert as usize * 2 * tile.part.n_rows.div_ceil(32) as usize;
-                let (w, first) = if !self.gate.is_some() {
-                    (tile.part.w, SLOTS * warp)
-                } else {
-                    (if warp.is_multiple_of(2) { tile.part.w } else { self.parts[1].w }, SLOTS * (warp / 2))
-                };
-                let from_a: [Glb<U32x4>; SLOTS as usize] = core::array::from_fn(|j| {
-                    let row_tile = tile.first_row / 16 + first + j as u32;
-                    let row_tile = if row_tile < last { row_tile } else { last };
-                    let at = (matrix + row_tile as usize) * self.n_k16 as usize * 32;
-                    w.cast::<U32x4>().offset(at)
+            let from_a: [Glb<U32x4>; SLOTS as usize] = core::array::from_fn(|j| {
+                let row_tile = tile.first_row / 16 + first + j as u32;
+                let row_tile = if row_tile < last { row_tile } else { last };
+                let at = (matrix + row_tile as usize) * work.n_k16 as usize * 32;
+                w.cast::<U32x4>().offset(at)
+            });
+            let from_b: [Glb<U32x4>; COLUMNS as usize] = core::array::from_fn(|j| {
+                let block = COLUMNS * warp + (first_own + j as u32) % COLUMNS;
+                tile.columns(work.x, block, work.n_k16)
+            });
+            let (to_a, to_b) = (SLOTS * warp * STEPS * 32, A + COLUMNS * warp * STEPS * 16);
+            let mut k16 = 0;
+            while k16 < work.n_k16 {
+                let rest = work.n_k16 - k16;
+                let steps = if rest < STEPS { rest } else { STEPS };
+                place.empty::<Shared>().wait(place.parity ^ 1);
+                let full = place.full::<Shared>();
+                full.arrive_expect(steps * (SLOTS * 512 + COLUMNS * 256));
+                let stage = Shared::stages().skip(place.slot * STAGE);
+                unroll!(J in 0..2 {
+                    let to = to_a + J as u32 * STEPS * 32;
+                    bulk_copy::copy(stage, to, from_a[J], k16 * 32, steps * 32, full);
                 });
-                // Blocks beyond the columns repeat the last.
-                let last_block = (tile.n_cols - 1) / 8;
-                let from_b: [Glb<U32x4>; COLUMNS as usize] = core::array::from_fn(|j| {
-                    let block = tile.first_block + COLUMNS * warp + (first_own + j as u32) % COLUMNS;
-                    let block = if block < last_block { block } else { last_block };
-                    self.x.offset(block as usize * self.n_k16 as usize * 16)
-                });
-                let (to_a, to_b) = (SLOTS * warp * STEPS * 32, A + COLUMNS * warp * STEPS * 16);
-                let mut k16 = 0;
-                while k16 < self.n_k16 {
-                    let rest = self.n_k16 - k16;
-                    let steps = if rest < STEPS { rest } else { STEPS };
-                    place.empty().wait(place.parity ^ 1);
-                    let full = place.full();
-                    full.arrive_expect(steps * (SLOTS * 512 + COLUMNS * 256));
-                    let stage = Shared::stages().skip(place.slot * STAGE);
-                    unroll!(J in 0..2 {
-                        let to = to_a + J as u32 * STEPS * 32;
-                        bulk_copy::copy(stage, to, from_a[J], k16 * 32, steps * 32, full);
-                    });
-                    unroll!(J in 0..4 {
-                        if (J as u32) < own {
-                            let to = to_b + (first_own + J as u32) * STEPS * 16;
-                            bulk_copy::copy_to_all::<CTAS>(stage, to, from_b[J], k16 * 16, steps * 16, full);
-                        }
-                    });
-                    place = place.next();
-                    k16 += STEPS;
-                }
-            }
-        }
-
-        /// What thread `thread` of the consumers does.
-        #[inline(always)]
-        #[track_caller]
-        fn consume<H: Half>(&self, thread: u32) {
-            let group = thread / 128;
-            // This lane's first vector of its row tile in a stage.
-            let a = thread / 32 * (STEPS * 32) + thread::lane_id();
-            // The named barriers of the two turns; the second group says at once that the first may begin.
-            let (mine, others) = (2 - group, 1 + group);
-            if group == 1 {
-                sync::barrier_arrive_of(others, 256);
-            }
-            let mut place = Place::FIRST;
-            let (mut i, step) = Self::walk();
-            while i < self.n_items {
-                if !self.tile(i).is_empty() {
-                    let mut totals = [0.0f32; 64];
-                    let mut k16 = 0;
-                    while k16 < self.n_k16 {
-                        let mut sums = Sums::<64>::zero();
-                        sync::barrier_of(mine, 256);
-                        place = if k16 + SPAN_STEPS <= self.n_k16 {
-                            span::<H, CTAS>(&mut sums, place, a, others)
-                        } else {
-                            short_span::<H, CTAS>(&mut sums, place, a, self.n_k16 - k16, others)
-                        };
-                        unroll!(Q in 0..8 { unroll!(E in 0..8 {
-                            totals[8 * Q + E] += f32::from_bits(sums.get(8 * Q + E));
-                        }); });
-                        k16 += SPAN_STEPS;
+                unroll!(J in 0..4 {
+                    if (J as u32) < own {
+                        let to = to_b + (first_own + J as u32) * STEPS * 16;
+                        bulk_copy::copy_to_all::<CTAS>(stage, to, from_b[J], k16 * 16, steps * 16, full);
                     }
-                    // The tile anew: its fields need no registers up to here.
-                    self.finish(&self.tile(math::fresh(i)), thread, &totals);
-                }
-                i += step;
-            }
-            if group == 0 {
-                sync::barrier_of(mine, 256);
+                });
+                place = place.next::<Shared>();
+                k16 += STEPS;
             }
         }
+    }
 
-        /// Stores a warpgroup's part of a tile, half of the columns at a time.
-        #[inline(always)]
-        #[track_caller]
-        fn finish(&self, tile: &Tile, thread: u32, totals: &[f32; 64]) {
-            let (group, thread, lane) = (thread / 128, thread % 128, thread::lane_id());
-            let finished = Shared::finished().skip(group * PIECE * STRIDE);
-            let gated = self.gate.is_some();
-            // Rows of the output. Of a gated pair those of up follow those of gate.
-            let rows = if gated { 32 } else { 64 };
-            let (row, columns_at_once) = (thread % rows, 128 / rows);
-            let output_row = tile.first_row + group * rows + row;
-            let mut first_column = 0;
-            while first_column < math::opaque(TILE as u32) {
-                // Everyone has read what lay here.
-                sync::barrier_of(3 + group, 128);
-                let to = 2 * (lane % 4) * STRIDE + thread / 32 * 16 + lane / 4;
-                unroll!(Q in 0..8 { unroll!(E in 0..4 {
-                    let value = if first_column == 0 { totals[4 * Q + E] } else { totals[32 + 4 * Q + E] };
-                    finished.st(to + (8 * Q + E % 2) as u32 * STRIDE + E as u32 / 2 * 8, value);
-                }); });
-                sync::barrier_of(3 + group, 128);
-                let first = tile.first_block * 8 + first_column;
-                let mut column = thread / rows;
-                while column < PIECE && output_row < tile.part.n_rows {
-                    unroll!(J in 0..4 {
-                        let column = column + J as u32 * columns_at_once;
-                        if first + column < tile.n_cols {
-                            let sum = finished.ld(column * STRIDE + row);
-                            let up = if gated { finished.ld(column * STRIDE + row + 32) } else { 0.0 };
-                            let line = if self.order.is_null() {
-                                first + column
-                            } else {
-                                self.order.ld_nc(tile.first_pair + first_column + column)
-                            };
-                            let sums = [sum, up];
-                            tile.part.finish(self.gate, self.parts[1], tile.expert, line, output_row, sums);
-                        }
-                    });
-                    column += 4 * columns_at_once;
+    /// What thread `thread` of the consumers does.
+    #[inline(always)]
+    #[track_caller]
+    fn consume<H: Half, const CTAS: u32>(work: &Work<CTAS>, thread: u32) {
+        let group = thread / 128;
+        // This lane's first vector of its row tile in a stage.
+        let a = thread / 32 * (STEPS * 32) + thread::lane_id();
+        // The named barriers of the two turns; the second group says at once that the first may begin.
+        let (mine, others) = (2 - group, 1 + group);
+        if group == 1 {
+            sync::barrier_arrive_of(others, 256);
+        }
+        let mut place = Place::FIRST;
+        let (mut i, step) = Work::<CTAS>::walk();
+        while i < work.n_items {
+            if !work.tile(i, TILE as u32, TILE as u32).is_empty() {
+                let mut totals = [0.0f32; 64];
+                let mut k16 = 0;
+                while k16 < work.n_k16 {
+                    let mut sums = Sums::<64>::zero();
+                    sync::barrier_of(mine, 256);
+                    place = if k16 + SPAN_STEPS <= work.n_k16 {
+                        span::<H, CTAS>(&mut sums, place, a, others)
+                    } else {
+                        short_span::<H, CTAS>(&mut sums, place, a, work.n_k16 - k16, others)
+                    };
+                    unroll!(Q in 0..8 { unroll!(E in 0..8 {
+                        totals[8 * Q + E] += f32::from_bits(sums.get(8 * Q + E));
+                    }); });
+                    k16 += SPAN_STEPS;
                 }
-                first_column += PIECE;
+                // The tile anew: its fields need no registers up to here.
+                let tile = work.tile(math::fresh(i), TILE as u32, TILE as u32);
+                let finished = Shared::finished().skip(group * PIECE_ELEMS);
+                let part = [64 * group, 0, TILE as u32];
+                work.store(&tile, part, [thread % 128, 3 + group], finished, |i| totals[i], |_, sum| sum);
             }
+            i += step;
+        }
+        if group == 0 {
+            sync::barrier_of(mine, 256);
         }
     }
 
@@ -385,12 +238,12 @@ mod gpu {
     fn span<H: Half, const CTAS: u32>(sums: &mut Sums<64>, place: Place, a: u32, others: u32) -> Place {
         let mut weights = [[FragmentA([0; 4]); STEPS as usize]; 2];
         let (mut place, mut before) = (place, place);
-        place.full().wait(place.parity);
-        unroll!(STEP in 0..4 { weights[0][STEP] = place.load(a, STEP as u32); });
+        place.full::<Shared>().wait(place.parity);
+        unroll!(STEP in 0..4 { weights[0][STEP] = load(place, a, STEP as u32); });
         unroll!(S in 0..4 {
             const { assert!(SPAN_STAGES == 4 && STEPS == 4) };
             wgmma::fence();
-            let columns = place.columns();
+            let columns = columns(place);
             unroll!(STEP in 0..4 {
                 let columns = columns.skip(16 * STEP as u32);
                 if S + STEP == 0 {
@@ -403,22 +256,22 @@ mod gpu {
             if S == 0 {
                 sync::barrier_arrive_of(others, 256);
             }
-            let next = place.next();
+            let next = place.next::<Shared>();
             if S < 3 {
-                next.full().wait(next.parity);
+                next.full::<Shared>().wait(next.parity);
             }
             if S > 0 {
                 wgmma::wait_for_operands::<1>();
-                before.release::<CTAS>();
+                before.release::<Shared, CTAS>();
             }
             if S < 3 {
-                unroll!(STEP in 0..4 { weights[(S + 1) % 2][STEP] = next.load(a, STEP as u32); });
+                unroll!(STEP in 0..4 { weights[(S + 1) % 2][STEP] = load(next, a, STEP as u32); });
             }
             before = place;
             place = next;
         });
         sums.wait::<0>();
-        before.release::<CTAS>();
+        before.release::<Shared, CTAS>();
         place
     }
 
@@ -435,19 +288,19 @@ mod gpu {
         sync::barrier_arrive_of(others, 256);
         let (mut place, mut done) = (place, 0);
         while done < n {
-            place.full().wait(place.parity);
+            place.full::<Shared>().wait(place.parity);
             let end = if done + STEPS < n { STEPS } else { n - done };
             let mut step = 0;
             while step < end {
-                let weights = place.load(a, step);
+                let weights = load(place, a, step);
                 wgmma::fence();
-                H::multiply::<true>(sums, weights, place.columns().skip(16 * step));
+                H::multiply::<true>(sums, weights, columns(place).skip(16 * step));
                 wgmma::commit();
                 sums.wait::<0>();
                 step += 1;
             }
-            place.release::<CTAS>();
-            place = place.next();
+            place.release::<Shared, CTAS>();
+            place = place.next::<Shared>();
             done += STEPS;
         }
         place
@@ -471,13 +324,7 @@ mod gpu {
         const { assert!(CTAS == 1 || CTAS == 2) };
         let thread = thread::thread_idx_x();
         if thread == 0 {
-            let mut slot = 0;
-            while slot < STAGES {
-                let place = Place { slot, parity: 0 };
-                place.full().init(PRODUCERS);
-                place.empty().init(CONSUMERS * CTAS);
-                slot += 1;
-            }
+            Shared::init(PRODUCERS, CONSUMERS * CTAS);
         }
         // No CTA touches what another has not set up, or has left.
         if CTAS > 1 {
@@ -491,11 +338,11 @@ mod gpu {
         if thread < 128 {
             warp::give_registers::<PRODUCER_REGISTERS>();
             if thread::lane_id() == 0 {
-                work.produce(thread::warp_id());
+                produce(&work, thread::warp_id());
             }
         } else {
             warp::take_registers::<CONSUMER_REGISTERS>();
-            work.consume::<H>(thread - 128);
+            consume::<H, CTAS>(&work, thread - 128);
         }
         if CTAS > 1 {
             sync::sync_cluster();

@@ -12,6 +12,7 @@ pub mod get_rows;
 pub mod glu;
 pub mod kv_store;
 pub mod layer_norm;
+pub mod mmd_hopper;
 pub mod mmf;
 pub mod mmf32;
 pub mod mmf_hopper;
@@ -47,3 +48,4 @@ pub(crate) mod lookup;
 mod order;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
+mod warpgroups;
