@@ -219,12 +219,20 @@ macro_rules! registers {
                     intrinsics::anchor();
                     // SAFETY: operands lie in the CTA's layout; the round of fence and wait orders registers.
                     unsafe {
-                        asm!(
-                            "{{ .reg .pred p; setp.ne.b32 p, {add}, 0;",
-                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $a, $b, "; }}"),
-                            $(inout(reg32) d[$i],)* a = in(reg64) a.0, b = in(reg64) b.0, add = const ADD as u32,
-                            options(nostack)
-                        )
+                        // Sums that are set have no value before: one would have to be there at the fence.
+                        if const { ADD } {
+                            asm!(
+                                "{{ .reg .pred p; setp.ne.b32 p, 1, 0;",
+                                concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $a, $b, "; }}"),
+                                $(inout(reg32) d[$i],)* a = in(reg64) a.0, b = in(reg64) b.0, options(nostack)
+                            )
+                        } else {
+                            asm!(
+                                "{{ .reg .pred p; setp.ne.b32 p, 0, 0;",
+                                concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $a, $b, "; }}"),
+                                $(out(reg32) d[$i],)* a = in(reg64) a.0, b = in(reg64) b.0, options(nostack)
+                            )
+                        }
                     }
                 }
                 #[cfg(not(target_arch = "nvptx64"))]

@@ -436,12 +436,12 @@ where
     #[track_caller]
     fn transform(x: &Inputs, s: &mut Sums<S>, row: u32, first: u32) {
         let tile = x.tile();
-        let column = first + 2 * (thread::lane_id() % 4);
         unroll!(R in 0..2 {
             let row = row + 8 * R as u32;
             let [_, head] = x.place(tile, if row < tile.n { row } else { 0 });
             let slope = if x.slopes.is_null() { 0.0 } else { x.slopes.ld_nc(head) };
-            let pos = Self::rows().ld(row).0[3] as f32;
+            // Its distance from the lane's first column, so that those of others are constants.
+            let away = (Self::rows().ld(row).0[3] as i32 - (first + 2 * (thread::lane_id() % 4)) as i32) as f32;
             let mut n = 0;
             while n < S / 4 {
                 unroll!(I in 0..2 {
@@ -450,7 +450,7 @@ where
                     if x.softcap != 0.0 {
                         score = x.softcap * math::tanh(score);
                     }
-                    let distance = math::fabs(pos - (column + 8 * n as u32 + I as u32) as f32);
+                    let distance = math::fabs(away - (8 * n + I) as f32);
                     s.set(at, math::fma(-slope, distance, score).to_bits());
                 });
                 n += 1;
@@ -472,18 +472,21 @@ where
         first: u32,
     ) -> [f32; 2] {
         let mut to_log2 = x.scale;
-        if x.flags & TRANSFORM != 0 {
+        if false && x.flags & TRANSFORM != 0 {
             to_log2 = math::LOG2_E;
             Self::transform(x, s, row, first);
         }
         if masked {
+            // From the lane's first column on, so that the others are constants.
+            let from = (first + 2 * (thread::lane_id() % 4)) as i32;
+            let seen = seen.map(|[low, high]| [low as i32 - from, high as i32 - from]);
             let mut n = 0;
             while n < S / 4 {
                 unroll!(I in 0..4 {
-                    let column = first + 8 * n as u32 + 2 * (thread::lane_id() % 4) + I as u32 % 2;
-                    if column < seen[I / 2][0] || column >= seen[I / 2][1] {
-                        s.set(4 * n + I, f32::NEG_INFINITY.to_bits());
-                    }
+                    let column = 8 * n as i32 + I as i32 % 2;
+                    let hidden = column < seen[I / 2][0] || column >= seen[I / 2][1];
+                    let score = if hidden { f32::NEG_INFINITY.to_bits() } else { s.get(4 * n + I) };
+                    s.set(4 * n + I, score);
                 });
                 n += 1;
             }
@@ -596,10 +599,10 @@ where
             while block < run.end {
                 let next = Self::next(place);
                 Self::full(0, next).wait(next.parity);
+                Self::full(1, place).wait(place.parity);
                 sync::barrier_of(mine, 256);
                 wgmma::fence();
                 Self::scores(&mut s, group, next);
-                Self::full(1, place).wait(place.parity);
                 Self::values(&mut out, &p, place);
                 sync::barrier_arrive_of(others, 256);
                 s.wait::<1>();
