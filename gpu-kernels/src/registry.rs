@@ -35,6 +35,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &top_k::TopK,
     &flash::Flash,
     &flash::FlashSplit,
+    &flash::FlashHopper,
     &flash::FlashPlain,
     &kv_store::KvStore,
     &argsort::Argsort,

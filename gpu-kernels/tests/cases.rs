@@ -76,6 +76,7 @@ kernels! {
     moe_sort
     flash
     flash_split
+    flash_hopper
     flash_plain
     kv_store
 }

@@ -128,6 +128,16 @@ pub fn max_f32(value: f32) -> f32 {
     butterfly(value, |v, lanes| fmax(v, f32::from_bits(shfl_xor(v.to_bits(), lanes))))
 }
 
+/// Smallest of all lanes' values, in every lane.
+#[inline(always)]
+#[track_caller]
+pub fn min_u32(value: u32) -> u32 {
+    butterfly(value, |v, lanes| {
+        let other = shfl_xor(v, lanes);
+        if other < v { other } else { v }
+    })
+}
+
 /// Five exchanges, from far lanes to near ones.
 #[inline(always)]
 #[track_caller]

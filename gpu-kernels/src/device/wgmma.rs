@@ -1,7 +1,7 @@
 //! Matrix products of a warpgroup, 128 threads that start at a multiple of 128, which run beside its threads (sm_90a).
 //!
 //! `sums = a · b` or `sums += a · b`: A has 64 rows, B `N` columns, both 32 bytes of k (32 bytes, 16 f16 or bf16) in rows
-//! of k. A thread's sums are `N / 2` registers: of every eight columns in turn the four that `mma`'s accumulators give a
+//! of k; or B, of two-byte elements, in rows of columns, where the shape's name ends in `T`. A thread's sums are `N / 2` registers: of every eight columns in turn the four that `mma`'s accumulators give a
 //! lane, for the 16 rows of its warp (`mma.rs`).
 //!
 //! A round is: [`fence`], products, [`commit`]; later `wait` with the sums that it ends. Between, neither sums nor
@@ -25,6 +25,7 @@ use {super::intrinsics, core::arch::asm};
 /// * [`Operand::at`]: rows of 128 bytes, eight of them a piece of 1024 bytes that starts at a multiple of 1024; in row r of
 ///   a piece 16-byte chunk c lies at place [`Operand::place`].
 /// * [`Operand::cores`]: core matrices, 16-byte chunks of eight rows one after the other.
+/// * [`Operand::transposed`]: sixteen rows of k in the first layout, for the shapes that take columns in a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Operand(u64);
 
@@ -45,6 +46,16 @@ impl Operand {
         // PTX, "Matrix descriptor": address; 1024 bytes from eight rows to the next; swizzle of 128 bytes.
         const LAYOUT: u64 = 1 << 62 | (1024 / 16) << 32 | 1 << 16;
         Operand(LAYOUT | u64::from((chunks.address(i) & 0x3_ffff) / 16))
+    }
+
+    /// A transposed B: row k's first eight columns would lie at element `i + 8 k` if chunks were not permuted, `i` at a
+    /// multiple of 1024 bytes; columns 64 and following `stride` chunks on, and so forth.
+    #[inline(always)]
+    #[track_caller]
+    pub fn transposed(chunks: Smem<U32x4>, i: u32, stride: u32) -> Operand {
+        // PTX, "Matrix descriptor": address; 1024 bytes from eight k to the next; swizzle of 128 bytes.
+        const LAYOUT: u64 = 1 << 62 | (1024 / 16) << 32;
+        Operand(LAYOUT | u64::from(stride) << 16 | u64::from((chunks.address(i) & 0x3_ffff) / 16))
     }
 
     /// The operand whose first core matrix starts at element `i`: of every eight rows two, one after the other in k; those of
@@ -94,6 +105,18 @@ impl<const R: usize> Sums<R> {
             return lane::wgmma_result(ticket)[i];
         }
         self.registers[i]
+    }
+
+    /// Sets register `i`; the products that write it have been waited for.
+    #[inline(always)]
+    #[track_caller]
+    pub fn set(&mut self, i: usize, value: u32) {
+        #[cfg(not(target_arch = "nvptx64"))]
+        if let Some(ticket) = self.ticket {
+            // Not taken by a wait: a finding.
+            lane::wgmma_result(ticket);
+        }
+        self.registers[i] = value;
     }
 
     #[cfg(not(target_arch = "nvptx64"))]
@@ -177,10 +200,10 @@ macro_rules! registers {
         }
         registers! { @shapes $r, [$($i)*], [$($list)*]; $($rows)* }
     };
-    (@shapes $r:literal, $i:tt, $list:tt; $($(#[$meta:meta])* $name:ident: $elements:ident, $shape:literal, $flags:literal, $transpose:literal;)*) => {
-        $(registers! { @shape $r, $i, $list, $(#[$meta])* $name, $elements, $shape, $flags, $transpose })*
+    (@shapes $r:literal, $i:tt, $list:tt; $($(#[$meta:meta])* $name:ident: $elements:ident, $shape:literal, $flags:literal, $a:literal, $b:literal;)*) => {
+        $(registers! { @shape $r, $i, $list, $(#[$meta])* $name, $elements, $shape, $flags, $a, $b })*
     };
-    (@shape $r:literal, [$($i:literal)*], [$($list:literal)*], $(#[$meta:meta])* $name:ident, $elements:ident, $shape:literal, $flags:literal, $transpose:literal) => {
+    (@shape $r:literal, [$($i:literal)*], [$($list:literal)*], $(#[$meta:meta])* $name:ident, $elements:ident, $shape:literal, $flags:literal, $a:literal, $b:literal) => {
         $(#[$meta])*
         #[derive(Debug)]
         pub struct $name;
@@ -196,16 +219,24 @@ macro_rules! registers {
                     intrinsics::anchor();
                     // SAFETY: operands lie in the CTA's layout; the round of fence and wait orders registers.
                     unsafe {
-                        asm!(
-                            "{{ .reg .pred p; setp.ne.b32 p, {add}, 0;",
-                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $transpose, $transpose, "; }}"),
-                            $(inout(reg32) d[$i],)* a = in(reg64) a.0, b = in(reg64) b.0, add = const ADD as u32,
-                            options(nostack)
-                        )
+                        // Sums that are set have no value before: one would have to be there at the fence.
+                        if const { ADD } {
+                            asm!(
+                                "{{ .reg .pred p; setp.ne.b32 p, 1, 0;",
+                                concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $a, $b, "; }}"),
+                                $(inout(reg32) d[$i],)* a = in(reg64) a.0, b = in(reg64) b.0, options(nostack)
+                            )
+                        } else {
+                            asm!(
+                                "{{ .reg .pred p; setp.ne.b32 p, 0, 0;",
+                                concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {a}, {b}, p", $flags, $a, $b, "; }}"),
+                                $(out(reg32) d[$i],)* a = in(reg64) a.0, b = in(reg64) b.0, options(nostack)
+                            )
+                        }
                     }
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
-                emulate::<ADD, $r>(emu::Elements::$elements, sums, emu::A::Shared(a.0), b);
+                emulate::<ADD, $r>(emu::Elements::$elements, $b == ", 1", sums, emu::A::Shared(a.0), b);
             }
 
             /// The same with A in registers: each warp's 16 rows as a fragment.
@@ -220,7 +251,7 @@ macro_rules! registers {
                     unsafe {
                         asm!(
                             "{{ .reg .pred p; setp.ne.b32 p, {add}, 0;",
-                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {{{a0},{a1},{a2},{a3}}}, {b}, p", $flags, $transpose, "; }}"),
+                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {{{a0},{a1},{a2},{a3}}}, {b}, p", $flags, $b, "; }}"),
                             $(inout(reg32) d[$i],)* a0 = in(reg32) a0, a1 = in(reg32) a1, a2 = in(reg32) a2, a3 = in(reg32) a3,
                             b = in(reg64) b.0, add = const ADD as u32,
                             options(nostack)
@@ -228,7 +259,7 @@ macro_rules! registers {
                     }
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
-                emulate::<ADD, $r>(emu::Elements::$elements, sums, emu::A::Registers(a.0), b);
+                emulate::<ADD, $r>(emu::Elements::$elements, $b == ", 1", sums, emu::A::Registers(a.0), b);
             }
         }
     };
@@ -240,11 +271,13 @@ registers! {
     ["{0},{1},{2},{3},{4},{5},{6},{7},{8},{9},{10},{11},{12},{13},{14},{15},"
      "{16},{17},{18},{19},{20},{21},{22},{23},{24},{25},{26},{27},{28},{29},{30},{31}"];
     /// m64n64k32 on signed bytes, sums in i32.
-    S8N64: S8, "m64n64k32.s32.s8.s8", "", "";
+    S8N64: S8, "m64n64k32.s32.s8.s8", "", "", "";
     /// m64n64k16 on f16, sums in f32.
-    F16N64: F16, "m64n64k16.f32.f16.f16", ", 1, 1", ", 0";
+    F16N64: F16, "m64n64k16.f32.f16.f16", ", 1, 1", ", 0", ", 0";
     /// m64n64k16 on bf16, sums in f32.
-    Bf16N64: Bf16, "m64n64k16.f32.bf16.bf16", ", 1, 1", ", 0";
+    Bf16N64: Bf16, "m64n64k16.f32.bf16.bf16", ", 1, 1", ", 0", ", 0";
+    /// m64n64k16 on f16, sums in f32, B transposed.
+    F16N64T: F16, "m64n64k16.f32.f16.f16", ", 1, 1", ", 0", ", 1";
 }
 
 registers! {
@@ -256,11 +289,32 @@ registers! {
      "{32},{33},{34},{35},{36},{37},{38},{39},{40},{41},{42},{43},{44},{45},{46},{47},"
      "{48},{49},{50},{51},{52},{53},{54},{55},{56},{57},{58},{59},{60},{61},{62},{63}"];
     /// m64n128k32 on signed bytes, sums in i32.
-    S8N128: S8, "m64n128k32.s32.s8.s8", "", "";
+    S8N128: S8, "m64n128k32.s32.s8.s8", "", "", "";
     /// m64n128k16 on f16, sums in f32.
-    F16N128: F16, "m64n128k16.f32.f16.f16", ", 1, 1", ", 0";
+    F16N128: F16, "m64n128k16.f32.f16.f16", ", 1, 1", ", 0", ", 0";
     /// m64n128k16 on bf16, sums in f32.
-    Bf16N128: Bf16, "m64n128k16.f32.bf16.bf16", ", 1, 1", ", 0";
+    Bf16N128: Bf16, "m64n128k16.f32.bf16.bf16", ", 1, 1", ", 0", ", 0";
+    /// m64n128k16 on f16, sums in f32, B transposed.
+    F16N128T: F16, "m64n128k16.f32.f16.f16", ", 1, 1", ", 0", ", 1";
+}
+
+registers! {
+    128,
+    [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36
+     37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64 65 66 67 68 69
+     70 71 72 73 74 75 76 77 78 79 80 81 82 83 84 85 86 87 88 89 90 91 92 93 94 95 96 97 98 99 100 101
+     102 103 104 105 106 107 108 109 110 111 112 113 114 115 116 117 118 119 120 121 122 123 124 125 126
+     127],
+    ["{0},{1},{2},{3},{4},{5},{6},{7},{8},{9},{10},{11},{12},{13},{14},{15},"
+     "{16},{17},{18},{19},{20},{21},{22},{23},{24},{25},{26},{27},{28},{29},{30},{31},"
+     "{32},{33},{34},{35},{36},{37},{38},{39},{40},{41},{42},{43},{44},{45},{46},{47},"
+     "{48},{49},{50},{51},{52},{53},{54},{55},{56},{57},{58},{59},{60},{61},{62},{63},"
+     "{64},{65},{66},{67},{68},{69},{70},{71},{72},{73},{74},{75},{76},{77},{78},{79},"
+     "{80},{81},{82},{83},{84},{85},{86},{87},{88},{89},{90},{91},{92},{93},{94},{95},"
+     "{96},{97},{98},{99},{100},{101},{102},{103},{104},{105},{106},{107},{108},{109},{110},{111},"
+     "{112},{113},{114},{115},{116},{117},{118},{119},{120},{121},{122},{123},{124},{125},{126},{127}"];
+    /// m64n256k16 on f16, sums in f32, B transposed.
+    F16N256T: F16, "m64n256k16.f32.f16.f16", ", 1, 1", ", 0", ", 1";
 }
 
 /// The products on the emulator.
@@ -268,11 +322,12 @@ registers! {
 #[track_caller]
 fn emulate<const ADD: bool, const R: usize>(
     elements: emu::Elements,
+    transposed: bool,
     sums: &mut Sums<R>,
     a: emu::A,
     b: Operand,
 ) {
     let c = if ADD { sums.addend() } else { emu::Addend::Zero };
-    let kind = emu::Kind { elements, n: 2 * R, b: b.0 };
+    let kind = emu::Kind { elements, n: 2 * R, b: b.0, transposed };
     sums.ticket = Some(lane::wgmma(kind, emu::Operands { a, c }));
 }

@@ -7,7 +7,8 @@
 //! Layouts are PTX's ("Matrix fragments for wgmma.mma_async", "Matrix descriptor"): warp w of the group has rows 16 w …
 //! of A and D, in the fragments of `mma`; of D every eight columns follow in four more registers. An operand in shared
 //! memory lies in rows of 128 bytes, eight of them 1024 bytes apart from the next eight, 16-byte chunks permuted by
-//! their row; or in core matrices of eight rows of 16 bytes.
+//! their row; or in core matrices of eight rows of 16 bytes. A transposed B lies in rows of 64 columns, one for each of its
+//! sixteen k; the next 64 columns are a stride away.
 
 use std::collections::VecDeque;
 use std::format;
@@ -35,6 +36,8 @@ pub struct Kind {
     pub n: usize,
     /// B's descriptor: the same in all threads.
     pub b: u64,
+    /// Whether B's columns, not its k, follow each other in memory.
+    pub transposed: bool,
 }
 
 /// A of a product.
@@ -159,12 +162,21 @@ fn chunk_address(descriptor: u64, row: usize, chunk: usize) -> Option<u32> {
     }
 }
 
+/// Where columns `8 · chunk` and following of row `k` of a transposed B lie, if the descriptor is of such a layout.
+fn transposed_address(descriptor: u64, k: usize, chunk: usize) -> Option<u32> {
+    let field = |bit: u32| (descriptor >> bit & 0x3fff) as u32 * 16;
+    let (start, in_columns, in_k) = (field(0), field(16), field(32));
+    let place = (k / 8) as u32 * in_k + (k % 8) as u32 * 128 + (chunk / 8) as u32 * in_columns;
+    let linear = start + place + chunk as u32 % 8 * 16;
+    (descriptor >> 62 == 1).then_some(linear ^ (linear >> 7 & 7) << 4)
+}
+
 /// Reads shared memory in the name of a thread of the warpgroup.
 pub(super) type Read<'a> = dyn FnMut(usize, u32, &mut [u8]) -> Result<(), String> + 'a;
 
 /// Computes a product for the four warps that have asked for it.
 pub(super) fn execute(kind: Kind, threads: &mut [&mut Products], read: &mut Read<'_>) -> Result<(), String> {
-    let Kind { elements, n, b } = kind;
+    let Kind { elements, n, b, transposed } = kind;
     if threads.len() != 128 {
         return Err(format!("a wgmma by {} threads, expected a warpgroup of 128", threads.len()));
     }
@@ -189,7 +201,7 @@ pub(super) fn execute(kind: Kind, threads: &mut [&mut Products], read: &mut Read
             }
             Ok::<Vec<[u8; 32]>, String>(bytes)
         };
-        let b = rows_of(b, 0..n)?;
+        let b = if transposed { vec![] } else { rows_of(b, 0..n)? };
         let a = match requests[first].a {
             A::Shared(descriptor) => rows_of(descriptor, 16 * warp..16 * warp + 16)?,
             A::Registers(_) => {
@@ -204,6 +216,7 @@ pub(super) fn execute(kind: Kind, threads: &mut [&mut Products], read: &mut Read
                 rows
             }
         };
+        let b = if transposed { transpose(kind, first, read, &mut reads)? } else { b };
         for lane in 0..32 {
             let thread = &mut threads[first + lane];
             let mut values = thread.addend(requests[first + lane].c.clone(), n / 2)?;
@@ -222,6 +235,32 @@ pub(super) fn execute(kind: Kind, threads: &mut [&mut Products], read: &mut Read
         }
     }
     Ok(())
+}
+
+/// The columns of a transposed B of two-byte elements, each with its k in order; what is read goes to `reads`.
+fn transpose(
+    kind: Kind,
+    thread: usize,
+    read: &mut Read<'_>,
+    reads: &mut Vec<(u32, u32)>,
+) -> Result<Vec<[u8; 32]>, String> {
+    if kind.elements == Elements::S8 {
+        return Err("a wgmma on transposed bytes".into());
+    }
+    let mut columns = vec![[0; 32]; kind.n];
+    for k in 0..16 {
+        for (chunk, columns) in columns.chunks_mut(8).enumerate() {
+            let address = transposed_address(kind.b, k, chunk)
+                .ok_or("a wgmma descriptor of a layout that is not emulated")?;
+            let mut bytes = [0; 16];
+            read(thread, address, &mut bytes)?;
+            reads.push((address, 16));
+            for (column, element) in columns.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                column[2 * k..][..2].copy_from_slice(element);
+            }
+        }
+    }
+    Ok(columns)
 }
 
 /// 32 bytes of k: integers exactly, floats summed in f64 and rounded once, at least as exact as the hardware.

@@ -5,7 +5,7 @@ use alloc::{boxed::Box, vec, vec::Vec};
 use quant::FormatId;
 
 use super::{
-    Args, Cache, Flash, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE, SPAN, Step, launch,
+    Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE, SPAN, Step, launch,
     scratch_bytes,
 };
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
@@ -83,8 +83,11 @@ pub const BASE: Case = Case {
 
 const PLAIN: Case = Case { geometry: Geometry::Plain, ..BASE };
 
+const PROMPT: Case = Case { geometry: Geometry::Prompt, ..BASE };
+
 /// A large model's heads.
 const BENCH_BASE: Case = Case { dims: [128, 128], n_head: 32, n_head_kv: 8, ..BASE };
+const BENCH_PROMPT: Case = Case { geometry: Geometry::Prompt, ..BENCH_BASE };
 /// numbers.md's: head 256, 4 KV heads of 6.
 const BENCH_256: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
 
@@ -507,6 +510,68 @@ impl Kernel for FlashSplit {
     #[cfg(feature = "emu")]
     const ENTRIES: &'static [&'static [crate::emu::Entry]] =
         &[super::entries::SPLIT_DECODE, super::entries::SPLIT_PREFILL, super::entries::SPLIT_NARROW_PREFILL];
+
+    fn problem(case: &Case, random: &mut Random) -> Problem {
+        problem(case, random)
+    }
+    fn bytes(case: &Case) -> u64 {
+        bytes(case)
+    }
+    fn flops(case: &Case) -> u64 {
+        flops(case)
+    }
+}
+
+impl Kernel for FlashHopper {
+    const NAME: &'static str = "flash_hopper";
+    type Case = Case;
+    const CASES: &'static [Case] = &[
+        Case { sequences: &[(1, 1)], ..PROMPT },
+        // A block's, a ring's and a tile's edges; rows that begin and end in the middle of each.
+        Case { sequences: &[(127, 5)], ..PROMPT },
+        Case { sequences: &[(128, 128)], ..PROMPT },
+        Case { sequences: &[(129, 65)], n_head: 2, ..PROMPT },
+        Case { sequences: &[(520, 70)], dims: [128, 128], ..PROMPT },
+        Case { sequences: &[(700, 33)], dims: [128, 128], n_head: 4, n_head_kv: 1, ..PROMPT },
+        // Several sequences in a tile, tokens of padding.
+        Case { sequences: &[(40, 3), (0, 0), (300, 20), (1, 1), (0, 0)], ..PROMPT },
+        Case { sequences: &[(600, 4), (140, 40)], dims: [128, 128], n_head: 3, n_head_kv: 1, ..PROMPT },
+        // Heads that do not fill a tile.
+        Case { dims: [80, 80], sequences: &[(150, 30)], ..PROMPT },
+        Case { dims: [72, 112], sequences: &[(450, 12)], n_head: 2, ..PROMPT },
+        Case { dims: [40, 128], sequences: &[(70, 20)], n_head: 1, n_head_kv: 1, ..PROMPT },
+        Case { dims: [256, 256], sequences: &[(230, 40)], n_head: 2, n_head_kv: 1, ..PROMPT },
+        Case { dims: [192, 128], sequences: &[(70, 30)], n_head: 1, n_head_kv: 1, ..PROMPT },
+        // What models ask for beside causality.
+        Case { causal: false, sequences: &[(190, 30)], ..PROMPT },
+        Case { window: 70, sequences: &[(430, 150)], ..PROMPT },
+        Case { window: 300, sequences: &[(700, 3), (50, 2)], dims: [128, 128], ..PROMPT },
+        Case { softcap: 5.0, sequences: &[(190, 20)], ..PROMPT },
+        Case { sinks: true, sequences: &[(190, 20)], dims: [128, 128], ..PROMPT },
+        Case { slopes: true, sequences: &[(190, 20)], ..PROMPT },
+        Case { slopes: true, softcap: 5.0, causal: false, sequences: &[(100, 20)], dims: [128, 128], ..PROMPT },
+    ];
+    /// Prompts of an 8B model and of one with heads of 256, by this kernel and by the one for every GPU.
+    const BENCH: &'static [Case] = &[
+        Case { sequences: &[(512, 512)], ..BENCH_PROMPT },
+        Case { sequences: &[(512, 512)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { sequences: &[(2048, 2048)], ..BENCH_PROMPT },
+        Case { sequences: &[(2048, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { sequences: &[(8192, 512)], ..BENCH_PROMPT },
+        Case { sequences: &[(8192, 2048)], ..BENCH_PROMPT },
+        Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { sequences: &[(8192, 8192)], ..BENCH_PROMPT },
+        Case { sequences: &[(32_768, 2048)], ..BENCH_PROMPT },
+        Case { sequences: &[(32_768, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { sequences: &[(8192, 2048)], dims: [64, 64], ..BENCH_PROMPT },
+        Case { sequences: &[(8192, 2048)], dims: [64, 64], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { sequences: &[(8192, 2048)], geometry: Geometry::Prompt, ..BENCH_256 },
+        Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_256 },
+    ];
+    const NMSE_MAX: f64 = Flash::NMSE_MAX;
+    const TIERS: Tiers = Tiers::Only("sm_90a");
+    #[cfg(feature = "emu")]
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::hopper::ENTRIES];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)

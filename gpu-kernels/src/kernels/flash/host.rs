@@ -2,9 +2,14 @@
 
 use quant::FormatId;
 
-use super::{CAUSAL, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile};
+use super::{
+    CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, PLAIN_WARPS, ROWS,
+    SPAN, TRANSFORM, Tile,
+};
 use crate::case::Kernel;
+use crate::driver::DeviceInfo;
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+use crate::ptx;
 
 /// The row in the registry of the classes `f16` and `wide`.
 #[derive(Debug)]
@@ -13,6 +18,10 @@ pub struct Flash;
 /// The row of the class `split`.
 #[derive(Debug)]
 pub struct FlashSplit;
+
+/// The row of what prompts get on Hopper.
+#[derive(Debug)]
+pub struct FlashHopper;
 
 /// The row of what GPUs before sm_80 get.
 #[derive(Debug)]
@@ -93,11 +102,32 @@ macro_rules! variants {
 }
 for_each_table!(variants);
 
-/// How the work is cut; the result does not depend on it, but for [`Geometry::Plain`].
+macro_rules! hopper_tiles {
+    ($($dim:literal [$kc:literal $s:literal $o:literal $steps:literal] $stages:literal;)*) => {
+        /// Entries for prompts on Hopper and their tiles, smallest first.
+        const HOPPER: &[(&str, HopperTile)] = &[$(
+            (concat!("flash_hopper_", $dim, "_f16"), HopperTile::new([$kc, $s, $o, $steps], $stages)),
+        )*];
+    };
+}
+for_each_hopper!(hopper_tiles);
+
+/// The entry for prompts on Hopper over a cache of these formats and head dimensions, if there is one.
+fn hopper(formats: [FormatId; 2], dims: [usize; 2], smem_per_cta_bytes: u32) -> Option<(&'static str, HopperTile)> {
+    let holds = |tile: &HopperTile| dims[0] <= tile.dims[0] && dims[1] <= tile.dims[1];
+    let fits = |tile: &HopperTile| tile.bytes <= smem_per_cta_bytes;
+    let found = HOPPER.iter().copied().find(|(_, tile)| holds(tile) && fits(tile));
+    found.filter(|_| formats == [FormatId::F16; 2])
+}
+
+/// How the work is cut; the result does not depend on it, but for [`Geometry::Plain`] and [`Geometry::Prompt`], each of
+/// which has bits of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Geometry {
     /// No tensor cores: one warp per row.
     Plain,
+    /// Tokens of prompts on Hopper, however many: see [`Geometry::of_prompt`].
+    Prompt,
     /// Tiles of rows of many tokens.
     Prefill,
     /// A CTA per token and KV head.
@@ -115,6 +145,14 @@ pub enum Geometry {
 const DECODE_SPANS: usize = 2;
 
 impl Geometry {
+    /// What all tokens of prompts get on a device with a cache like this, whatever else a step holds; if there is nothing,
+    /// they are like any others.
+    pub fn of_prompt(device: &DeviceInfo, cache: &Cache) -> Option<Geometry> {
+        let (formats, dims) = ([cache.type_k, cache.type_v], [cache.head_dim_k, cache.head_dim_v]);
+        let there = ptx::runs_hopper(device) && hopper(formats, dims, device.smem_per_cta_bytes).is_some();
+        there.then_some(Geometry::Prompt)
+    }
+
     /// The best for `n_tokens` tokens, of which `tokens_per_sequence` belong to the sequence that has most, over at most
     /// `max_len` positions, on a device of compute capability `sm` (times ten) with `n_sm` multiprocessors.
     pub fn choose(
@@ -286,6 +324,24 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
             cta: 32 * PLAIN_WARPS,
             cluster: 1,
             smem_bytes: 4 * PLAIN_WARPS * MAX_DIM_V,
+            params: params.with(flags).with(window).with(scale).with(args.softcap),
+        };
+        return Ok(Launches { attention, merge: None });
+    }
+    if args.geometry == Geometry::Prompt {
+        let formats = [cache.type_k, cache.type_v];
+        let (entry, tile) = hopper(formats, dims, args.smem_per_cta_bytes).ok_or_else(|| {
+            shape("head_dim of Geometry::Prompt", "an F16 cache that Geometry::of_prompt knows", dims[0].max(dims[1]))
+        })?;
+        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out);
+        let params = addresses.iter().fold(params, |params, &at| params.with(at));
+        let params = sizes[..5].iter().fold(params, |params, &size| params.with(size));
+        let attention = Launch {
+            entry,
+            grid: [check.size("tiles", (step.n_tokens * group).div_ceil(HOPPER_ROWS as usize))?, n_head_kv, 1],
+            cta: HOPPER_THREADS,
+            cluster: 1,
+            smem_bytes: tile.bytes,
             params: params.with(flags).with(window).with(scale).with(args.softcap),
         };
         return Ok(Launches { attention, merge: None });

@@ -19,10 +19,11 @@
 //!   Decode, and prefill of head 576, whose groups fill tiles: 4 warps share 16 rows of one token, grid
 //!   [tokens, kv heads · ⌈group/16⌉, shares]. Warps that share rows split a block's scores by position and the output by
 //!   dimension.
+//! * Prompts on Hopper have a kernel of their own, with bits of its own: `hopper.rs`.
 //! * Decode splits a token's spans over CTAs where there are few tokens (`split`): each takes an equal share of the spans
 //!   that the token sees, whose number it reads on the device, and writes every span's state into `scratch`; a second
 //!   launch merges them. `scratch`: `[row][span][head_dim_v]` weighted values, then `[row][span]` of (maximum, sum).
-//! * Order of sums, the same in every kernel and geometry: positions are cut into spans of 256. Within a span, online
+//! * Order of sums, the same in every other kernel and geometry: positions are cut into spans of 256. Within a span, online
 //!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans are merged in order. A
 //!   block or span that a row does not see changes no bit of it. So a row depends on shapes, formats and its own positions
 //!   alone: decode and prefill agree bit for bit.
@@ -86,6 +87,18 @@ macro_rules! for_each_table {
     };
 }
 
+/// Calls a macro with the tiles of `hopper.rs`: the head dimension that a tile holds, [pieces of 64 elements of a key row,
+/// registers of scores and of outputs, steps of 16 positions], blocks in either ring.
+macro_rules! for_each_hopper {
+    ($callback:ident) => {
+        $callback! {
+            64 [1 64 32 8] 3;
+            128 [2 64 64 8] 3;
+            256 [4 32 128 4] 2;
+        }
+    };
+}
+
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod block;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -94,6 +107,8 @@ mod cases;
 mod decode;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod entries;
+#[cfg(any(all(target_arch = "nvptx64", sm_90a), feature = "emu"))]
+mod hopper;
 #[cfg(not(target_arch = "nvptx64"))]
 mod host;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
@@ -224,6 +239,45 @@ impl Tile {
         let views = rows + tables * TABLE_COLUMNS * self.rows() / 4;
         let end = views + tables * 2 * self.sharers * self.row_groups;
         Layout { k, v, q, p, maxima, rows, views, end }
+    }
+}
+
+/// Rows of a tile of `hopper.rs`, and threads of its CTAs.
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+const HOPPER_ROWS: u32 = 128;
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+const HOPPER_THREADS: u32 = 384;
+
+/// What of a tile of `hopper.rs` is fixed per entry; offsets of its shared memory are in 16-byte units.
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(any(target_arch = "nvptx64", feature = "emu")),
+    expect(dead_code, reason = "a host that only launches needs dimensions and the end alone")
+)]
+struct HopperTile {
+    /// Elements of a key row and of a value row in shared memory.
+    dims: [usize; 2],
+    /// Positions of a block.
+    block: usize,
+    /// The rings of K and of V; queries lie before them.
+    parts: [usize; 2],
+    /// What each row sees; barriers follow.
+    rows: usize,
+    /// The whole, in bytes.
+    bytes: u32,
+}
+
+#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+impl HopperTile {
+    const fn new([pieces, scores, outputs, steps]: [usize; 4], stages: usize) -> HopperTile {
+        let (dims, block) = ([64 * pieces, 2 * outputs], 2 * scores);
+        assert!(block == 16 * steps && block.is_multiple_of(PAGE));
+        let k = HOPPER_ROWS as usize * dims[0] / 8;
+        let v = k + stages * block * dims[0] / 8;
+        let rows = v + stages * block * dims[1] / 8;
+        let barriers = rows + HOPPER_ROWS as usize;
+        HopperTile { dims, block, parts: [k, v], rows, bytes: (16 * barriers + 8 * 4 * stages) as u32 }
     }
 }
 

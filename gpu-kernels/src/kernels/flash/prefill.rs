@@ -6,19 +6,6 @@ use super::{CAUSAL, NO_SEQUENCE, PAGE, state};
 use crate::device::mma::FragmentA;
 use crate::device::{F32x2, Smem, U32x2, U32x4, async_copy, grid, math, sync, thread, warp};
 
-/// The smallest of all lanes' values.
-#[cfg_attr(target_arch = "nvptx64", inline(always))]
-#[track_caller]
-fn warp_min(mut v: u32) -> u32 {
-    unroll!(I in 0..8 {
-        if I < 5 {
-            let other = warp::shfl_xor(v, 1 << I);
-            v = if other < v { other } else { v };
-        }
-    });
-    v
-}
-
 /// Tokens and heads of a CTA's tile.
 #[derive(Clone, Copy)]
 struct Span {
@@ -87,13 +74,13 @@ impl<
             cta_high = if high > cta_high { high } else { cta_high };
             i += 1;
         }
-        let (cta_low, cta_high) = (warp_min(cta_low), !warp_min(!cta_high));
+        let (cta_low, cta_high) = (warp::min_u32(cta_low), !warp::min_u32(!cta_high));
         // What some row of the warp sees, and what all do; rows that are not there may see what they like.
         let r = 16 * (warp / SHARERS as u32) + lane % 16;
         let (low, high) = (Self::table(LOW).ld(r), Self::table(HIGH).ld(r));
         let absent = Self::table(SEQUENCE).ld(r) == ABSENT;
-        let some = [warp_min(if high > 0 { low } else { u32::MAX }), !warp_min(!high)];
-        let all = [!warp_min(!low), warp_min(if absent { u32::MAX } else { high })];
+        let some = [warp::min_u32(if high > 0 { low } else { u32::MAX }), !warp::min_u32(!high)];
+        let all = [!warp::min_u32(!low), warp::min_u32(if absent { u32::MAX } else { high })];
         let (mut block, end) = (cta_low / Self::BLOCK, cta_high.div_ceil(Self::BLOCK));
         // Looked up in shared memory once per block: the outputs need the registers.
         let walk = 2 * warp;
