@@ -168,7 +168,40 @@ fn check_with(bound: f64, gpu_bound: f64, build: impl Fn() -> (Case, TensorId)) 
         }
     }
     let cpu = first.unwrap_or_default();
-    check_gpu(&name, gpu_bound, graph, &weights, n, &kv, [&want, &cpu]);
+    check_gpu(&name, gpu_bound, graph.clone(), &weights, n, &kv, [&want, &cpu]);
+    check_prompts(&name, gpu_bound, graph, &weights, n, &kv, &want);
+}
+
+/// What the weights' f16 costs where products dequantise: far less than quantised activations.
+const PROMPTS: f64 = 1e-6;
+
+/// The kernels for prompts of devices that run those apart.
+fn check_prompts(
+    name: &str,
+    bound: f64,
+    graph: Graph,
+    weights: &Arc<Weights>,
+    n: usize,
+    kv: &Option<KvLayout>,
+    want: &[f32],
+) {
+    for device in common::gpus_or_emulators() {
+        let mut cuda = Cuda::new(device, Arc::new(Serial), weights.clone());
+        if !cuda.runs_prompts_apart() {
+            continue;
+        }
+        if let Some(layout) = kv {
+            cuda.create_kv(layout).unwrap();
+        }
+        let graph = Graph { prompt: true, ..graph.clone() };
+        if graph.nodes.iter().any(|node| cuda.supports(&graph, node).is_err()) {
+            continue;
+        }
+        let err = nmse(&run(&mut cuda, graph, n, kv), want);
+        // Sums of attention round their weights to f16 too.
+        let bound = if kv.is_some() { bound } else { bound.min(PROMPTS) };
+        assert!(err <= bound, "{name} n={n}, prompts on cuda: nmse {err:.2e} > {bound:.0e}");
+    }
 }
 
 /// The GPU backend on the emulator: merged and unmerged, which must agree bit for bit.

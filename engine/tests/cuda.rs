@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use engine::backend::{Backend, Step, StepSequence};
-use engine::backends::cuda::{Cuda, RULES, RuleSet};
+use engine::backends::cuda::{Cuda, Device, RULES, RuleSet};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::graph::Output;
@@ -30,8 +30,12 @@ const MODELS: &[&str] = &[
     "bert-cls-b",
 ];
 
+fn cuda_on(device: Device, model: &Model) -> Cuda {
+    Cuda::new(device, Arc::new(Serial), model.weights().clone())
+}
+
 fn cuda(model: &Model) -> Cuda {
-    Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), model.weights().clone())
+    cuda_on(common::gpu_or_emulator(), model)
 }
 
 /// Runs a model's graph once over a sequence's first `n` tokens and reads every tensor that a node writes.
@@ -40,10 +44,10 @@ fn every_tensor(
     backend: &mut dyn Backend,
     n: usize,
     merged: bool,
+    prompt: bool,
 ) -> Vec<(TensorId, Vec<f32>)> {
     let bert = model.arch_name() == "bert";
-    let shape =
-        StepShape { n_tokens: n, n_outputs: n, embeddings: bert, greedy: false, taps: false, prompt: false };
+    let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: bert, greedy: false, taps: false, prompt };
     let mut graph = model.graph(256, shape);
     let written: Vec<TensorId> = graph
         .nodes
@@ -96,8 +100,7 @@ fn every_tensor_matches_the_reference() {
             _ => 1e-6,
         };
         for n in [1, 20] {
-            let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false);
-            let got = every_tensor(&model, &mut cuda(&model), n, false);
+            let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false, false);
             let shape = StepShape {
                 n_tokens: n,
                 n_outputs: n,
@@ -107,17 +110,22 @@ fn every_tensor_matches_the_reference() {
                 prompt: false,
             };
             let graph = model.graph(256, shape);
-            for ((t, got), (_, want)) in got.iter().zip(&want) {
-                let err = common::nmse(got, want);
-                let node =
-                    graph.nodes.iter().position(|node| node.outputs.contains(&graph.base(*t))).unwrap();
-                assert!(
-                    err <= bound,
-                    "{name}, {n} tokens: {t:?} {:?} of node {node} {}: nmse {err:.1e}",
-                    graph.tensor(*t).shape,
-                    graph.nodes[node].op.name()
-                );
-                assert!(matches!(graph.tensor(*t).storage, Storage::Activation | Storage::Reshape(_)));
+            for device in common::gpus_or_emulators() {
+                let mut cuda = cuda_on(device, &model);
+                let prompt = cuda.runs_prompts_apart();
+                let got = every_tensor(&model, &mut cuda, n, false, prompt);
+                for ((t, got), (_, want)) in got.iter().zip(&want) {
+                    let err = common::nmse(got, want);
+                    let node =
+                        graph.nodes.iter().position(|node| node.outputs.contains(&graph.base(*t))).unwrap();
+                    assert!(
+                        err <= bound,
+                        "{name}, {n} tokens (prompt: {prompt}): {t:?} {:?} of node {node} {}: nmse {err:.1e}",
+                        graph.tensor(*t).shape,
+                        graph.nodes[node].op.name()
+                    );
+                    assert!(matches!(graph.tensor(*t).storage, Storage::Activation | Storage::Reshape(_)));
+                }
             }
         }
     }
@@ -130,7 +138,8 @@ fn rules_change_no_bit() {
     for name in MODELS {
         let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
         for n in [1, 20] {
-            let run = |rules: RuleSet| every_tensor(&model, &mut cuda(&model).with_rules(rules), n, true);
+            let run =
+                |rules: RuleSet| every_tensor(&model, &mut cuda(&model).with_rules(rules), n, true, false);
             let want = run(RuleSet::NONE);
             for rule in RULES {
                 let rules = RuleSet::only(rule.name).unwrap();
@@ -141,10 +150,14 @@ fn rules_change_no_bit() {
     }
 }
 
-fn context(model: &Arc<Model>, n_seq: usize, kv: FormatId) -> Context {
+fn context_on(device: &Device, model: &Arc<Model>, n_seq: usize, kv: FormatId) -> Context {
     let params =
         ContextParams { n_ctx: 256, n_seq, type_k: kv, type_v: kv, n_ubatch: 64, ..ContextParams::default() };
-    Context::new(model.clone(), Box::new(cuda(model)), params).unwrap()
+    Context::new(model.clone(), Box::new(cuda_on(device.clone(), model)), params).unwrap()
+}
+
+fn context(model: &Arc<Model>, n_seq: usize, kv: FormatId) -> Context {
+    context_on(&common::gpu_or_emulator(), model, n_seq, kv)
 }
 
 /// Logits of all positions of `tokens` in sequence `seq`, cut into batches of `cut`.
@@ -163,18 +176,19 @@ fn logits(context: &mut Context, seq: usize, tokens: &[u32], cut: usize) -> Vec<
 #[test]
 fn a_sequence_does_not_see_company_or_cuts() {
     let Some(dir) = common::goldens() else { return };
-    for (name, kv) in
-        [("qwen3moe-b", FormatId::F16), ("gpt-oss-b", FormatId::F32), ("quantmix-a", FormatId::F16)]
-    {
-        let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
+    let cases = [("qwen3moe-b", FormatId::F16), ("gpt-oss-b", FormatId::F32), ("quantmix-a", FormatId::F16)];
+    let devices = common::gpus_or_emulators();
+    for (device, (name, kv)) in devices.iter().flat_map(|device| cases.map(|case| (device, case))) {
+        let (model, sm) = (common::model(&dir.join(format!("tiny/{name}.gguf"))), device.info().sm);
+        let context = |n_seq| context_on(device, &model, n_seq, kv);
         let tokens: Vec<u32> = (0..21).map(|i| 3 + 11 * i % 250).collect();
-        let alone = logits(&mut context(&model, 1, kv), 0, &tokens, 21);
+        let alone = logits(&mut context(1), 0, &tokens, 21);
         for cut in [1, 9] {
-            let got = logits(&mut context(&model, 1, kv), 0, &tokens, cut);
-            assert!(got == alone, "{name}, cache {kv}: cut by {cut}, the logits have other bits");
+            let got = logits(&mut context(1), 0, &tokens, cut);
+            assert!(got == alone, "{name}, cache {kv}, sm {sm}: cut by {cut}, the logits have other bits");
         }
         // Among four sequences, tokens turn about; the others have other tokens and lengths.
-        let mut many = context(&model, 4, kv);
+        let mut many = context(4);
         logits(&mut many, 1, &[5, 6, 7], 3);
         let mut got = Vec::new();
         let n_vocab = model.hparams().n_vocab;
@@ -196,9 +210,54 @@ fn a_sequence_does_not_see_company_or_cuts() {
         let first = got.iter().zip(&alone).position(|(a, b)| a.to_bits() != b.to_bits());
         assert!(
             first.is_none(),
-            "{name}, cache {kv}: with others in the batch, position {} has other bits",
+            "{name}, cache {kv}, sm {sm}: with others in the batch, position {} has other bits",
             first.unwrap_or(0) / n_vocab
         );
+    }
+}
+
+/// An answer's tokens give the same bits whether others of the batch are a prompt's or an answer's, and a prompt's too.
+#[test]
+fn answers_and_prompts_do_not_see_each_other() {
+    let Some(dir) = common::goldens() else { return };
+    let model = common::model(&dir.join("tiny/quantmix-a.gguf"));
+    let (prompt, answer): (Vec<u32>, Vec<u32>) =
+        ((0..19).map(|i| 3 + 11 * i % 250).collect(), (0..6).map(|i| 7 + 31 * i % 250).collect());
+    for device in common::gpus_or_emulators() {
+        let mut alone = context_on(&device, &model, 1, FormatId::F16);
+        let mut want = logits(&mut alone, 0, &prompt, 8);
+        let mut batch = Batch::default();
+        for &token in &answer {
+            batch.clear();
+            batch.push_generated(0, token);
+            alone.decode(&batch).unwrap();
+            want.extend_from_slice(alone.output(0));
+        }
+        // Another sequence does the same, by so many batches late: its prompt runs beside the first one's answer.
+        let mut both = context_on(&device, &model, 2, FormatId::F16);
+        let mut got = [Vec::new(), Vec::new()];
+        let pieces: Vec<&[u32]> = prompt.chunks(5).collect();
+        for i in 0..pieces.len() + answer.len() + 4 {
+            batch.clear();
+            let mut of = Vec::new();
+            for seq in [0, 1] {
+                let Some(at) = i.checked_sub(4 * seq).filter(|at| *at < pieces.len() + answer.len()) else {
+                    continue;
+                };
+                match pieces.get(at) {
+                    Some(piece) => batch.extend(seq, piece, true),
+                    None => batch.push_generated(seq, answer[at - pieces.len()]),
+                }
+                of.resize(batch.tokens.len(), seq);
+            }
+            assert_eq!(both.decode(&batch).unwrap(), of.len());
+            for (row, seq) in of.into_iter().enumerate() {
+                got[seq].extend_from_slice(both.output(row));
+            }
+        }
+        for (seq, got) in got.iter().enumerate() {
+            assert!(*got == want, "sequence {seq}, sm {}: other bits", device.info().sm);
+        }
     }
 }
 

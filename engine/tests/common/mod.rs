@@ -7,6 +7,7 @@ use std::sync::Arc;
 use engine::Model;
 use engine::backends::cuda::{Device, emulator};
 use engine::weights::ByteSource;
+use gpu_kernels::emu::{Emulator, Options};
 
 /// Folder of the goldens: `RUNIK_GOLDENS`, else `../shared/goldens` beside the workspace. `None` (said aloud) if absent.
 pub fn goldens() -> Option<PathBuf> {
@@ -61,6 +62,12 @@ fn open_gpu(index: u32) -> Device {
 /// The NVIDIA GPU to test, else the emulator.
 pub fn gpu_or_emulator() -> Device {
     gpu().unwrap_or_else(emulator)
+}
+
+/// The GPU to test, else the emulator as an older GPU and as a Hopper, whose kernels differ.
+pub fn gpus_or_emulators() -> Vec<Device> {
+    let emulated = |sm| -> Device { Arc::new(Emulator::new(Options { sm, ..Options::default() })) };
+    gpu().map_or_else(|| vec![emulated(80), emulated(90)], |gpu| vec![gpu])
 }
 
 /// Normalised mean squared error: Σ(a−b)² / Σb².

@@ -47,6 +47,8 @@ use {
 /// What f16 holds is so many times the weight: room below for the small scales of large codes, which real weights need
 /// more than room above.
 pub const UP: f32 = 64.0;
+/// Columns of a mixture's tiles.
+pub const MIXTURE_COLS: usize = 128;
 /// Threads of a CTA: two warpgroups of producers, two of consumers.
 pub const THREADS: u32 = 512;
 /// Warps of producers.

@@ -14,16 +14,16 @@ use gpu_kernels::kernels::mmq::{self, Cut};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
 use gpu_kernels::kernels::{
-    argmax, get_rows, glu, kv_store, layer_norm, mmd_hopper, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route, moe_sort,
-    quantise_act, rms_norm, rope, round_act,
+    argmax, get_rows, glu, kv_store, layer_norm, mmd_hopper, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route,
+    moe_sort, quantise_act, rms_norm, rope, round_act,
 };
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
 use quant::FormatId;
 
 use super::inputs::InputAddresses;
 use super::program::{
-    Action, Acts, ExpertProduct, Factor, Gate, Halves, Norm, NormKind, Part, Place, Product, Program, Sorted, Store,
-    Table, Value,
+    Action, Acts, ExpertProduct, Factor, Gate, Halves, Norm, NormKind, Part, Place, Product, Program, Sorted,
+    Store, Table, Value,
 };
 use crate::backend::Step;
 use crate::kv_cache::{KvLayer, KvLayout};

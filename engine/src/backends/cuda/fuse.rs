@@ -419,6 +419,7 @@ mod tests {
     use crate::op::{AttentionParams, Glu, RopeMode, RopeParams, Unary};
     use crate::plan;
     use crate::tensor::Input;
+    use gpu_kernels::driver::DeviceInfo;
     use proptest::prelude::*;
     use quant::FormatId;
 
@@ -556,7 +557,8 @@ mod tests {
     #[test]
     fn a_layer_of_a_decode_step_is_six_launches() {
         let actions = |n_layers| {
-            let (mut program, _) = translate(&decode_step(n_layers), &Anywhere).unwrap();
+            let (mut program, _) =
+                translate(&decode_step(n_layers), &Anywhere, &DeviceInfo::default()).unwrap();
             RuleSet::ALL.apply(&mut program);
             program.actions.iter().map(Action::name).collect::<Vec<_>>()
         };
@@ -576,7 +578,7 @@ mod tests {
             rules in 0u32..1 << RULES.len(),
         ) {
             let graph = random_graph(&steps);
-            let (mut program, _) = translate(&graph, &Anywhere).unwrap();
+            let (mut program, _) = translate(&graph, &Anywhere, &DeviceInfo::default()).unwrap();
             RuleSet(rules).apply(&mut program);
             let accesses = program.accesses();
             let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
@@ -626,7 +628,7 @@ mod tests {
         b.output(Output::Embeddings, x);
         let graph = b.finish();
         let names = |rules: RuleSet| {
-            let (mut program, _) = translate(&graph, &Anywhere).unwrap();
+            let (mut program, _) = translate(&graph, &Anywhere, &DeviceInfo::default()).unwrap();
             rules.apply(&mut program);
             program.actions.iter().map(Action::name).collect::<Vec<_>>()
         };

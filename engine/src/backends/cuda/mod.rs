@@ -278,9 +278,11 @@ impl Cuda {
         let constants = RefCell::new(&mut self.constants);
         let placed = Placed { weights: &self.weights, inputs, constants, failure: RefCell::default() };
         let (mut program, values) =
-            translate::translate(&plan.graph, &placed, &self.info).map_err(|(i, why)| match placed.failure.take() {
-                Some(error) => error.into(),
-                None => unsupported(&plan.graph, i, why),
+            translate::translate(&plan.graph, &placed, &self.info).map_err(|(i, why)| {
+                match placed.failure.take() {
+                    Some(error) => error.into(),
+                    None => unsupported(&plan.graph, i, why),
+                }
             })?;
         self.rules.apply(&mut program);
         emit::add_scratch(&mut program, class, &self.info);

@@ -270,7 +270,7 @@ impl<'a> Translator<'a> {
         if let Some((_, sorted)) = self.sorted.iter().find(|(of, _)| *of == ids) {
             return *sorted;
         }
-        let sorted = self.program.sorted(n_pairs, n_expert, mmd_hopper::TILE_COLS);
+        let sorted = self.program.sorted(n_pairs, n_expert, mmd_hopper::MIXTURE_COLS);
         self.push(Action::SortExperts { ids, n_pairs, n_expert, sorted });
         self.sorted.push((ids, sorted));
         sorted

@@ -3,8 +3,8 @@
 use quant::FormatId;
 
 use super::{
-    CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, PLAIN_WARPS, ROWS,
-    SPAN, TRANSFORM, Tile,
+    CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, PLAIN_WARPS,
+    ROWS, SPAN, TRANSFORM, Tile,
 };
 use crate::case::Kernel;
 use crate::driver::DeviceInfo;
@@ -113,7 +113,11 @@ macro_rules! hopper_tiles {
 for_each_hopper!(hopper_tiles);
 
 /// The entry for prompts on Hopper over a cache of these formats and head dimensions, if there is one.
-fn hopper(formats: [FormatId; 2], dims: [usize; 2], smem_per_cta_bytes: u32) -> Option<(&'static str, HopperTile)> {
+fn hopper(
+    formats: [FormatId; 2],
+    dims: [usize; 2],
+    smem_per_cta_bytes: u32,
+) -> Option<(&'static str, HopperTile)> {
     let holds = |tile: &HopperTile| dims[0] <= tile.dims[0] && dims[1] <= tile.dims[1];
     let fits = |tile: &HopperTile| tile.bytes <= smem_per_cta_bytes;
     let found = HOPPER.iter().copied().find(|(_, tile)| holds(tile) && fits(tile));
@@ -331,14 +335,22 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     if args.geometry == Geometry::Prompt {
         let formats = [cache.type_k, cache.type_v];
         let (entry, tile) = hopper(formats, dims, args.smem_per_cta_bytes).ok_or_else(|| {
-            shape("head_dim of Geometry::Prompt", "an F16 cache that Geometry::of_prompt knows", dims[0].max(dims[1]))
+            shape(
+                "head_dim of Geometry::Prompt",
+                "an F16 cache that Geometry::of_prompt knows",
+                dims[0].max(dims[1]),
+            )
         })?;
         let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out);
         let params = addresses.iter().fold(params, |params, &at| params.with(at));
         let params = sizes[..5].iter().fold(params, |params, &size| params.with(size));
         let attention = Launch {
             entry,
-            grid: [check.size("tiles", (step.n_tokens * group).div_ceil(HOPPER_ROWS as usize))?, n_head_kv, 1],
+            grid: [
+                check.size("tiles", (step.n_tokens * group).div_ceil(HOPPER_ROWS as usize))?,
+                n_head_kv,
+                1,
+            ],
             cta: HOPPER_THREADS,
             cluster: 1,
             smem_bytes: tile.bytes,
