@@ -176,12 +176,12 @@ mod gpu {
     /// Warps of the consumers.
     const CONSUMERS: u32 = 8;
     /// Registers of a producer and of a consumer thread: of the 128 that each of four warpgroups starts with.
-    const PRODUCER_REGISTERS: u32 = 144;
-    const CONSUMER_REGISTERS: u32 = 112;
+    const PRODUCER_REGISTERS: u32 = 136;
+    const CONSUMER_REGISTERS: u32 = 120;
     const _: () = assert!(PRODUCER_REGISTERS + CONSUMER_REGISTERS <= 2 * 128);
     /// The same where a consumer has 128 sums.
-    const WIDE_PRODUCER_REGISTERS: u32 = 88;
-    const WIDE_CONSUMER_REGISTERS: u32 = 168;
+    const WIDE_PRODUCER_REGISTERS: u32 = 72;
+    const WIDE_CONSUMER_REGISTERS: u32 = 184;
     const _: () = assert!(WIDE_PRODUCER_REGISTERS + WIDE_CONSUMER_REGISTERS <= 2 * 128);
 
     /// A warpgroup's sums of 64 rows.
