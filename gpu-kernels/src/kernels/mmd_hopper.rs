@@ -457,10 +457,11 @@ mod gpu {
             });
         }
 
-        /// Fills a stage with stage `S` of a span of a tile.
+        /// Fills a stage with stage `S` of a span of a tile. The lane's block of columns starts at `columns`, if it is one of
+        /// the first `there` lanes; where no columns are, the stage holds what it held.
         #[inline(always)]
         #[track_caller]
-        fn fill<const S: usize>(&self, columns: Glb<U32x4>, read: u32, span: u32, place: Place) {
+        fn fill<const S: usize>(&self, columns: Glb<U32x4>, there: u32, read: u32, span: u32, place: Place) {
             let own = C::COLS / 8 / C::SLOTS;
             let k16 = span * SPAN_STEPS + S as u32 * STEPS;
             let rest = self.work.n_k16 - k16;
@@ -469,10 +470,10 @@ mod gpu {
             place.empty::<Shared<F, C>>().wait(place.parity ^ 1);
             let full = place.full::<Shared<F, C>>();
             if lane == 0 {
-                full.arrive_expect(own * steps * 256);
+                full.arrive_expect(there * steps * 256);
             }
             warp::sync_warp();
-            if lane < own {
+            if lane < there {
                 let stage = Shared::<F, C>::stages().skip(place.slot * stage_vectors::<C>());
                 let to = weight_vectors::<C>() + (own * self.slot + lane) * BLOCK;
                 bulk_copy::copy(stage, to, columns, k16 * 16, steps * 16, full);
@@ -506,8 +507,11 @@ mod gpu {
                 if tile.is_empty() {
                     continue;
                 }
-                // The lane's block of columns.
-                let block = own * self.slot + thread::lane_id() % own;
+                // The warp's blocks of columns, a lane each.
+                let (first, n_blocks) = (own * self.slot, tile.n_cols.div_ceil(8) - tile.first_block);
+                let there = if n_blocks < first { 0 } else { n_blocks - first };
+                let there = if there < own { there } else { own };
+                let block = first + thread::lane_id() % own;
                 let columns = tile.columns(self.work.x, block, self.work.n_k16);
                 let mut span = 0;
                 while span < self.n_spans {
@@ -517,10 +521,10 @@ mod gpu {
                         if span * SPAN_STAGES + (S as u32) < n_stages {
                             if S as u32 % teams::<C>() == team {
                                 match S {
-                                    0 => self.fill::<0>(columns, read, span, place),
-                                    1 => self.fill::<1>(columns, read, span, place),
-                                    2 => self.fill::<2>(columns, read, span, place),
-                                    _ => self.fill::<3>(columns, read, span, place),
+                                    0 => self.fill::<0>(columns, there, read, span, place),
+                                    1 => self.fill::<1>(columns, there, read, span, place),
+                                    2 => self.fill::<2>(columns, there, read, span, place),
+                                    _ => self.fill::<3>(columns, there, read, span, place),
                                 }
                             }
                             place = place.next::<Shared<F, C>>();
@@ -706,6 +710,15 @@ mod gpu {
             }
         }
         let book = SharedBook::fill(F::BOOK, const { layout::<F, C>().book });
+        // Where columns are missing, stages have zeros until others leave something there.
+        if !order.is_null() || !n_cols.is_multiple_of(C::COLS) {
+            let mut i = thread;
+            while i < layout::<F, C>().stages * stage_vectors::<C>() {
+                Shared::<F, C>::stages().st(i, U32x4([0; 4]));
+                i += THREADS;
+            }
+            sync::fence_async_proxy();
+        }
         sync::sync_threads();
         let (parts, n_k16, n_groups) = ([p0, p1, p2], k / 16, k / GROUP as u32);
         let work = Work { parts, x, order, of_expert, gate, n_k16, n_cols, n_across, n_items };
