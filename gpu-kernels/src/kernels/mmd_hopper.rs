@@ -49,8 +49,6 @@ use {
 pub const UP: f32 = 64.0;
 /// Threads of a CTA: two warpgroups of producers, two of consumers.
 pub const THREADS: u32 = 512;
-/// Warps of producers.
-const PRODUCERS: u32 = 8;
 /// Spans of a raw row tile.
 const RAW_STAGES: u32 = 2;
 /// Most shared memory of a CTA on Hopper.
@@ -173,7 +171,8 @@ mod gpu {
     const SPAN_STAGES: u32 = 4;
     const SPAN_STEPS: u32 = SPAN_STAGES * STEPS;
     const STAGE_GROUPS: usize = 2;
-    /// Warps of the consumers.
+    /// Warps of each kind.
+    const PRODUCERS: u32 = 8;
     const CONSUMERS: u32 = 8;
     /// Registers of a producer and of a consumer thread: of the 128 that each of four warpgroups starts with.
     const PRODUCER_REGISTERS: u32 = 136;
@@ -342,7 +341,7 @@ mod gpu {
         let bias = 0x6400_6400 + (F::BIAS + middle::<F>()) as u32 * 0x0001_0001;
         let mut out = [U32x4([0; 4]); 4];
         unroll!(Q in 0..4 { unroll!(I in 0..4 {
-            let selector = if I % 2 == 0 { 0x4140 } else { 0x4342 };
+            let selector = if I.is_multiple_of(2) { 0x4140 } else { 0x4342 };
             let codes = math::prmt(group.codes[2 * Q + I / 2], HIGH, selector);
             let signed = math::sub_f16(codes, bias);
             out[Q].0[I] = if F::HAS_OFFSET {
@@ -509,7 +508,7 @@ mod gpu {
                 }
                 // The warp's blocks of columns, a lane each.
                 let (first, n_blocks) = (own * self.slot, tile.n_cols.div_ceil(8) - tile.first_block);
-                let there = if n_blocks < first { 0 } else { n_blocks - first };
+                let there = n_blocks.saturating_sub(first);
                 let there = if there < own { there } else { own };
                 let block = first + thread::lane_id() % own;
                 let columns = tile.columns(self.work.x, block, self.work.n_k16);
