@@ -66,23 +66,27 @@ fn tiers() -> Vec<Tier> {
 
 /// Source of the table, with the text of each kernel file and tier deflated beside it.
 fn table(out_dir: &Path, modules: &[Module]) -> std::io::Result<String> {
-    let mut text = String::from("&[\n");
-    for module in modules {
+    // The files' bytes as constants of their own, and all in a static: so that they are in a program once.
+    let (mut files, mut rows) = (String::new(), String::new());
+    for (i, module) in modules.iter().enumerate() {
         let Tier { name: tier, sm, exact, .. } = module.tier;
         let file = format!("{}.{tier}.ptx.deflate", module.name);
         std::fs::write(out_dir.join(&file), miniz_oxide::deflate::compress_to_vec(module.ptx.as_bytes(), 9))?;
         let (ptx_bytes, kernel_file) = (module.ptx.len(), &module.name);
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            files,
+            "const FILE_{i}: &[u8] = include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{file}\"));"
+        );
         for Part { name, ranges, kernels } in module.parts() {
             let ranges: Vec<(usize, usize)> = ranges.iter().map(|range| (range.start, range.end)).collect();
-            // Writing to a string cannot fail.
             let _ = writeln!(
-                text,
+                rows,
                 "PtxModule {{ file: {kernel_file:?}, name: {name:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, kernels: &{kernels:?}, \
                  file_bytes: {ptx_bytes}, ranges: &{ranges:?}, \
-                 deflated: include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{file}\")) }},",
+                 deflated: FILE_{i} }},",
             );
         }
     }
-    text.push(']');
-    Ok(text)
+    Ok(format!("{{\n{files}&[\n{rows}]\n}}"))
 }

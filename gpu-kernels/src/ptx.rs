@@ -31,7 +31,7 @@ pub struct PtxModule {
 }
 
 /// Every module, oldest tier first.
-pub const MODULES: &[PtxModule] = include!(concat!(env!("OUT_DIR"), "/ptx_table.rs"));
+pub static MODULES: &[PtxModule] = include!(concat!(env!("OUT_DIR"), "/ptx_table.rs"));
 
 impl PtxModule {
     /// The PTX text.
