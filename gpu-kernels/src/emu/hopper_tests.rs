@@ -13,7 +13,7 @@ use crate::case::Random;
 use crate::device::mma::FragmentA;
 use crate::device::sync::{self, Mbarrier};
 use crate::device::thread::{block_idx_x, grid_dim_x, lane_id, thread_idx_x, warp_id};
-use crate::device::wgmma::{self, Bf16N128, F16N64, F16N128, Operand, Registers, S8N64, S8N128, Sums};
+use crate::device::wgmma::{self, Bf16N128, F16N64, F16N128, F16N128T, Operand, Registers, S8N64, S8N128, Sums};
 use crate::device::{Glb, Smem, U32x4, bulk_copy, warp};
 use crate::driver::{Driver, MemKind, StreamId};
 use crate::launch::{Launch, Params};
@@ -421,6 +421,19 @@ fn multiply(memory: Glb<U32x4>, kind: u32) {
             wgmma::wait_for_operands::<0>();
             sync::sync_threads();
             sums.wait::<0>();
+            (0..64).for_each(|i| out.st(64 * t + i, sums.get(i as usize)));
+        }
+        TRANSPOSED_F16 => {
+            // Four steps of 16 k, of 128 columns each in two pieces.
+            let mut sums = Sums::<64>::zero();
+            let b = Operand::transposed(Shared::b(), 0, 64 * 8);
+            wgmma::fence();
+            for k in 0..4 {
+                F16N128T::registers::<true>(&mut sums, fragment(k), b.skip(16 * 8 * k));
+            }
+            wgmma::commit();
+            sums.wait::<0>();
+            sync::sync_threads();
             (0..64).for_each(|i| out.st(64 * t + i, sums.get(i as usize)));
         }
         _ => {
