@@ -171,12 +171,16 @@ fn prompts_that_have_no_kernel_are_refused() {
         Case { dims: [576, 512], ..base },
         Case { slopes: true, ..base },
     ];
-    let hopper = DeviceInfo { sm: 90, driver_version: 12_040, smem_per_cta_bytes: 227 << 10, ..DeviceInfo::default() };
+    let hopper =
+        DeviceInfo { sm: 90, driver_version: 12_040, smem_per_cta_bytes: 227 << 10, ..DeviceInfo::default() };
     for case in [base].iter().chain(&refused) {
         let args = case.args(&[DevicePtr(256); 11]);
         let geometry = Geometry::of_prompt(&hopper, &args.cache, case.slopes);
         assert_eq!(geometry.is_some(), entry(case).is_ok(), "{case:?}");
-        assert_eq!(Geometry::of_prompt(&DeviceInfo { sm: 80, ..hopper.clone() }, &args.cache, case.slopes), None);
+        assert_eq!(
+            Geometry::of_prompt(&DeviceInfo { sm: 80, ..hopper.clone() }, &args.cache, case.slopes),
+            None
+        );
     }
     assert_eq!(refused.iter().filter(|case| entry(case).is_ok()).count(), 0);
 }

@@ -3,8 +3,8 @@
 use quant::FormatId;
 
 use super::{
-    CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, PLAIN_WARPS, ROWS,
-    SPAN, TRANSFORM, Tile,
+    CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, PLAIN_WARPS,
+    ROWS, SPAN, TRANSFORM, Tile,
 };
 use crate::case::Kernel;
 use crate::driver::DeviceInfo;
@@ -339,7 +339,11 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         let params = sizes[..5].iter().fold(params, |params, &size| params.with(size));
         let attention = Launch {
             entry,
-            grid: [check.size("tiles", (step.n_tokens * group).div_ceil(HOPPER_ROWS as usize))?, n_head_kv, 1],
+            grid: [
+                check.size("tiles", (step.n_tokens * group).div_ceil(HOPPER_ROWS as usize))?,
+                n_head_kv,
+                1,
+            ],
             cta: HOPPER_THREADS,
             cluster: 1,
             smem_bytes: tile.bytes,
