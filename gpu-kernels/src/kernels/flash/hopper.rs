@@ -173,10 +173,23 @@ struct Place {
 
 /// The kernel: key rows of `KC` times 64 elements; `S` registers of scores and `O` of outputs; `STEPS` steps of 16 in a
 /// block; `STAGES` blocks in either ring.
-struct Hopper<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>;
+struct Hopper<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const TRIAL: u32,
+>;
 
-impl<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>
-    Hopper<KC, S, O, STEPS, STAGES>
+impl<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const TRIAL: u32,
+> Hopper<KC, S, O, STEPS, STAGES, TRIAL>
 where
     Sums<S>: Scores,
     Sums<O>: Outputs,
@@ -360,7 +373,9 @@ where
                 }
                 unroll!(PART in 0..2 {
                     Self::empty(PART, place).wait(place.parity ^ 1);
-                    Self::load(x, PART, place.slot, pages, n_valid);
+                    if TRIAL & 4 == 0 {
+                        Self::load(x, PART, place.slot, pages, n_valid);
+                    }
                     async_copy::commit();
                     if is_begun {
                         async_copy::wait::<1>();
@@ -524,7 +539,8 @@ where
     #[track_caller]
     fn carry_over(s: &Sums<S>, out: &mut Sums<O>, rescale: [f32; 2]) -> [FragmentA; STEPS] {
         let mut n = 0;
-        while n < O / 4 {
+        let moved = TRIAL & 2 == 0 || warp::ballot(rescale[0] != 1.0 || rescale[1] != 1.0) != 0;
+        while moved && n < O / 4 {
             unroll!(I in 0..4 {
                 let value = f32::from_bits(out.get(4 * n + I)) * rescale[I / 2];
                 out.set(4 * n + I, value.to_bits());
@@ -555,7 +571,7 @@ where
         sync::barrier_of(GROUP + group(), 128);
         // The second group says at once that the first may begin.
         let (mine, others) = (|| TURN + 1 - group(), || TURN + group());
-        if group() == 1 {
+        if TRIAL & 1 == 0 && group() == 1 {
             sync::barrier_arrive_of(others(), 256);
         }
         let mut out = Sums::<O>::zero();
@@ -599,11 +615,15 @@ where
                 let next = Self::next(place);
                 Self::full(0, next).wait(next.parity);
                 Self::full(1, place).wait(place.parity);
-                sync::barrier_of(mine(), 256);
+                if TRIAL & 1 == 0 {
+                    sync::barrier_of(mine(), 256);
+                }
                 wgmma::fence();
                 Self::scores(&mut s, group(), next);
                 Self::values(&mut out, &p, place);
-                sync::barrier_arrive_of(others(), 256);
+                if TRIAL & 1 == 0 {
+                    sync::barrier_arrive_of(others(), 256);
+                }
                 s.wait::<1>();
                 Self::release(0, next);
                 let at = block * Self::BLOCK;
@@ -621,7 +641,7 @@ where
             Self::release(1, place);
             place = Self::next(place);
         }
-        if group() == 0 {
+        if TRIAL & 1 == 0 && group() == 0 {
             sync::barrier_of(mine(), 256);
         }
         Self::store(x, &out, &state);
@@ -702,7 +722,14 @@ const _: () = assert!(HOPPER_THREADS == 32 * (PRODUCERS + CONSUMERS));
 
 /// Entry of a tile.
 #[inline(always)]
-fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>(
+fn attend<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const TRIAL: u32,
+>(
     q: Glb<F32x4>,
     k: Glb<U32x4>,
     v: Glb<U32x4>,
@@ -725,7 +752,7 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
     Sums<S>: Scores,
     Sums<O>: Outputs,
 {
-    Hopper::<KC, S, O, STEPS, STAGES>::prompt(Inputs {
+    Hopper::<KC, S, O, STEPS, STAGES, TRIAL>::prompt(Inputs {
         q,
         cache: [k, v],
         out,
@@ -758,7 +785,11 @@ macro_rules! entries {
                 n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,
                 flags: u32, window: u32, scale: f32, softcap: f32,
             );
-            $(concat!("flash_hopper_", $dim, "_f16") => attend::<$kc, $s, $o, $steps, $stages>;)*
+            $(concat!("flash_hopper_", $dim, "_f16") => attend::<$kc, $s, $o, $steps, $stages, 0>;)*
+            "flash_hopper_128_t1" => attend::<2, 64, 64, 8, 3, 1>;
+            "flash_hopper_128_t4" => attend::<2, 64, 64, 8, 3, 4>;
+            "flash_hopper_128_t2" => attend::<2, 64, 64, 8, 3, 2>;
+            "flash_hopper_128_t3" => attend::<2, 64, 64, 8, 3, 3>;
         }
     };
 }
