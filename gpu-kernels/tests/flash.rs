@@ -1,7 +1,7 @@
 //! A query's output is the same bits whichever kernel computes it and whoever else is in the step.
 
 use gpu_kernels::case::Random;
-use gpu_kernels::driver::{Driver, MemKind, StreamId};
+use gpu_kernels::driver::{DeviceInfo, Driver, MemKind, StreamId};
 use gpu_kernels::emu::{Emulator, Options};
 use gpu_kernels::kernels::flash::{self, Case, Data, Geometry};
 use gpu_kernels::launch::DevicePtr;
@@ -106,6 +106,83 @@ fn a_narrow_tile_changes_nothing() {
         assert!(entry(little).starts_with("flash_prefill_narrow_256") && !entry(much).contains("narrow"));
         assert_eq!(run_within(&case, &data, Some(little)), run(&case, &data), "{case:?}");
     }
+}
+
+/// Tokens of a prompt on Hopper: all at once, in pieces, one by one, with strangers in their tile.
+#[test]
+fn cuts_of_a_prompt_change_nothing() {
+    let f16 = [FormatId::F16; 2];
+    let base = case(f16, 64, &[(300, 40)]);
+    let cases = [
+        base,
+        Case { window: 150, sinks: true, ..base },
+        Case { n_head: 3, n_head_kv: 1, softcap: 4.0, ..case(f16, 128, &[(300, 40)]) },
+        Case { n_head: 3, n_head_kv: 3, ..case(f16, 256, &[(300, 40)]) },
+    ];
+    for case in cases.map(|case| Case { geometry: Geometry::Prompt, ..case }) {
+        let data = || Data::new(&case, &mut Random::new(7));
+        let head_row = case.n_head * case.dims[0];
+        let expected = run(&case, &data());
+        assert!(expected.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()), "{case:?}");
+        // Only the number of tokens is taken from the case's sequences.
+        let pieces: [&'static [(usize, usize)]; 4] = [&[(300, 1)], &[(300, 23)], &[(300, 15)], &[(300, 1)]];
+        let mut first = 0;
+        for sequences in pieces {
+            let n = sequences[0].1;
+            let mut piece = data();
+            let end = first + n;
+            piece.positions = piece.positions[first..end].to_vec();
+            piece.token_sequences = piece.token_sequences[first..end].to_vec();
+            piece.q = piece.q[first * head_row..end * head_row].to_vec();
+            // The pages say no more than that the piece's own tokens are there.
+            piece.sequences[0][1] = piece.positions[n - 1] + 1;
+            assert_eq!(run(&Case { sequences, ..case }, &piece), expected[first..end], "{first} of {case:?}");
+            first = end;
+        }
+        assert_eq!(first, 40);
+
+        // A token of a second sequence, which begins in the first one's pages, before all and in their midst.
+        let mut mixed = data();
+        mixed.sequences.push([1, 150]);
+        for at in [0, 17] {
+            mixed.positions.insert(at, 149);
+            mixed.token_sequences.insert(at, 1);
+            let strange = Random::new(9).values(head_row);
+            mixed.q.splice(at * head_row..at * head_row, strange);
+        }
+        let mut got = run(&Case { sequences: &[(300, 42)], ..case }, &mixed);
+        let strangers = [got.remove(17), got.remove(0)];
+        assert_eq!(strangers[0], strangers[1], "{case:?}");
+        assert_eq!(got, expected, "{case:?}");
+    }
+}
+
+/// One rule says which prompts Hopper's kernel takes; a launch that does not keep it is refused.
+#[test]
+fn prompts_that_have_no_kernel_are_refused() {
+    let base = Case { geometry: Geometry::Prompt, ..case([FormatId::F16; 2], 128, &[(70, 20)]) };
+    let entry = |case: &Case| flash::launch(&case.args(&[DevicePtr(256); 11])).map(|all| all.attention.entry);
+    assert_eq!(entry(&base).unwrap(), "flash_hopper_128_f16");
+    assert_eq!(entry(&Case { dims: [40, 72], ..base }).unwrap(), "flash_hopper_128_f16");
+    assert_eq!(entry(&Case { dims: [64, 64], ..base }).unwrap(), "flash_hopper_64_f16");
+    let refused = [
+        Case { types: [FormatId::F16, FormatId::Q8_0], ..base },
+        Case { types: [FormatId::BF16; 2], ..base },
+        Case { dims: [576, 512], ..base },
+        Case { slopes: true, ..base },
+    ];
+    let hopper =
+        DeviceInfo { sm: 90, driver_version: 12_040, smem_per_cta_bytes: 227 << 10, ..DeviceInfo::default() };
+    for case in [base].iter().chain(&refused) {
+        let args = case.args(&[DevicePtr(256); 11]);
+        let geometry = Geometry::of_prompt(&hopper, &args.cache, case.slopes);
+        assert_eq!(geometry.is_some(), entry(case).is_ok(), "{case:?}");
+        assert_eq!(
+            Geometry::of_prompt(&DeviceInfo { sm: 80, ..hopper.clone() }, &args.cache, case.slopes),
+            None
+        );
+    }
+    assert_eq!(refused.iter().filter(|case| entry(case).is_ok()).count(), 0);
 }
 
 #[test]

@@ -13,7 +13,9 @@ use crate::case::Random;
 use crate::device::mma::FragmentA;
 use crate::device::sync::{self, Mbarrier};
 use crate::device::thread::{block_idx_x, grid_dim_x, lane_id, thread_idx_x, warp_id};
-use crate::device::wgmma::{self, Bf16N128, F16N64, F16N128, Operand, Registers, S8N64, S8N128, Sums};
+use crate::device::wgmma::{
+    self, Bf16N128, F16N64, F16N128, F16N128T, Operand, Registers, S8N64, S8N128, Sums,
+};
 use crate::device::{Glb, Smem, U32x4, bulk_copy, warp};
 use crate::driver::{Driver, MemKind, StreamId};
 use crate::launch::{Launch, Params};
@@ -328,6 +330,8 @@ const SHARED_F16: u32 = 2;
 const SHARED_BF16: u32 = 3;
 /// A in registers, B in core matrices.
 const CORES_F16: u32 = 4;
+/// A in registers, B in rows of 64 columns: of one half of the columns the rows of all k, then those of the other half.
+const TRANSPOSED_F16: u32 = 5;
 
 /// Brings both operands by bulk copies of rows, permutes them, multiplies all 128 bytes of k in four products of which the
 /// first sets the sums, and stores the sums where B was: a thread's registers one after the other.
@@ -423,6 +427,19 @@ fn multiply(memory: Glb<U32x4>, kind: u32) {
             sums.wait::<0>();
             (0..64).for_each(|i| out.st(64 * t + i, sums.get(i as usize)));
         }
+        TRANSPOSED_F16 => {
+            // Four steps of 16 k, of 128 columns each in two pieces.
+            let mut sums = Sums::<64>::zero();
+            let b = Operand::transposed(Shared::b(), 0, 64 * 8);
+            wgmma::fence();
+            for k in 0..4 {
+                F16N128T::registers::<true>(&mut sums, fragment(k), b.skip(16 * 8 * k));
+            }
+            wgmma::commit();
+            sums.wait::<0>();
+            sync::sync_threads();
+            (0..64).for_each(|i| out.st(64 * t + i, sums.get(i as usize)));
+        }
         _ => {
             let mut sums = Sums::<64>::zero();
             wgmma::fence();
@@ -447,11 +464,17 @@ kernels! {
 #[test]
 fn products_are_those_of_the_definition() {
     let mut random = Random::new(5);
-    let cases =
-        [(SHARED_S8, 128), (REGISTERS_S8, 128), (SHARED_F16, 64), (SHARED_BF16, 128), (CORES_F16, 128)];
+    let cases = [
+        (SHARED_S8, 128),
+        (REGISTERS_S8, 128),
+        (SHARED_F16, 64),
+        (SHARED_BF16, 128),
+        (CORES_F16, 128),
+        (TRANSPOSED_F16, 128),
+    ];
     for (kind, n) in cases {
         let pair = |value: f32| match kind {
-            SHARED_F16 | CORES_F16 => f16::from_f32(value).to_bits().to_le_bytes(),
+            SHARED_F16 | CORES_F16 | TRANSPOSED_F16 => f16::from_f32(value).to_bits().to_le_bytes(),
             _ => bf16::from_f32(value).to_bits().to_le_bytes(),
         };
         let is_s8 = kind == SHARED_S8 || kind == REGISTERS_S8;
@@ -466,7 +489,9 @@ fn products_are_those_of_the_definition() {
         let got = run(&MULTIPLY[0], kind, &memory, u64::from(kind)).unwrap();
         let value = |row: &[u8], i: usize| match kind {
             SHARED_S8 | REGISTERS_S8 => f64::from(row[i] as i8),
-            SHARED_F16 | CORES_F16 => f16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f64(),
+            SHARED_F16 | CORES_F16 | TRANSPOSED_F16 => {
+                f16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f64()
+            }
             _ => bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f64(),
         };
         let elems = if is_s8 { 128 } else { 64 };
@@ -475,9 +500,16 @@ fn products_are_those_of_the_definition() {
             let (thread, register) = (i / (n / 2), i % (n / 2));
             let row = thread / 32 * 16 + thread % 32 / 4 + 8 * (register / 2 % 2);
             let column = register / 4 * 8 + 2 * (thread % 4) + register % 2;
-            let (a, b) = (&bytes[128 * row..][..128], &bytes[A_BYTES + 128 * column..][..128]);
-            let expected: f64 = (0..elems).map(|k| value(a, k) * value(b, k)).sum();
-            let size: f64 = (0..elems).map(|k| (value(a, k) * value(b, k)).abs()).sum();
+            let a = &bytes[128 * row..][..128];
+            let b = &bytes[A_BYTES..];
+            let b = if kind == TRANSPOSED_F16 {
+                let at = |k: usize| 128 * (column / 64 * 64 + k) + 2 * (column % 64);
+                (0..64).flat_map(|k| [b[at(k)], b[at(k) + 1]]).collect()
+            } else {
+                b[128 * column..][..128].to_vec()
+            };
+            let expected: f64 = (0..elems).map(|k| value(a, k) * value(&b, k)).sum();
+            let size: f64 = (0..elems).map(|k| (value(a, k) * value(&b, k)).abs()).sum();
             let got = if is_s8 {
                 f64::from(i32::from_le_bytes(*word))
             } else {

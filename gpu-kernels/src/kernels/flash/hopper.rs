@@ -1,5 +1,5 @@
 //! Prompts on Hopper (sm_90a): 128 rows at a time by `wgmma`, in three warpgroups of their own kinds. Contract and arguments
-//! are `mod.rs`'s, for an F16 cache; bits are this kernel's own.
+//! are `mod.rs`'s, for an F16 cache and without slopes; bits are this kernel's own.
 //!
 //! * Order of sums: one online softmax per row over blocks of [`Hopper::BLOCK`] positions, counted from position 0, in
 //!   order; no spans. A block that a row does not see changes no bit of it, so a row depends on shapes and its own
@@ -14,7 +14,7 @@
 //! * Probabilities never leave registers: a warp's scores are the fragments of A. V is read transposed.
 //! * Sums of probabilities are of those in f32, each lane's columns apart until the end.
 
-use super::{CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, NO_SEQUENCE, PAGE, TRANSFORM, state};
+use super::{CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, NO_SEQUENCE, PAGE, state};
 use crate::device::mma::FragmentA;
 use crate::device::sync::{self, Mbarrier};
 use crate::device::wgmma::{self, F16N64, F16N64T, F16N128, F16N128T, F16N256T, Operand, Registers, Sums};
@@ -26,8 +26,8 @@ const CONSUMERS: u32 = 8;
 /// Rows of a warpgroup.
 const GROUP_ROWS: u32 = HOPPER_ROWS / 2;
 /// Registers of a producer and of a consumer thread: of the 168 that each of three warpgroups starts with.
-const PRODUCER_REGISTERS: u32 = 40;
-const CONSUMER_REGISTERS: u32 = 232;
+const PRODUCER_REGISTERS: u32 = 56;
+const CONSUMER_REGISTERS: u32 = 224;
 const _: () = assert!(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 /// Sequence of a row that does not exist.
 const ABSENT: u32 = NO_SEQUENCE - 1;
@@ -76,6 +76,19 @@ shapes! {
     Outputs 128 F16N256T;
 }
 
+/// [`math::tanh`] without a branch: products are under way.
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let square = x * x;
+    let above = math::fma(square, square + 105.0, 945.0);
+    let below = math::fma(square, math::fma(square, 15.0, 420.0), 945.0);
+    let near = math::fabs(x) < 0.6;
+    let power = 1.0 + math::ex2(2.0 * math::LOG2_E * math::fabs(x));
+    let fraction = math::rcp(if near { below } else { power });
+    let far = f32::copysign(math::fma(-2.0, fraction, 1.0), x);
+    if near { x * above * fraction } else { far }
+}
+
 /// The launch's arguments, as the contract names them.
 #[derive(Clone, Copy)]
 struct Inputs {
@@ -88,7 +101,6 @@ struct Inputs {
     sequences: Glb<U32x2>,
     pages: Glb<u32>,
     sinks: Glb<f32>,
-    slopes: Glb<f32>,
     n_tokens: u32,
     n_head: u32,
     n_head_kv: u32,
@@ -112,8 +124,9 @@ impl Inputs {
     /// This CTA's rows.
     #[inline(always)]
     fn tile(&self) -> Tile {
-        // The last tokens see most: they start first.
-        let first = (thread::grid_dim_x() - 1 - thread::block_idx_x()) * HOPPER_ROWS;
+        // Computed anew where it is needed: outputs and scores need the registers. The last tokens see most: they start
+        // first.
+        let first = (thread::grid_dim_x() - 1 - math::fresh(thread::block_idx_x())) * HOPPER_ROWS;
         let left = self.n_tokens * (self.n_head / self.n_head_kv) - first;
         Tile { first, n: if left < HOPPER_ROWS { left } else { HOPPER_ROWS } }
     }
@@ -121,7 +134,7 @@ impl Inputs {
     /// Token and head of a row of the tile.
     #[inline(always)]
     fn place(&self, tile: Tile, row: u32) -> [u32; 2] {
-        let group = self.n_head / self.n_head_kv;
+        let group = math::fresh(self.n_head) / self.n_head_kv;
         let flat = tile.first + row;
         [flat / group, thread::block_idx_y() * group + flat % group]
     }
@@ -160,10 +173,23 @@ struct Place {
 
 /// The kernel: key rows of `KC` times 64 elements; `S` registers of scores and `O` of outputs; `STEPS` steps of 16 in a
 /// block; `STAGES` blocks in either ring.
-struct Hopper<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>;
+struct Hopper<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const TRIAL: u32,
+>;
 
-impl<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>
-    Hopper<KC, S, O, STEPS, STAGES>
+impl<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const TRIAL: u32,
+> Hopper<KC, S, O, STEPS, STAGES, TRIAL>
 where
     Sums<S>: Scores,
     Sums<O>: Outputs,
@@ -191,7 +217,7 @@ where
         Smem::dynamic(0, Self::TILE.rows as u32)
     }
 
-    /// Of each row its sequence, the first position it sees and the one after the last, and its own.
+    /// Of each row its sequence, the first position it sees and the one after the last.
     #[inline(always)]
     fn rows() -> Smem<U32x4> {
         Smem::dynamic(16 * Self::TILE.rows as u32, HOPPER_ROWS)
@@ -347,7 +373,9 @@ where
                 }
                 unroll!(PART in 0..2 {
                     Self::empty(PART, place).wait(place.parity ^ 1);
-                    Self::load(x, PART, place.slot, pages, n_valid);
+                    if TRIAL & 4 == 0 {
+                        Self::load(x, PART, place.slot, pages, n_valid);
+                    }
                     async_copy::commit();
                     if is_begun {
                         async_copy::wait::<1>();
@@ -431,31 +459,16 @@ where
         wgmma::commit();
     }
 
-    /// Scores with scale, soft cap and slopes; `row` is the lane's first, `first` the block's first position.
+    /// Scores with scale and soft cap.
     #[inline(always)]
     #[track_caller]
-    fn transform(x: &Inputs, s: &mut Sums<S>, row: u32, first: u32) {
-        let tile = x.tile();
-        unroll!(R in 0..2 {
-            let row = row + 8 * R as u32;
-            let [_, head] = x.place(tile, if row < tile.n { row } else { 0 });
-            let slope = if x.slopes.is_null() { 0.0 } else { x.slopes.ld_nc(head) };
-            // Its distance from the lane's first column, so that those of others are constants.
-            let away = (Self::rows().ld(row).0[3] as i32 - (first + 2 * (thread::lane_id() % 4)) as i32) as f32;
-            let mut n = 0;
-            while n < S / 4 {
-                unroll!(I in 0..2 {
-                    let at = 4 * n + 2 * R + I;
-                    let mut score = f32::from_bits(s.get(at)) * x.scale;
-                    if x.softcap != 0.0 {
-                        score = x.softcap * math::tanh(score);
-                    }
-                    let distance = math::fabs(away - (8 * n + I) as f32);
-                    s.set(at, math::fma(-slope, distance, score).to_bits());
-                });
-                n += 1;
-            }
-        });
+    fn cap(x: &Inputs, s: &mut Sums<S>) {
+        let mut n = 0;
+        while n < S {
+            let score = f32::from_bits(s.get(n)) * x.scale;
+            s.set(n, (x.softcap * tanh(score)).to_bits());
+            n += 1;
+        }
     }
 
     /// Scores become probabilities, in place; the state goes on. Returns what outputs so far are to be multiplied by.
@@ -468,13 +481,12 @@ where
         state: &mut State,
         masked: bool,
         seen: [[u32; 2]; 2],
-        row: u32,
         first: u32,
     ) -> [f32; 2] {
         let mut to_log2 = x.scale;
-        if false && x.flags & TRANSFORM != 0 {
+        if x.softcap != 0.0 {
             to_log2 = math::LOG2_E;
-            Self::transform(x, s, row, first);
+            Self::cap(x, s);
         }
         if masked {
             // From the lane's first column on, so that the others are constants.
@@ -527,7 +539,8 @@ where
     #[track_caller]
     fn carry_over(s: &Sums<S>, out: &mut Sums<O>, rescale: [f32; 2]) -> [FragmentA; STEPS] {
         let mut n = 0;
-        while n < O / 4 {
+        let moved = TRIAL & 2 == 0 || warp::ballot(rescale[0] != 1.0 || rescale[1] != 1.0) != 0;
+        while moved && n < O / 4 {
             unroll!(I in 0..4 {
                 let value = f32::from_bits(out.get(4 * n + I)) * rescale[I / 2];
                 out.set(4 * n + I, value.to_bits());
@@ -544,20 +557,22 @@ where
         p
     }
 
-    /// What the consumers do: `thread` of them.
+    /// What the consumers do.
     #[inline(always)]
     #[track_caller]
-    fn consume(x: &Inputs, thread: u32) {
-        let (group, lane) = (thread / 128, thread % 32);
+    fn consume(x: &Inputs) {
+        // Computed anew where they are needed: outputs and scores need the registers.
+        let thread = || math::fresh(thread::thread_idx_x()) - 32 * PRODUCERS;
+        let group = || thread() / 128;
         // The lane's first row in the tile.
-        let row = thread / 32 * 16 + lane / 4;
-        Self::queries(x, group, thread % 128);
+        let row = || thread() / 32 * 16 + thread() % 32 / 4;
+        Self::queries(x, group(), thread() % 128);
         sync::fence_async_proxy();
-        sync::barrier_of(GROUP + group, 128);
+        sync::barrier_of(GROUP + group(), 128);
         // The second group says at once that the first may begin.
-        let (mine, others) = (TURN + 1 - group, TURN + group);
-        if group == 1 {
-            sync::barrier_arrive_of(others, 256);
+        let (mine, others) = (|| TURN + 1 - group(), || TURN + group());
+        if TRIAL & 1 == 0 && group() == 1 {
+            sync::barrier_arrive_of(others(), 256);
         }
         let mut out = Sums::<O>::zero();
         let mut state = State { max: [f32::NEG_INFINITY; 2], sum: [[0.0; 2]; 2] };
@@ -575,10 +590,10 @@ where
                 let inside = row >= run.rows[0] && row < run.rows[1];
                 (sequence, if inside { [low, high] } else { [0, 0] })
             };
-            let seen = [see(row).1, see(row + 8).1];
+            let seen = [see(row()).1, see(row() + 8).1];
             let (mut all_low, mut all_high) = (0, u32::MAX);
             unroll!(I in 0..2 {
-                let (sequence, [low, high]) = see(GROUP_ROWS * group + 32 * I as u32 + lane);
+                let (sequence, [low, high]) = see(GROUP_ROWS * group() + 32 * I as u32 + thread::lane_id());
                 let high = if sequence == ABSENT { u32::MAX } else { high };
                 all_low = if low > all_low { low } else { all_low };
                 all_high = if high < all_high { high } else { all_high };
@@ -589,26 +604,30 @@ where
             let mut s = Sums::<S>::zero();
             Self::full(0, place).wait(place.parity);
             wgmma::fence();
-            Self::scores(&mut s, group, place);
+            Self::scores(&mut s, group(), place);
             s.wait::<0>();
             Self::release(0, place);
             let at = run.block * Self::BLOCK;
-            let rescale = Self::softmax(x, &mut s, &mut state, is_masked(at), seen, row, at);
+            let rescale = Self::softmax(x, &mut s, &mut state, is_masked(at), seen, at);
             let mut p = Self::carry_over(&s, &mut out, rescale);
             let mut block = run.block + 1;
             while block < run.end {
                 let next = Self::next(place);
                 Self::full(0, next).wait(next.parity);
                 Self::full(1, place).wait(place.parity);
-                sync::barrier_of(mine, 256);
+                if TRIAL & 1 == 0 {
+                    sync::barrier_of(mine(), 256);
+                }
                 wgmma::fence();
-                Self::scores(&mut s, group, next);
+                Self::scores(&mut s, group(), next);
                 Self::values(&mut out, &p, place);
-                sync::barrier_arrive_of(others, 256);
+                if TRIAL & 1 == 0 {
+                    sync::barrier_arrive_of(others(), 256);
+                }
                 s.wait::<1>();
                 Self::release(0, next);
                 let at = block * Self::BLOCK;
-                let rescale = Self::softmax(x, &mut s, &mut state, is_masked(at), seen, row, at);
+                let rescale = Self::softmax(x, &mut s, &mut state, is_masked(at), seen, at);
                 out.wait::<0>();
                 Self::release(1, place);
                 p = Self::carry_over(&s, &mut out, rescale);
@@ -622,29 +641,31 @@ where
             Self::release(1, place);
             place = Self::next(place);
         }
-        if group == 0 {
-            sync::barrier_of(mine, 256);
+        if TRIAL & 1 == 0 && group() == 0 {
+            sync::barrier_of(mine(), 256);
         }
-        Self::store(x, &out, &state, row);
+        Self::store(x, &out, &state);
     }
 
-    /// Out they go; `row` is the lane's first.
+    /// Out they go.
     #[inline(always)]
     #[track_caller]
-    fn store(x: &Inputs, out: &Sums<O>, state: &State, row: u32) {
-        let tile = x.tile();
+    fn store(x: &Inputs, out: &Sums<O>, state: &State) {
+        let (tile, thread) = (x.tile(), math::fresh(thread::thread_idx_x()) - 32 * PRODUCERS);
+        let row = thread / 32 * 16 + thread % 32 / 4;
         unroll!(R in 0..2 {
             let mut sum = state.sum[R][0] + state.sum[R][1];
             unroll!(I in 0..2 { sum += f32::from_bits(warp::shfl_xor(sum.to_bits(), 1 << I)); });
             let row = row + 8 * R as u32;
             if row < tile.n {
-                let at = x.head_row(tile, row);
-                let sink = super::sink(x.sinks, (at % x.n_head as usize) as u32);
+                let [token, head] = x.place(tile, row);
+                let at = token as usize * x.n_head as usize + head as usize;
+                let sink = super::sink(x.sinks, head);
                 let factor = state::normaliser(state.max[R], sum, sink);
                 let to = x.out.offset(at * (x.head_dim[1] / 2) as usize);
                 let mut n = 0;
                 while n < O / 4 {
-                    let column = 8 * n as u32 + 2 * (thread::lane_id() % 4);
+                    let column = 8 * n as u32 + 2 * (thread % 4);
                     if column < x.head_dim[1] {
                         let [low, high] = [0, 1].map(|i| f32::from_bits(out.get(4 * n + 2 * R + i)));
                         to.st(column / 2, F32x2([low * factor, high * factor]));
@@ -674,12 +695,13 @@ where
             let mut row = [ABSENT, 0, 0, 0];
             if thread < tile.n {
                 let [token, _] = x.place(tile, thread);
-                let (sequence, pos) = (x.token_sequences.ld_early(token), x.positions.ld_early(token));
-                row = [sequence, 0, 0, pos];
+                let sequence = x.token_sequences.ld_early(token);
+                row[0] = sequence;
                 if sequence != NO_SEQUENCE {
+                    let pos = x.positions.ld_early(token);
                     let U32x2([_, len]) = x.sequences.ld_early(sequence);
                     let (low, high) = super::visible(pos, len, x.flags & CAUSAL != 0, x.window);
-                    row = [sequence, low, high, pos];
+                    row = [sequence, low, high, 0];
                 }
             }
             Self::rows().st(thread, U32x4(row));
@@ -691,7 +713,7 @@ where
             Self::produce(&x);
         } else {
             warp::take_registers::<CONSUMER_REGISTERS>();
-            Self::consume(&x, thread - 32 * PRODUCERS);
+            Self::consume(&x);
         }
     }
 }
@@ -700,7 +722,14 @@ const _: () = assert!(HOPPER_THREADS == 32 * (PRODUCERS + CONSUMERS));
 
 /// Entry of a tile.
 #[inline(always)]
-fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>(
+fn attend<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const TRIAL: u32,
+>(
     q: Glb<F32x4>,
     k: Glb<U32x4>,
     v: Glb<U32x4>,
@@ -710,7 +739,6 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
     sequences: Glb<U32x2>,
     pages: Glb<u32>,
     sinks: Glb<f32>,
-    slopes: Glb<f32>,
     n_tokens: u32,
     n_head: u32,
     n_head_kv: u32,
@@ -724,7 +752,7 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
     Sums<S>: Scores,
     Sums<O>: Outputs,
 {
-    Hopper::<KC, S, O, STEPS, STAGES>::prompt(Inputs {
+    Hopper::<KC, S, O, STEPS, STAGES, TRIAL>::prompt(Inputs {
         q,
         cache: [k, v],
         out,
@@ -733,7 +761,6 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
         sequences,
         pages,
         sinks,
-        slopes,
         n_tokens,
         n_head,
         n_head_kv,
@@ -754,11 +781,15 @@ macro_rules! entries {
             fn (
                 q: Glb<F32x4>, k: Glb<U32x4>, v: Glb<U32x4>, out: Glb<F32x2>,
                 positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>, pages: Glb<u32>,
-                sinks: Glb<f32>, slopes: Glb<f32>,
+                sinks: Glb<f32>,
                 n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,
                 flags: u32, window: u32, scale: f32, softcap: f32,
             );
-            $(concat!("flash_hopper_", $dim, "_f16") => attend::<$kc, $s, $o, $steps, $stages>;)*
+            $(concat!("flash_hopper_", $dim, "_f16") => attend::<$kc, $s, $o, $steps, $stages, 0>;)*
+            "flash_hopper_128_t1" => attend::<2, 64, 64, 8, 3, 1>;
+            "flash_hopper_128_t4" => attend::<2, 64, 64, 8, 3, 4>;
+            "flash_hopper_128_t2" => attend::<2, 64, 64, 8, 3, 2>;
+            "flash_hopper_128_t3" => attend::<2, 64, 64, 8, 3, 3>;
         }
     };
 }

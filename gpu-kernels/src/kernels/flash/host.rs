@@ -112,16 +112,14 @@ macro_rules! hopper_tiles {
 }
 for_each_hopper!(hopper_tiles);
 
-/// The entry for prompts on Hopper over a cache of these formats and head dimensions, if there is one.
-fn hopper(
-    formats: [FormatId; 2],
-    dims: [usize; 2],
-    smem_per_cta_bytes: u32,
-) -> Option<(&'static str, HopperTile)> {
-    let holds = |tile: &HopperTile| dims[0] <= tile.dims[0] && dims[1] <= tile.dims[1];
-    let fits = |tile: &HopperTile| tile.bytes <= smem_per_cta_bytes;
-    let found = HOPPER.iter().copied().find(|(_, tile)| holds(tile) && fits(tile));
-    found.filter(|_| formats == [FormatId::F16; 2])
+/// What keeps prompts from having an entry of their own on Hopper: none holds the head, a CTA has too little memory, the
+/// cache is not F16, heads have slopes. Otherwise the entry and its tile.
+fn hopper(cache: &Cache, has_slopes: bool, smem_per_cta_bytes: u32) -> Option<(&'static str, HopperTile)> {
+    if has_slopes || [cache.type_k, cache.type_v] != [FormatId::F16; 2] {
+        return None;
+    }
+    let holds = |tile: &HopperTile| cache.head_dim_k <= tile.dims[0] && cache.head_dim_v <= tile.dims[1];
+    HOPPER.iter().copied().find(|(_, tile)| holds(tile) && tile.bytes <= smem_per_cta_bytes)
 }
 
 /// How the work is cut; the result does not depend on it, but for [`Geometry::Plain`] and [`Geometry::Prompt`], each of
@@ -130,6 +128,8 @@ fn hopper(
 pub enum Geometry {
     /// No tensor cores: one warp per row.
     Plain,
+    /// Trial.
+    Trial(u32),
     /// Tokens of prompts on Hopper, however many: see [`Geometry::of_prompt`].
     Prompt,
     /// Tiles of rows of many tokens.
@@ -149,12 +149,11 @@ pub enum Geometry {
 const DECODE_SPANS: usize = 2;
 
 impl Geometry {
-    /// What all tokens of prompts get on a device with a cache like this, whatever else a step holds; if there is nothing,
+    /// What all tokens of prompts get on a device with a cache like this, whatever else a step holds. If there is nothing,
     /// they are like any others.
-    pub fn of_prompt(device: &DeviceInfo, cache: &Cache) -> Option<Geometry> {
-        let (formats, dims) = ([cache.type_k, cache.type_v], [cache.head_dim_k, cache.head_dim_v]);
-        let there = ptx::runs_hopper(device) && hopper(formats, dims, device.smem_per_cta_bytes).is_some();
-        there.then_some(Geometry::Prompt)
+    pub fn of_prompt(device: &DeviceInfo, cache: &Cache, has_slopes: bool) -> Option<Geometry> {
+        let found = hopper(cache, has_slopes, device.smem_per_cta_bytes);
+        (ptx::runs_hopper(device) && found.is_some()).then_some(Geometry::Prompt)
     }
 
     /// The best for `n_tokens` tokens, of which `tokens_per_sequence` belong to the sequence that has most, over at most
@@ -332,17 +331,14 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         };
         return Ok(Launches { attention, merge: None });
     }
-    if args.geometry == Geometry::Prompt {
-        let formats = [cache.type_k, cache.type_v];
-        let (entry, tile) = hopper(formats, dims, args.smem_per_cta_bytes).ok_or_else(|| {
-            shape(
-                "head_dim of Geometry::Prompt",
-                "an F16 cache that Geometry::of_prompt knows",
-                dims[0].max(dims[1]),
-            )
+    let trial = if let Geometry::Trial(t) = args.geometry { t } else { 0 };
+    if args.geometry == Geometry::Prompt || trial > 0 {
+        let has_slopes = args.slopes != DevicePtr::NULL;
+        let (entry, tile) = hopper(&cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
+            shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", dims[0].max(dims[1]))
         })?;
         let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out);
-        let params = addresses.iter().fold(params, |params, &at| params.with(at));
+        let params = addresses[..5].iter().fold(params, |params, &at| params.with(at));
         let params = sizes[..5].iter().fold(params, |params, &size| params.with(size));
         let attention = Launch {
             entry,
