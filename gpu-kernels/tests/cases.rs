@@ -77,6 +77,7 @@ kernels! {
     flash_split
     flash_plain
     kv_store
+    step
 }
 
 #[test]
