@@ -52,8 +52,14 @@ impl<T> Smem<T> {
             let _ = elems;
             let base: u32;
             // SAFETY: takes an address, touches no memory.
+            #[cfg(not(entries_of = "step"))]
             unsafe {
                 core::arch::asm!("mov.u32 {}, dyn_smem;", out(reg32) base, options(pure, nomem, nostack, preserves_flags))
+            }
+            // SAFETY: as above. Not pure: see `thread_idx_x`.
+            #[cfg(entries_of = "step")]
+            unsafe {
+                core::arch::asm!("mov.u32 {}, dyn_smem;", out(reg32) base, options(nomem, nostack, preserves_flags))
             }
             Smem { address: base + offset_bytes, element: PhantomData }
         }

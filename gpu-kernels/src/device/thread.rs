@@ -33,8 +33,31 @@ macro_rules! index {
     };
 }
 
-index!(/// Thread in its CTA.
-    thread_idx_x, _thread_idx_x, lane::thread_idx());
+twin! {
+    /// Thread in its CTA.
+    pub fn thread_idx_x() -> u32 {
+        ptx {
+            // SAFETY: reads a special register.
+            #[cfg(not(entries_of = "step"))]
+            unsafe {
+                nvptx::_thread_idx_x() as u32
+            }
+            // Where many kernels are one, LLVM would compute all that follows from it at the start, for all of them, and
+            // keep it; what it does not know to be the same every time stays where it is.
+            #[cfg(entries_of = "step")]
+            {
+                let thread: u32;
+                // SAFETY: reads a special register.
+                unsafe {
+                    core::arch::asm!("mov.u32 {},%tid.x;", out(reg32) thread, options(nomem, nostack, preserves_flags))
+                }
+                thread
+            }
+        }
+        host { lane::thread_idx() }
+    }
+}
+
 index!(/// Threads of a CTA.
     block_dim_x, _block_dim_x, lane::cta_threads(), played THREADS);
 index!(/// CTA in the grid, first dimension.

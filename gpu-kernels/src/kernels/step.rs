@@ -69,9 +69,6 @@ macro_rules! for_each_module {
     ($callback:ident) => {
         $callback! {
             "step_Q4_0" Q4_0 q4_0 Q6_K q6_k;
-            "step_Q4_1" Q4_1 q4_1 Q8_0 q8_0;
-            "step_Q8_0" Q8_0 q8_0 Q6_K q6_k;
-            "step_Q4_K" Q4_K q4_k Q6_K q6_k;
         }
     };
 }
@@ -89,7 +86,7 @@ mod gpu {
     use crate::kernels::mmvq::Shape;
     use crate::kernels::mmvq_column::mmvq_column;
     use crate::kernels::output::gpu::{Q8_0, Q8_1, Q8K};
-    use crate::kernels::product::{Gate, Part};
+    use crate::kernels::product::{Gate, Part, PartAt};
     use crate::kernels::rms_norm::gpu::row_per_cta;
     use crate::tile::Tiled;
 
@@ -101,6 +98,52 @@ mod gpu {
     /// An instruction in shared memory.
     #[derive(Clone, Copy)]
     struct Slot(Smem<u32>);
+
+    /// A part of a product, read when it is needed: three would take half the registers.
+    #[derive(Clone, Copy)]
+    struct SlotPart(Smem<u32>);
+
+    impl PartAt for SlotPart {
+        #[inline(always)]
+        fn part(self) -> Part {
+            Part::of_words(|i| self.0.ld_still(i))
+        }
+    }
+
+    /// An argument out of a slot.
+    trait Take {
+        fn take(slot: Slot, at: &mut u32) -> Self;
+    }
+
+    impl Take for SlotPart {
+        #[inline(always)]
+        fn take(slot: Slot, at: &mut u32) -> SlotPart {
+            const WORDS: u32 = (size_of::<Part>() / 4) as u32;
+            let first = at.next_multiple_of(2);
+            *at = first + WORDS;
+            SlotPart(slot.0.skip(HEAD_WORDS + 4 * RANGES + first))
+        }
+    }
+
+    impl<T: bytemuck::Pod> Take for T {
+        #[inline(always)]
+        fn take(slot: Slot, at: &mut u32) -> T {
+            let words = (align_of::<T>() / 4) as u32;
+            let first = at.div_ceil(words) * words;
+            *at = first + (size_of::<T>() / 4) as u32;
+            // No loop: a value written word by word in one would lie in local memory.
+            macro_rules! words {
+                ($($i:literal)*) => { bytemuck::cast([$(slot.word(HEAD_WORDS + 4 * RANGES + first + $i)),*]) };
+            }
+            match const { size_of::<T>() / 4 } {
+                1 => words!(0),
+                2 => words!(0 1),
+                3 => words!(0 1 2),
+                4 => words!(0 1 2 3),
+                _ => panic!("an argument of another size"),
+            }
+        }
+    }
 
     impl Slot {
         /// The place of instruction `i`: two take turns.
@@ -124,31 +167,13 @@ mod gpu {
         fn word(self, i: u32) -> u32 {
             self.0.ld_still(i)
         }
-
-        /// The argument at word `*at`, which moves on to the next one's.
-        #[inline(always)]
-        #[track_caller]
-        fn take<T: bytemuck::Pod>(self, at: &mut u32) -> T {
-            let words = (align_of::<T>() / 4) as u32;
-            let first = at.div_ceil(words) * words;
-            let mut value = T::zeroed();
-            let to = (&raw mut value).cast::<u32>();
-            let mut i = 0;
-            while i < size_of::<T>() / 4 {
-                // SAFETY: word `i` of the value, of which any bits are valid.
-                unsafe { to.add(i).write(self.word(HEAD_WORDS + 4 * RANGES + first + i as u32)) };
-                i += 1;
-            }
-            *at = first + (size_of::<T>() / 4) as u32;
-            value
-        }
     }
 
     /// Calls a function with the arguments of a slot.
     macro_rules! call {
         ($slot:expr, $f:expr, ($($arg:ident: $ty:ty),* $(,)?)) => {{
             let mut at = 0;
-            $(let $arg: $ty = $slot.take(&mut at);)*
+            $(let $arg = <$ty as Take>::take($slot, &mut at);)*
             let _ = at;
             $f($($arg),*)
         }};
@@ -157,8 +182,8 @@ mod gpu {
     /// The bodies' signatures, as their own tables have them.
     macro_rules! body {
         (product $slot:ident $format:ty) => {
-            call!($slot, mmvq_column::<$format>, (
-                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape,
+            call!($slot, mmvq_column::<$format, SlotPart>, (
+                p0: SlotPart, p1: SlotPart, p2: SlotPart, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape,
                 norm: Glb<F32x4>, eps: f32,
             ))
         };
