@@ -30,6 +30,8 @@ pub enum Compute {
         device: cuda::Device,
         /// Layers that go to it.
         layers: GpuLayers,
+        /// Whether steps of one token are one launch: [`Cuda::with_step`].
+        step_ahead_bytes: Option<u64>,
     },
 }
 
@@ -47,7 +49,10 @@ impl Compute {
             Device::Cuda(index) => (format!("cuda:{index}"), open(index)),
         };
         match opened {
-            Ok(device) => Ok(Compute::Gpu { name, device, layers: layers.unwrap_or(GpuLayers::Auto) }),
+            Ok(device) => {
+                let layers = layers.unwrap_or(GpuLayers::Auto);
+                Ok(Compute::Gpu { name, device, layers, step_ahead_bytes: None })
+            }
             Err(why) if require_gpu => bail!("--require-gpu: {why}"),
             Err(why) => {
                 // Who asked for a GPU is told; who did not gets what there is.
@@ -57,6 +62,15 @@ impl Compute {
                 Ok(Compute::Cpu)
             }
         }
+    }
+
+    /// The same with steps of one token as one launch: [`Cuda::with_step`].
+    #[must_use]
+    pub fn with_step(mut self, ahead_bytes: Option<u64>) -> Compute {
+        if let Compute::Gpu { step_ahead_bytes, .. } = &mut self {
+            *step_ahead_bytes = ahead_bytes;
+        }
+        self
     }
 
     /// Bytes a second that the device's memory moves, measured; `None` for the CPU.
@@ -79,7 +93,7 @@ impl Compute {
     pub fn backend(&self, model: &Model, params: &ContextParams, threads: usize) -> Result<Box<dyn Backend>> {
         let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
         let pool: Arc<dyn Executor> = Arc::new(pool);
-        let Compute::Gpu { name, device, layers } = self else { return cpu(model, pool) };
+        let Compute::Gpu { name, device, layers, step_ahead_bytes } = self else { return cpu(model, pool) };
         let info = device.info();
         let needs = Needs::of(model, params, &info)?;
         let (n_layer, free) = (needs.n_layer(), device.free_bytes().unwrap_or(info.memory_bytes));
@@ -114,7 +128,8 @@ impl Compute {
             ui::say(plan)
         }
 
-        let mut gpu = Cuda::new(device.clone(), pool.clone(), model.weights().clone());
+        let mut gpu =
+            Cuda::new(device.clone(), pool.clone(), model.weights().clone()).with_step(*step_ahead_bytes);
         let placement = Placement::last_layers(n_layer, n);
         let shape = StepShape {
             n_tokens: 1,
