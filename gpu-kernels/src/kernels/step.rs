@@ -69,6 +69,7 @@ macro_rules! for_each_module {
     ($callback:ident) => {
         $callback! {
             "step_Q4_0" Q4_0 q4_0 Q6_K q6_k;
+            "step_Q4_1" Q4_1 q4_1 Q8_0 q8_0;
         }
     };
 }
@@ -166,6 +167,13 @@ mod gpu {
         #[track_caller]
         fn word(self, i: u32) -> u32 {
             self.0.ld_still(i)
+        }
+
+        /// [`Slot::word`], read here and kept nowhere.
+        #[inline(always)]
+        #[track_caller]
+        fn now(self, i: u32) -> u32 {
+            self.0.ld(i)
         }
     }
 
@@ -300,7 +308,6 @@ mod gpu {
 
     #[inline(always)]
     fn step<A: BlockFormat + Tiled, B: BlockFormat + Tiled>(list: Glb<U32x4>, counters: Glb<u32>, n: u32) {
-        let tid = thread::thread_idx_x();
         Slot::of(0).copy(list, 0);
         async_copy::commit();
         let mut i = 0;
@@ -313,31 +320,30 @@ mod gpu {
             }
             async_copy::commit();
             let slot = Slot::of(i);
-            let n_ctas = slot.word(N_CTAS);
             let mut cta = thread::launch_idx();
-            if cta < n_ctas {
-                let threads = slot.word(CTA_THREADS);
-                let mut arrivals = slot.word(ARRIVALS);
-                let grid = [slot.word(GRID), slot.word(GRID + 1), slot.word(GRID + 2)];
-                while tid < threads && cta < n_ctas {
+            if cta < slot.word(N_CTAS) {
+                // Nothing of the instruction stays in registers while a body runs.
+                while thread::thread_idx_x() < slot.now(CTA_THREADS) && cta < slot.now(N_CTAS) {
+                    let grid = [slot.now(GRID), slot.now(GRID + 1), slot.now(GRID + 2)];
                     let [x, y, _] = grid;
                     let idx = [cta % x, cta / x % y, cta / x / y];
+                    let arrivals = if cta < thread::launch_dim() { slot.now(ARRIVALS) } else { 0 };
+                    let threads = slot.now(CTA_THREADS);
                     play::enter(play::Role { idx, grid, threads, arrivals, counter: counters });
-                    body::<A, B>(slot.word(KIND), slot);
+                    body::<A, B>(slot.now(KIND), slot);
                     play::leave();
                     cta += thread::launch_dim();
-                    arrivals = 0;
                 }
                 play::arrive(counters);
             }
-            if tid / thread::WARP == 1 {
+            if thread::warp_id() == 1 {
                 prefetch(slot);
             }
             i += 1;
         }
         async_copy::wait::<0>();
         // Whoever comes last puts the counters back: everyone else has waited for the last time.
-        if tid == 0 && atomic::add_ordered(counters, 1, 1) + 1 == thread::launch_dim() {
+        if thread::thread_idx_x() == 0 && atomic::add_ordered(counters, 1, 1) + 1 == thread::launch_dim() {
             reset(counters, 0);
             reset(counters, 1);
         }
