@@ -24,7 +24,7 @@ const LANES: u32 = 8;
 const PAGE: usize = super::flash::PAGE;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-mod gpu {
+pub(super) mod gpu {
     use half::{bf16, f16};
     use quant::FormatId;
 
@@ -145,7 +145,7 @@ mod gpu {
 
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // the entry's
-    fn kv_store(
+    pub(in crate::kernels) fn kv_store(
         k: Glb<f32>,
         v: Glb<f32>,
         cells: Glb<u32>,
