@@ -632,7 +632,7 @@ impl Emit<'_> {
         partials: Option<Value>,
     ) -> Result<Vec<Launch>, Refusal> {
         let cache = self.cache(p.il)?;
-        let of_prompt = if self.prompt { Geometry::of_prompt(self.device, &cache) } else { None };
+        let of_prompt = if self.prompt { Geometry::of_prompt(self.device, &cache, false) } else { None };
         let launches = flash::launch(&flash::Args {
             cache,
             step: flash::Step {

@@ -126,8 +126,9 @@ impl Inputs {
     fn tile(&self) -> Tile {
         // Computed anew where it is needed: outputs and scores need the registers. The last tokens see most: they start
         // first.
-        let first = (thread::grid_dim_x() - 1 - math::fresh(thread::block_idx_x())) * HOPPER_ROWS;
-        let left = self.n_tokens * (self.n_head / self.n_head_kv) - first;
+        let cta = math::fresh(thread::grid_dim_x()) - 1 - math::fresh(thread::block_idx_x());
+        let first = cta * HOPPER_ROWS;
+        let left = math::fresh(self.n_tokens) * (self.n_head / self.n_head_kv) - first;
         Tile { first, n: if left < HOPPER_ROWS { left } else { HOPPER_ROWS } }
     }
 
