@@ -181,8 +181,8 @@ mod gpu {
     const CONSUMER_REGISTERS: u32 = 120;
     const _: () = assert!(PRODUCER_REGISTERS + CONSUMER_REGISTERS <= 2 * 128);
     /// The same where a consumer has 128 sums.
-    const WIDE_PRODUCER_REGISTERS: u32 = 72;
-    const WIDE_CONSUMER_REGISTERS: u32 = 184;
+    const WIDE_PRODUCER_REGISTERS: u32 = 80;
+    const WIDE_CONSUMER_REGISTERS: u32 = 176;
     const _: () = assert!(WIDE_PRODUCER_REGISTERS + WIDE_CONSUMER_REGISTERS <= 2 * 128);
 
     /// A warpgroup's sums of 64 rows.
@@ -449,12 +449,18 @@ mod gpu {
                 8 => load_row::<F, U32x2>(Shared::<F, C>::raw().cast(), raw, units),
                 _ => load_row::<F, u32>(Shared::<F, C>::raw(), raw, units),
             };
+            // A stage starts at a multiple of 8 chunks, so chunks differ from the first by an exclusive or, and no register has
+            // to hold where each lies.
             let row = self.slot * ROWS as u32 + thread::lane_id();
-            let stage = Shared::<F, C>::stages().skip(slot * stage_vectors::<C>());
+            let first = slot * stage_vectors::<C>() + Operand::place(row, 0);
             unroll!(J in 0..2 {
+                if J == 1 && C::COLS > 128 {
+                    // Both groups at once would be too much for the registers.
+                    warp::sync_warp();
+                }
                 let group = group::<F>(&words, STAGE_GROUPS * S + J, self.book);
                 let weights = weights::<F>(&group);
-                unroll!(Q in 0..4 { stage.st(Operand::place(row, (4 * J + Q) as u32), weights[Q]); });
+                unroll!(Q in 0..4 { Shared::<F, C>::stages().st(first ^ (4 * J + Q) as u32, weights[Q]); });
             });
         }
 
