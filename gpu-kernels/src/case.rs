@@ -166,9 +166,12 @@ pub enum Buffer {
         /// How many.
         bytes: usize,
         /// The contents, given the addresses; as many.
-        make: Box<dyn Fn(&[DevicePtr]) -> Vec<u8>>,
+        make: Make,
     },
 }
+
+/// Contents that depend on the buffers' addresses.
+pub type Make = Box<dyn Fn(&[DevicePtr]) -> Vec<u8>>;
 
 /// What an output must hold.
 pub enum Expected {

@@ -13,7 +13,7 @@
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
-//! Three ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
+//! Two ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
 //!
 //! * *Wide*, 128 rows × 128 columns a CTA, for full machines. Spans pass through a pipeline in shared memory: raw tiles and
 //!   activations arrive by asynchronous copies one span ahead; half of the warps unpack the next span before they multiply
@@ -22,13 +22,11 @@
 //! * *Narrow*, 32 or 64 rows × 16, 32 or 64 columns a CTA, where that would leave SMs idle, as for 9 to 64 columns:
 //!   each of up to sixteen warps multiplies a span of its own straight from registers, with no barrier of the CTA but one
 //!   pair for every round of spans, when their partial sums are added in order (`mmq_narrow.rs`).
-//! * *Warpgroups*, 128 × 128 on Hopper: `mmq_hopper.rs`.
+//!
+//! Prompts on Hopper have a kernel of their own, with bits of its own: `mmd_hopper.rs`.
 
-#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use gpu::warpgroups;
-#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use gpu::{NONE, Shape, Work, group, groups_of, units_of};
+pub(crate) use gpu::{NONE, Work, group, groups_of, units_of};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
@@ -43,8 +41,6 @@ mod gpu {
     use crate::device::{Glb, U32x2, U32x4, grid, thread};
     use crate::kernels::int8_tile::Native;
     use crate::kernels::lookup::InMemory;
-    #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
-    use crate::kernels::mmq_hopper;
     use crate::kernels::mmq_narrow::narrow;
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     use crate::kernels::mmq_wide::wide;
@@ -233,8 +229,6 @@ mod gpu {
     cut!(n64, 64, |work| rows::<F, 64, 8>(work));
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     cut!(n128, 128, |work| wide::<F>(work));
-    #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
-    cut!(warpgroups, 128, |work| mmq_hopper::multiply::<F>(work));
 
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_75)))]
     pub(super) use {n32_in_pieces as n32, n64_in_pieces as n64, n128_in_pieces as n128};
@@ -299,9 +293,6 @@ macro_rules! entries {
                         narrow.bytes::<formats::$module::Block>(gated),
                     ),
                     Cut::Wide => (concat!("mmq_", stringify!($id), "_n128"), wide_bytes::<formats::$module::Block>()),
-                    Cut::Warpgroups => {
-                        (concat!("mmq_hopper_", stringify!($id)), mmq_hopper::bytes::<formats::$module::Block>())
-                    }
                 }),)*
                 _ => None,
             }
@@ -313,14 +304,14 @@ macro_rules! entries {
     };
 }
 
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::kernels::mmq_wide::wide_bytes;
 use quant::formats;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
     crate::device::{Glb, U32x2, U32x4},
     crate::kernels::product::{Gate, Part},
 };
-#[cfg(not(target_arch = "nvptx64"))]
-use {crate::kernels::mmq_hopper, crate::kernels::mmq_wide::wide_bytes};
 for_each_weight_format!(entries);
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -367,6 +358,7 @@ mod tests {
             at.push(match buffer {
                 Buffer::Input(bytes) | Buffer::Changed(bytes, _) => write(bytes),
                 Buffer::Output(_) => emulator.alloc(MemKind::Device, 4 * expected.len() as u64).unwrap(),
+                Buffer::Made { .. } => unreachable!("no case of a product has one"),
             });
         }
         let launch = case.launch(&at).unwrap();
@@ -390,11 +382,9 @@ mod tests {
                 (Cut::NARROW_32, ks[1]),
                 (Cut::NARROW_64, ks[1]),
                 (Cut::Wide, ks[1]),
-                // More stages than a ring has.
-                (Cut::Warpgroups, 1024 + ks[1]),
             ];
             for (cut, k) in of_cuts {
-                let tables = [FEW, MORE, WIDE, mmq_hopper::ENTRIES];
+                let tables = [FEW, MORE, WIDE];
                 let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &tables);
                 assert_eq!(expected, got, "{format} {cut:?}");
             }
@@ -416,25 +406,19 @@ mod tests {
 
     #[test]
     fn cuts_fit_the_work_and_the_device() {
-        let device = |sm: u32, smem_per_cta_bytes: u32, driver_version: u32| DeviceInfo {
-            sm,
-            smem_per_cta_bytes,
-            driver_version,
-            ..DeviceInfo::default()
-        };
-        let (h100, old_driver, turing) =
-            (device(90, 227 << 10, 13_000), device(90, 227 << 10, 12_020), device(75, 64 << 10, 13_000));
+        let device =
+            |sm: u32, smem_per_cta_bytes: u32| DeviceInfo { sm, smem_per_cta_bytes, ..DeviceInfo::default() };
+        let (h100, turing) = (device(90, 227 << 10), device(75, 64 << 10));
         let choose = |rows, cols, device: &DeviceInfo| Cut::choose(FormatId::Q8_0, rows, cols, device);
-        assert_eq!(choose(4096, 512, &h100), Cut::Warpgroups);
-        assert_eq!(choose(4096, 512, &old_driver), Cut::Wide);
+        assert_eq!(choose(4096, 512, &h100), Cut::Wide);
         assert_eq!(choose(4096, 64, &h100), Cut::NARROW_64);
         assert_eq!(choose(128_256, 64, &h100), Cut::NARROW_64.paired());
         assert_eq!(choose(2 * 14336, 64, &h100).cols(), 64);
-        assert_eq!(choose(2 * 14336, 512, &h100), Cut::Warpgroups);
+        assert_eq!(choose(2 * 14336, 512, &h100), Cut::Wide);
         assert_eq!(choose(4096, 9, &h100), Cut::NARROW_16);
         // Neither would fit with all its warps.
         assert_eq!(choose(4096, 512, &turing), Cut::NARROW_32.of_warps(6).paired());
-        assert_eq!(choose(4096, 512, &device(61, 48 << 10, 12_000)), Cut::NARROW_16.of_warps(10).paired());
+        assert_eq!(choose(4096, 512, &device(61, 48 << 10)), Cut::NARROW_16.of_warps(10).paired());
         for format in FORMATS {
             let most = [
                 (Cut::NARROW_16.of_warps(4), 48 << 10),
@@ -442,7 +426,6 @@ mod tests {
                 (Cut::NARROW_32, 227 << 10),
                 (Cut::NARROW_64, 227 << 10),
                 (Cut::Wide, 227 << 10),
-                (Cut::Warpgroups, 227 << 10),
             ];
             for (cut, most) in most {
                 assert!(entry(*format, cut, false).unwrap().1 <= most, "{format} {cut:?}");

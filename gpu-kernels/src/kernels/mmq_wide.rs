@@ -40,7 +40,7 @@ pub const fn wide_bytes<F: BlockFormat + Tiled>() -> u32 {
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub use device::{load_row, store_columns, wide};
+pub use device::{load_row, wide};
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]

@@ -8,7 +8,6 @@ use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_fo
 use super::{FORMATS, THREADS, entry};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::driver::DeviceInfo;
-use crate::kernels::mmq_hopper;
 use crate::kernels::mmq_narrow::narrow_bytes;
 use crate::kernels::mmq_wide::WIDE;
 #[cfg(all(test, feature = "emu"))]
@@ -17,7 +16,6 @@ use crate::kernels::mmvq::{Weights, reference};
 use crate::kernels::product::{self, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
 use crate::kernels::{moe_sort, quantise_act};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
-use crate::ptx;
 use crate::tile::{self, ROWS};
 
 /// How the work is cut into CTAs. Every cut gives the same bits.
@@ -27,8 +25,6 @@ pub enum Cut {
     Narrow(Narrow),
     /// 128 rows (of a gated pair 64 of each), 128 columns. Takes some 200 KiB of shared memory.
     Wide,
-    /// As wide, for Hopper: only there is its kernel.
-    Warpgroups,
 }
 
 /// A narrow cut.
@@ -57,10 +53,8 @@ impl Narrow {
 /// SMs that the choice of a cut counts on: an H100's. With another number a choice may be slower, never different in
 /// its result.
 const N_SM: usize = 132;
-/// Cycles per span of a CTA on an H100 with Q4_0, as measured: of the wide cut at m = 4096, k = 14336, n = 512; of the
-/// warpgroups' for gate · up of an 8B model.
+/// Cycles per span of a CTA on an H100 with Q4_0, as measured: of the wide cut at m = 4096, k = 14336, n = 512.
 const WIDE_CYCLES: usize = 9000;
-const WARPGROUPS_CYCLES: usize = 7700;
 /// The same per row tile of a narrow cut, by its columns, at m = 4096, k = 14336.
 const NARROW_CYCLES: [(usize, usize); 3] = [(16, 830), (32, 1230), (64, 1930)];
 /// What a row tile that shares its activations takes of that, in percent.
@@ -97,7 +91,6 @@ impl Cut {
         match self {
             Cut::Narrow(narrow) => narrow.cols,
             Cut::Wide => WIDE,
-            Cut::Warpgroups => mmq_hopper::TILE,
         }
     }
 
@@ -106,7 +99,6 @@ impl Cut {
         match self {
             Cut::Narrow(narrow) => 32 * narrow.warps,
             Cut::Wide => THREADS,
-            Cut::Warpgroups => mmq_hopper::THREADS,
         }
     }
 
@@ -115,12 +107,7 @@ impl Cut {
         let fits =
             |cut| entry(format, cut, false).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
         let waves = |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
-        let (wide, cycles) = if ptx::runs_hopper(device) {
-            (Cut::Warpgroups, WARPGROUPS_CYCLES)
-        } else {
-            (Cut::Wide, WIDE_CYCLES)
-        };
-        let wide = Some((waves(wide.cols(), wide.cols()) * cycles, wide)).filter(|&(_, cut)| fits(cut));
+        let wide = Some((waves(WIDE, WIDE) * WIDE_CYCLES, Cut::Wide)).filter(|&(_, cut)| fits(cut));
 
         let narrow = NARROW_CYCLES.iter().flat_map(|&(cols, cycles)| {
             let most = MOST_WARPS[usize::from(cols > 16)];
@@ -208,12 +195,12 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     };
     let row_tiles = match cut {
         Cut::Narrow(narrow) => narrow.row_tiles(product.glu.is_some()),
-        Cut::Wide | Cut::Warpgroups => 0,
+        Cut::Wide => 0,
     };
     let rows_per_cta = match (cut, product.glu) {
         (Cut::Narrow(_), _) => row_tiles * ROWS,
-        (Cut::Wide | Cut::Warpgroups, Some(_)) => cut.cols() / 2,
-        (Cut::Wide | Cut::Warpgroups, None) => cut.cols(),
+        (Cut::Wide, Some(_)) => cut.cols() / 2,
+        (Cut::Wide, None) => cut.cols(),
     };
     let ctas = |rows: u32| rows.div_ceil(rows_per_cta as u32);
     let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
