@@ -11,9 +11,10 @@ fn run(kernel: &dyn AnyKernel) {
     for i in 0..kernel.n_cases() {
         // The seed is the case's number, so a case is the same wherever it runs.
         let problem = kernel.problem(i, i as u64);
-        for options in
-            [Options { seed: 1, ..Options::default() }, Options { seed: 2, workers: 1, races: true, ..Options::default() }]
-        {
+        for options in [
+            Options { seed: 1, ..Options::default() },
+            Options { seed: 2, workers: 1, races: true, ..Options::default() },
+        ] {
             let emulator = Emulator::new(options);
             if let Err(error) = case::run(&emulator, Emulator::MODULE, &problem, kernel.nmse_max()) {
                 failures.push(format!("{} case {i} {}: {error}", kernel.name(), kernel.label(i)));
