@@ -549,9 +549,6 @@ impl Kernel for FlashHopper {
         Case { softcap: 5.0, sequences: &[(190, 20)], ..PROMPT },
         Case { sinks: true, sequences: &[(190, 20)], dims: [128, 128], ..PROMPT },
         Case { softcap: 5.0, causal: false, sequences: &[(150, 20)], dims: [128, 128], ..PROMPT },
-        Case { sequences: &[(700, 33)], dims: [128, 128], geometry: Geometry::Trial(1), ..PROMPT },
-        Case { sequences: &[(700, 33)], dims: [128, 128], geometry: Geometry::Trial(2), ..PROMPT },
-        Case { sequences: &[(700, 33)], dims: [128, 128], geometry: Geometry::Trial(3), ..PROMPT },
     ];
     /// Prompts of an 8B model and of one with heads of 256, by this kernel and by the one for every GPU.
     const BENCH: &'static [Case] = &[
@@ -561,10 +558,6 @@ impl Kernel for FlashHopper {
         Case { sequences: &[(2048, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 512)], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], ..BENCH_PROMPT },
-        Case { sequences: &[(8192, 2048)], geometry: Geometry::Trial(1), ..BENCH_PROMPT },
-        Case { sequences: &[(8192, 2048)], geometry: Geometry::Trial(2), ..BENCH_PROMPT },
-        Case { sequences: &[(8192, 2048)], geometry: Geometry::Trial(3), ..BENCH_PROMPT },
-        Case { sequences: &[(8192, 2048)], geometry: Geometry::Trial(4), ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 8192)], ..BENCH_PROMPT },
         Case { sequences: &[(32_768, 2048)], ..BENCH_PROMPT },

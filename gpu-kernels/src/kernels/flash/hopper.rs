@@ -174,23 +174,10 @@ struct Place {
 
 /// The kernel: key rows of `KC` times 64 elements; `S` registers of scores and `O` of outputs; `STEPS` steps of 16 in a
 /// block; `STAGES` blocks in either ring.
-struct Hopper<
-    const KC: usize,
-    const S: usize,
-    const O: usize,
-    const STEPS: usize,
-    const STAGES: usize,
-    const TRIAL: u32,
->;
+struct Hopper<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>;
 
-impl<
-    const KC: usize,
-    const S: usize,
-    const O: usize,
-    const STEPS: usize,
-    const STAGES: usize,
-    const TRIAL: u32,
-> Hopper<KC, S, O, STEPS, STAGES, TRIAL>
+impl<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>
+    Hopper<KC, S, O, STEPS, STAGES>
 where
     Sums<S>: Scores,
     Sums<O>: Outputs,
@@ -374,9 +361,7 @@ where
                 }
                 unroll!(PART in 0..2 {
                     Self::empty(PART, place).wait(place.parity ^ 1);
-                    if TRIAL & 4 == 0 {
-                        Self::load(x, PART, place.slot, pages, n_valid);
-                    }
+                    Self::load(x, PART, place.slot, pages, n_valid);
                     async_copy::commit();
                     if is_begun {
                         async_copy::wait::<1>();
@@ -540,7 +525,8 @@ where
     #[track_caller]
     fn carry_over(s: &Sums<S>, out: &mut Sums<O>, rescale: [f32; 2]) -> [FragmentA; STEPS] {
         let mut n = 0;
-        let moved = TRIAL & 2 == 0 || warp::ballot(rescale[0] != 1.0 || rescale[1] != 1.0) != 0;
+        // Past the first blocks maxima hardly move, and a factor of one changes nothing.
+        let moved = warp::ballot(rescale[0] != 1.0 || rescale[1] != 1.0) != 0;
         while moved && n < O / 4 {
             unroll!(I in 0..4 {
                 let value = f32::from_bits(out.get(4 * n + I)) * rescale[I / 2];
@@ -572,7 +558,7 @@ where
         sync::barrier_of(GROUP + group(), 128);
         // The second group says at once that the first may begin.
         let (mine, others) = (|| TURN + 1 - group(), || TURN + group());
-        if TRIAL & 1 == 0 && group() == 1 {
+        if group() == 1 {
             sync::barrier_arrive_of(others(), 256);
         }
         let mut out = Sums::<O>::zero();
@@ -616,15 +602,11 @@ where
                 let next = Self::next(place);
                 Self::full(0, next).wait(next.parity);
                 Self::full(1, place).wait(place.parity);
-                if TRIAL & 1 == 0 {
-                    sync::barrier_of(mine(), 256);
-                }
+                sync::barrier_of(mine(), 256);
                 wgmma::fence();
                 Self::scores(&mut s, group(), next);
                 Self::values(&mut out, &p, place);
-                if TRIAL & 1 == 0 {
-                    sync::barrier_arrive_of(others(), 256);
-                }
+                sync::barrier_arrive_of(others(), 256);
                 s.wait::<1>();
                 Self::release(0, next);
                 let at = block * Self::BLOCK;
@@ -642,7 +624,7 @@ where
             Self::release(1, place);
             place = Self::next(place);
         }
-        if TRIAL & 1 == 0 && group() == 0 {
+        if group() == 0 {
             sync::barrier_of(mine(), 256);
         }
         Self::store(x, &out, &state);
@@ -723,14 +705,7 @@ const _: () = assert!(HOPPER_THREADS == 32 * (PRODUCERS + CONSUMERS));
 
 /// Entry of a tile.
 #[inline(always)]
-fn attend<
-    const KC: usize,
-    const S: usize,
-    const O: usize,
-    const STEPS: usize,
-    const STAGES: usize,
-    const TRIAL: u32,
->(
+fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>(
     q: Glb<F32x4>,
     k: Glb<U32x4>,
     v: Glb<U32x4>,
@@ -753,7 +728,7 @@ fn attend<
     Sums<S>: Scores,
     Sums<O>: Outputs,
 {
-    Hopper::<KC, S, O, STEPS, STAGES, TRIAL>::prompt(Inputs {
+    Hopper::<KC, S, O, STEPS, STAGES>::prompt(Inputs {
         q,
         cache: [k, v],
         out,
@@ -786,11 +761,7 @@ macro_rules! entries {
                 n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,
                 flags: u32, window: u32, scale: f32, softcap: f32,
             );
-            $(concat!("flash_hopper_", $dim, "_f16") => attend::<$kc, $s, $o, $steps, $stages, 0>;)*
-            "flash_hopper_128_t1" => attend::<2, 64, 64, 8, 3, 1>;
-            "flash_hopper_128_t4" => attend::<2, 64, 64, 8, 3, 4>;
-            "flash_hopper_128_t2" => attend::<2, 64, 64, 8, 3, 2>;
-            "flash_hopper_128_t3" => attend::<2, 64, 64, 8, 3, 3>;
+            $(concat!("flash_hopper_", $dim, "_f16") => attend::<$kc, $s, $o, $steps, $stages>;)*
         }
     };
 }

@@ -128,8 +128,6 @@ fn hopper(cache: &Cache, has_slopes: bool, smem_per_cta_bytes: u32) -> Option<(&
 pub enum Geometry {
     /// No tensor cores: one warp per row.
     Plain,
-    /// Trial.
-    Trial(u32),
     /// Tokens of prompts on Hopper, however many: see [`Geometry::of_prompt`].
     Prompt,
     /// Tiles of rows of many tokens.
@@ -331,8 +329,7 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         };
         return Ok(Launches { attention, merge: None });
     }
-    let trial = if let Geometry::Trial(t) = args.geometry { t } else { 0 };
-    if args.geometry == Geometry::Prompt || trial > 0 {
+    if args.geometry == Geometry::Prompt {
         let has_slopes = args.slopes != DevicePtr::NULL;
         let (entry, tile) = hopper(&cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
             shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", dims[0].max(dims[1]))
