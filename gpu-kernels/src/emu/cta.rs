@@ -372,7 +372,8 @@ impl Cta {
                 |t: usize| matches!(waits[t], Some(Wait::Collective { op: o, at: a }) if o == op && a == at);
             if let Some(other) = lanes.clone().find(|&t| !same(t)) {
                 // A lane behind an mbarrier or a counter may still come: each looks for itself.
-                let may_come = matches!(waits[other], None | Some(Wait::Mbarrier { .. } | Wait::Counter { .. }));
+                let may_come =
+                    matches!(waits[other], None | Some(Wait::Mbarrier { .. } | Wait::Counter { .. }));
                 if alive[other] && may_come {
                     continue;
                 }

@@ -114,11 +114,11 @@ impl Needs {
             let others = all && (device == 0 || device + 1 == free_bytes.len());
             self.share_of(layers, others).total() <= free_bytes[device].saturating_sub(RESERVE_BYTES)
         };
-        let ranges = |mut count: &mut dyn FnMut(usize, usize) -> usize| {
+        let ranges = |count: &mut dyn FnMut(usize, usize) -> usize| {
             let mut from = first;
             let ranges: Vec<Range<usize>> = (0..free_bytes.len())
                 .map(|device| {
-                    let layers = from..from + (&mut count)(device, from);
+                    let layers = from..from + count(device, from);
                     from = layers.end;
                     layers
                 })

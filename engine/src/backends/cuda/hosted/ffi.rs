@@ -133,6 +133,12 @@ unsafe extern "C" {
     pub(super) fn cuModuleUnload(module: Handle) -> u32;
     pub(super) fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char) -> u32;
     pub(super) fn cuFuncGetAttribute(value: *mut c_int, attribute: c_int, function: Handle) -> u32;
+    pub(super) fn cuFuncGetParamInfo(
+        function: Handle,
+        index: usize,
+        offset: *mut usize,
+        size: *mut usize,
+    ) -> u32;
     pub(super) fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: c_int) -> u32;
     pub(super) fn cuLaunchKernel(
         function: Handle,

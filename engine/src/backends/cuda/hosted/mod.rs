@@ -255,9 +255,19 @@ impl Hosted {
                 attributes: attributes.as_ptr(),
                 n_attributes: n_attributes as u32,
             };
+            // Of a cooperative launch the driver wants the arguments one by one if it is captured.
+            let mut each = match cooperative {
+                true => function.arguments(launch, &mut params[..params_bytes])?,
+                false => Vec::new(),
+            };
+            let (each, extra) = if cooperative {
+                (each.as_mut_ptr(), std::ptr::null_mut())
+            } else {
+                (std::ptr::null_mut(), extra.as_mut_ptr())
+            };
             // SAFETY: a function of a loaded module (`module` keeps it), a stream of the same context, and arguments
             // that live over the call; the driver copies them. What the kernel does with them its launcher has checked.
-            unsafe { ffi::cuLaunchKernelEx(&config, function.raw, none, extra.as_mut_ptr()) }
+            unsafe { ffi::cuLaunchKernelEx(&config, function.raw, each, extra) }
         } else {
             let (cta, smem) = (launch.cta, launch.smem_bytes);
             let extra = extra.as_mut_ptr();

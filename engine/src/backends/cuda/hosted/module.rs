@@ -126,6 +126,27 @@ impl Function {
         Ok(())
     }
 
+    /// Where each of the kernel's arguments lies in a buffer of all.
+    pub(super) fn arguments(&self, launch: &Launch, all: &mut [u8]) -> Result<Vec<*mut c_void>, DriverError> {
+        let mut each = Vec::new();
+        loop {
+            let (mut offset, mut bytes) = (0, 0);
+            // SAFETY: a function of a loaded module and valid places.
+            let code =
+                unsafe { ffi::cuFuncGetParamInfo(self.raw, each.len(), &raw mut offset, &raw mut bytes) };
+            if code == ffi::ERROR_INVALID_VALUE {
+                // No argument has this number.
+                return Ok(each);
+            }
+            check_launch(launch.entry, code)?;
+            let argument = all.get_mut(offset..offset + bytes).ok_or_else(|| DriverError::Launch {
+                entry: launch.entry,
+                what: std::format!("its argument {} ends at byte {}", each.len(), offset + bytes),
+            })?;
+            each.push(argument.as_mut_ptr().cast());
+        }
+    }
+
     fn set(&self, launch: &Launch, attribute: c_int, value: c_int) -> Result<(), DriverError> {
         // SAFETY: a function of a loaded module.
         check_launch(launch.entry, unsafe { ffi::cuFuncSetAttribute(self.raw, attribute, value) })

@@ -102,6 +102,7 @@ symbols! {
     cuEventSynchronize
     cuExternalMemoryGetMappedBuffer
     cuFuncGetAttribute
+    cuFuncGetParamInfo
     cuFuncSetAttribute
     cuFuncSetCacheConfig
     cuFuncSetSharedMemConfig
