@@ -64,6 +64,7 @@ pub(super) const LAUNCH_PARAM_BUFFER_POINTER: Handle = std::ptr::without_provena
 pub(super) const LAUNCH_PARAM_BUFFER_SIZE: Handle = std::ptr::without_provenance_mut(2);
 
 /// `CUlaunchAttributeID`.
+pub(super) const LAUNCH_ATTRIBUTE_COOPERATIVE: c_uint = 2;
 pub(super) const LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: c_uint = 4;
 pub(super) const LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: c_uint = 6;
 

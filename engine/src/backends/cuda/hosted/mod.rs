@@ -39,7 +39,7 @@ pub use device::devices;
 use error::{check, check_launch, describe};
 use ffi::Handle;
 use memory::Origin;
-use module::{Function, Module};
+use module::Module;
 
 /// One GPU.
 pub struct Hosted {
@@ -229,12 +229,8 @@ impl Hosted {
         let none = std::ptr::null_mut();
         // A kernel that does not wait itself must not start early.
         let early = how == How::Early && module.waits && self.info.driver_version >= EARLY_IN_GRAPHS;
-        // CUDA's attribute for this was refused with arguments in a buffer (CUDA_ERROR_INVALID_VALUE on an H100). That all
-        // CTAs have room is what counts: whatever else runs ends by itself.
-        if how == How::Cooperative && x * y * z > self.resident(function, launch)? {
-            return check_launch(launch.entry, ffi::ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
-        }
-        let code = if early || launch.cluster > 1 {
+        let cooperative = how == How::Cooperative;
+        let code = if cooperative || early || launch.cluster > 1 {
             let mut attributes = [ffi::LaunchAttribute::default(); 2];
             let mut n_attributes = 0;
             let mut add = |id, first: [u32; 3]| {
@@ -242,6 +238,9 @@ impl Hosted {
                 attributes[n_attributes].value[..3].copy_from_slice(&first);
                 n_attributes += 1;
             };
+            if cooperative {
+                add(ffi::LAUNCH_ATTRIBUTE_COOPERATIVE, [1, 0, 0]);
+            }
             if early {
                 add(ffi::LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]);
             }
@@ -278,17 +277,6 @@ impl Hosted {
             }
         };
         check_launch(launch.entry, code)
-    }
-
-    /// CTAs of the launch that the device holds at once.
-    fn resident(&self, function: &Function, launch: &Launch) -> Result<u32, DriverError> {
-        function.raise(launch, self.info.smem_per_cta_bytes)?;
-        let (mut ctas, cta, smem) = (0, launch.cta as c_int, launch.smem_bytes as usize);
-        // SAFETY: a function of a loaded module and a valid place.
-        let code =
-            unsafe { ffi::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut ctas, function.raw, cta, smem) };
-        check("resident_ctas", code)?;
-        Ok(ctas.max(0) as u32 * self.info.n_sm)
     }
 
     /// Frees by origin; the memory is already out of the table.
@@ -591,7 +579,14 @@ impl Driver for Hosted {
     fn resident_ctas(&self, module: ModuleId, launch: &Launch) -> Result<u32, DriverError> {
         self.enter()?;
         let module = self.module(module)?;
-        self.resident(module.function(launch)?, launch)
+        let function = module.function(launch)?;
+        function.raise(launch, self.info.smem_per_cta_bytes)?;
+        let (mut ctas, cta, smem) = (0, launch.cta as c_int, launch.smem_bytes as usize);
+        // SAFETY: a function of a loaded module and a valid place.
+        let code =
+            unsafe { ffi::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut ctas, function.raw, cta, smem) };
+        check("resident_ctas", code)?;
+        Ok(ctas.max(0) as u32 * self.info.n_sm)
     }
 
     fn create_stream(&self) -> Result<StreamId, DriverError> {
