@@ -31,9 +31,7 @@ pub(super) const BARRIER: u32 = 15;
 /// What a CTA plays.
 #[derive(Clone, Copy)]
 pub struct Role {
-    /// The CTA's number, and its place in the grid.
-    pub cta: u32,
-    /// See `cta`.
+    /// The CTA in the grid.
     pub idx: [u32; 3],
     /// CTAs of the grid.
     pub grid: [u32; 3],
@@ -56,7 +54,6 @@ pub(super) mod word {
     pub const ARRIVALS: u32 = 7;
     /// Two words.
     pub const COUNTER: u32 = 8;
-    pub const CTA: u32 = 10;
 
     /// A word of the role.
     #[inline(always)]
@@ -87,7 +84,7 @@ pub fn enter(role: Role) {
             let counter = role.counter.address(0);
             words.st(0, U32x4([x, y, z, role.threads]));
             words.st(1, U32x4([gx, gy, gz, role.arrivals]));
-            words.st(2, U32x4([counter as u32, (counter >> 32) as u32, role.cta, 0]));
+            words.st(2, U32x4([counter as u32, (counter >> 32) as u32, 0, 0]));
         }
         // SAFETY: the role's threads come together.
         unsafe { super::intrinsics::barrier_count(BARRIER, role.threads) }
@@ -98,21 +95,12 @@ pub fn enter(role: Role) {
     lane::enter_role(role.idx, role.grid, role.threads, role.arrivals, role.counter.address(0));
 }
 
-/// Ends the role; says which CTA was played, so that nobody keeps its number meanwhile. The role's threads call together.
+/// Ends the role of the calling thread.
 #[inline(always)]
 #[track_caller]
-pub fn leave() -> u32 {
-    #[cfg(all(target_arch = "nvptx64", entries_of = "step"))]
-    {
-        let cta = word::get(word::CTA);
-        // The next role is written over this one.
-        sync::sync_threads();
-        cta
-    }
-    #[cfg(all(target_arch = "nvptx64", not(entries_of = "step")))]
-    return 0;
+pub fn leave() {
     #[cfg(not(target_arch = "nvptx64"))]
-    lane::leave_role()
+    lane::leave_role();
 }
 
 /// Says that the CTA has played its share of a launch: what its threads wrote before is visible to those who wait for the

@@ -371,10 +371,8 @@ impl Cta {
             let same =
                 |t: usize| matches!(waits[t], Some(Wait::Collective { op: o, at: a }) if o == op && a == at);
             if let Some(other) = lanes.clone().find(|&t| !same(t)) {
-                // A lane behind an mbarrier or a counter may still come: each looks for itself.
-                let may_come =
-                    matches!(waits[other], None | Some(Wait::Mbarrier { .. } | Wait::Counter { .. }));
-                if alive[other] && may_come {
+                // A lane behind an mbarrier may still come.
+                if alive[other] && matches!(waits[other], None | Some(Wait::Mbarrier { .. })) {
                     continue;
                 }
                 let elsewhere =

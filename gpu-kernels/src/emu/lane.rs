@@ -160,11 +160,9 @@ pub fn enter_role(idx: [u32; 3], grid: [u32; 3], threads: u32, arrivals: u32, co
     barrier(0, None);
 }
 
-/// Ends the role; says which CTA was played.
+/// Ends the role.
 #[track_caller]
-pub fn leave_role() -> u32 {
-    let [[x, y, z], [width, height, _]] = [cta_idx(), grid()];
-    barrier(0, None);
+pub fn leave_role() {
     let waited = cta().thread(me(), |thread| {
         thread.role = None;
         std::mem::replace(&mut thread.waited, true)
@@ -172,7 +170,6 @@ pub fn leave_role() -> u32 {
     if !waited {
         fail("a played launch ended without waiting for earlier ones", Location::caller());
     }
-    x + width * (y + height * z)
 }
 
 /// Raises a counter that other CTAs wait for.

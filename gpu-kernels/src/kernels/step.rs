@@ -70,8 +70,6 @@ macro_rules! for_each_module {
         $callback! {
             "step_Q4_0" Q4_0 q4_0 Q6_K q6_k;
             "step_Q4_1" Q4_1 q4_1 Q8_0 q8_0;
-            "step_Q8_0" Q8_0 q8_0 Q6_K q6_k;
-            "step_Q4_K" Q4_K q4_k Q6_K q6_k;
         }
     };
 }
@@ -82,7 +80,7 @@ mod gpu {
 
     use super::{ARRIVALS, CHUNK_BYTES, CTA_THREADS, GRID, HEAD_WORDS, KIND, N_CTAS, RANGES, WORDS};
     use crate::device::{F32x2, F32x4, Glb, Smem, U32x2, U32x4, async_copy, atomic, play, thread};
-    use crate::kernels::flash::{Attention, Half, Inputs, InputsAt, merge};
+    use crate::kernels::flash::{Half, attend, merge};
     use crate::kernels::kv_store::gpu::kv_store;
     use crate::kernels::mmvq::Shape;
     use crate::kernels::mmvq_column::mmvq_column;
@@ -96,9 +94,9 @@ mod gpu {
         assert!(play::ROLE_BYTES + 2 * 4 * WORDS <= play::RESERVED_BYTES);
     };
 
-    /// An instruction in shared memory, and its number.
+    /// An instruction in shared memory.
     #[derive(Clone, Copy)]
-    struct Slot(Smem<u32>, u32);
+    struct Slot(Smem<u32>);
 
     /// A part of a product, read when it is needed: three would take half the registers.
     #[derive(Clone, Copy)]
@@ -113,18 +111,6 @@ mod gpu {
         #[inline(always)]
         fn select(first: bool, one: SlotPart, other: SlotPart) -> SlotPart {
             if first { one } else { other }
-        }
-    }
-
-    /// The arguments of attention, likewise: between blocks of positions they would take a fifth of the registers.
-    #[derive(Clone, Copy)]
-    struct SlotInputs(Slot);
-
-    impl InputsAt for SlotInputs {
-        #[inline(always)]
-        fn get(self) -> Inputs {
-            let words = self.0.anew().0.skip(HEAD_WORDS + 4 * RANGES);
-            Inputs::of_words(|i| words.ld_still(i))
         }
     }
 
@@ -167,13 +153,7 @@ mod gpu {
         /// The place of instruction `i`: two take turns.
         #[inline(always)]
         fn of(i: u32) -> Slot {
-            Slot(play::reserved(play::ROLE_BYTES + i % 2 * 4 * WORDS, WORDS), i)
-        }
-
-        /// The same; what is read from it is read here, and not kept from before.
-        #[inline(always)]
-        fn anew(self) -> Slot {
-            Slot::of(self.1)
+            Slot(play::reserved(play::ROLE_BYTES + i % 2 * 4 * WORDS, WORDS))
         }
 
         /// Starts the copy of instruction `i`. The CTA calls together.
@@ -213,7 +193,7 @@ mod gpu {
     /// The bodies' signatures, as their own tables have them.
     macro_rules! body {
         (product $slot:ident $format:ty) => {
-            call!($slot, product::<$format>, (
+            call!($slot, mmvq_column::<$format, SlotPart>, (
                 p0: SlotPart, p1: SlotPart, p2: SlotPart, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape,
                 norm: Glb<F32x4>, eps: f32,
             ))
@@ -233,7 +213,14 @@ mod gpu {
             ))
         };
         (attention $slot:ident ($stages:literal, $ks:literal, $ns:literal, $no:literal)) => {
-            Attention::<Half, $stages, $ks, $ns, $no, 4, 1>::decode(SlotInputs($slot))
+            call!($slot, attend::<Half, $stages, $ks, $ns, $no, 4, 1>, (
+                q: Glb<F32x2>, k: Glb<u8>, v: Glb<u8>, out: Glb<F32x2>, scratch: Glb<F32x2>,
+                positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>, pages: Glb<u32>,
+                sinks: Glb<f32>, slopes: Glb<f32>,
+                n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,
+                row_bytes_k: u32, row_bytes_v: u32, format_k: u32, format_v: u32,
+                flags: u32, window: u32, scale: f32, softcap: f32, n_spans: u32,
+            ))
         };
         (merge $slot:ident ()) => {
             call!($slot, merge, (
@@ -241,24 +228,6 @@ mod gpu {
                 sinks: Glb<f32>, n_head: u32, head_dim: u32, flags: u32, window: u32, n_spans: u32,
             ))
         };
-    }
-
-    /// One column's product, in no mixture: what that takes would not fit the registers.
-    #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
-    fn product<F: BlockFormat + Tiled>(
-        p0: SlotPart,
-        p1: SlotPart,
-        p2: SlotPart,
-        q: Glb<U32x4>,
-        scales: Glb<U32x2>,
-        _ids: Glb<u32>,
-        gate: Gate,
-        shape: Shape,
-        norm: Glb<F32x4>,
-        eps: f32,
-    ) {
-        mmvq_column::<F, SlotPart>(p0, p1, p2, q, scales, Glb::NULL, gate, shape, norm, eps);
     }
 
     /// The cache's kernel, which leaves the wait to its entry.
@@ -379,9 +348,10 @@ mod gpu {
                     let idx = [cta % x, cta / x % y, cta / x / y];
                     let arrivals = if cta < thread::launch_dim() { slot.now(ARRIVALS) } else { 0 };
                     let threads = slot.now(CTA_THREADS);
-                    play::enter(play::Role { cta, idx, grid, threads, arrivals, counter: counters });
+                    play::enter(play::Role { idx, grid, threads, arrivals, counter: counters });
                     body::<A, B>(slot.now(KIND), slot);
-                    cta = play::leave() + thread::launch_dim();
+                    play::leave();
+                    cta += thread::launch_dim();
                 }
                 play::arrive(counters);
             }

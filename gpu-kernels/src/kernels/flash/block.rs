@@ -7,7 +7,7 @@ use crate::device::{F32x2, Glb, Smem, U32x2, U32x4, math, sync, thread, warp};
 
 /// The launch's arguments, as the contract names them.
 #[derive(Clone, Copy)]
-pub(in crate::kernels) struct Inputs {
+pub(super) struct Inputs {
     pub(super) q: Glb<F32x2>,
     pub(super) k: Glb<u8>,
     pub(super) v: Glb<u8>,
@@ -33,53 +33,6 @@ pub(in crate::kernels) struct Inputs {
     pub(super) softcap: f32,
     /// Spans that `scratch` has room for per row; 0: a CTA takes all of a row's spans and needs none.
     pub(super) n_spans: u32,
-}
-
-impl Inputs {
-    /// The arguments by their words, in the order of the entry.
-    #[inline(always)]
-    pub(in crate::kernels) fn of_words(word: impl Fn(u32) -> u32) -> Inputs {
-        let at = |i: u32| {
-            Glb::<u8>::NULL.offset((u64::from(word(2 * i)) | u64::from(word(2 * i + 1)) << 32) as usize)
-        };
-        Inputs {
-            q: at(0).cast(),
-            k: at(1),
-            v: at(2),
-            out: at(3).cast(),
-            scratch: at(4).cast(),
-            positions: at(5).cast(),
-            token_sequences: at(6).cast(),
-            sequences: at(7).cast(),
-            pages: at(8).cast(),
-            sinks: at(9).cast(),
-            slopes: at(10).cast(),
-            n_tokens: word(22),
-            n_head: word(23),
-            n_head_kv: word(24),
-            head_dim: [word(25), word(26)],
-            row_bytes: [word(27), word(28)],
-            format: [word(29), word(30)],
-            flags: word(31),
-            window: word(32),
-            scale: f32::from_bits(word(33)),
-            softcap: f32::from_bits(word(34)),
-            n_spans: word(35),
-        }
-    }
-}
-
-/// [`Inputs`], or where they are read when they are needed.
-pub(in crate::kernels) trait InputsAt: Copy {
-    /// The arguments; what of them is not used is not read.
-    fn get(self) -> Inputs;
-}
-
-impl InputsAt for Inputs {
-    #[inline(always)]
-    fn get(self) -> Inputs {
-        self
-    }
 }
 
 /// Softmax state of the lane's two rows: maxima in units of log2, sums, weighted values.
@@ -115,7 +68,7 @@ impl<const NO: usize> Part<NO> {
 
 /// The kernel: `STAGES` blocks in shared memory; `KS` steps of 16 in a key row; a warp has `NS` columns of 8 scores and
 /// `NO` of outputs; `SHARERS` warps share rows, of which there are `GROUPS` times 16.
-pub(in crate::kernels) struct Attention<
+pub(super) struct Attention<
     C,
     const STAGES: usize,
     const KS: usize,

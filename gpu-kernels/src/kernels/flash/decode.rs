@@ -3,7 +3,7 @@
 //! A CTA walks its share of the token's spans. Blocks are copied `STAGES - 1` ahead and the copies go on where a span
 //! ends: its state is stored, or merged, while the next span's first blocks are under way.
 
-use super::block::{Attention, Inputs, InputsAt, Part};
+use super::block::{Attention, Inputs, Part};
 use super::store::Class;
 use super::{CAUSAL, NO_SEQUENCE, PAGE, SPAN, state};
 use crate::device::mma::FragmentA;
@@ -223,8 +223,7 @@ impl<
 
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    pub(in crate::kernels) fn decode(inputs: impl InputsAt) {
-        let x = inputs.get();
+    pub(super) fn decode(x: Inputs) {
         // What the token sees, and the CTA's share of its spans.
         let token = thread::block_idx_x();
         let (sequence, pos) = (x.token_sequences.ld_early(token), x.positions.ld_early(token));
@@ -280,14 +279,14 @@ impl<
         let mut next = block;
         let mut stage = 0;
         while stage + 1 < STAGES as u32 {
-            Self::copy_next(&inputs.get(), tile, &mut pages, &mut next, end, len, stage);
+            Self::copy_next(&x, tile, &mut pages, &mut next, end, len, stage);
             stage += 1;
         }
         let mut q = [FragmentA::default(); KS];
         if Self::TILE.q_in_registers() {
             q = Self::as_fragments(&loaded);
         } else {
-            Self::fill_queries(&inputs.get(), tile);
+            Self::fill_queries(&x, tile);
         }
 
         let (mut total, mut part) = (Part::<NO>::EMPTY, Part::<NO>::EMPTY);
@@ -301,27 +300,27 @@ impl<
             }
             sync::sync_threads();
             let ahead = if stage == 0 { STAGES as u32 - 1 } else { stage - 1 };
-            Self::copy_next(&inputs.get(), tile, &mut pages, &mut next, end, len, ahead);
+            Self::copy_next(&x, tile, &mut pages, &mut next, end, len, ahead);
             if !Self::ASYNC {
                 sync::sync_threads();
             }
             let first = block * Self::BLOCK;
             let masked = first < low || first + Self::BLOCK > high;
             let place = |row| [tile.token, tile.head + if row < tile.n { row } else { 0 }];
-            Self::block(&inputs.get(), &q, masked, |_| [low, high], place, &mut part, first, stage);
+            Self::block(&x, &q, masked, |_| [low, high], place, &mut part, first, stage);
             block += 1;
             stage = if stage + 1 < STAGES as u32 { stage + 1 } else { 0 };
             if block == end || block.is_multiple_of(Self::N_BLOCKS) {
-                if inputs.get().n_spans > 0 {
-                    Self::store_rows(&inputs.get(), tile, &part, Some((block - 1) / Self::N_BLOCKS));
+                if x.n_spans > 0 {
+                    Self::store_rows(&x, tile, &part, Some((block - 1) / Self::N_BLOCKS));
                 } else {
                     total.merge(&part);
                 }
                 part = Part::EMPTY;
             }
         }
-        if inputs.get().n_spans == 0 {
-            Self::store_rows(&inputs.get(), tile, &total, None);
+        if x.n_spans == 0 {
+            Self::store_rows(&x, tile, &total, None);
         }
     }
 }

@@ -123,11 +123,7 @@ mod state;
 mod store;
 
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
-pub(super) use {
-    block::{Attention, Inputs, InputsAt},
-    merge::merge,
-    store::Half,
-};
+pub(super) use {entries::attend, merge::merge, store::Half};
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use cases::*;

@@ -55,8 +55,7 @@ impl Module {
     /// The number of the body that is a launch's kernel.
     fn body(&self, launch: &Launch) -> Option<u32> {
         if let Some(product) = self.products.iter().position(|name| *name == launch.entry) {
-            // Which weights a mixture's reads nobody knows in advance, and nothing around it is played.
-            return (address(&launch.params, IDS) == 0).then_some(product as u32);
+            return Some(product as u32);
         }
         let &(name, number) = BODIES.iter().find(|(name, _)| *name == launch.entry)?;
         // These work with any number of warps.
@@ -103,15 +102,15 @@ fn address(params: &Params, byte: usize) -> u64 {
     u64::from(word(params, byte)) | u64::from(word(params, byte + 4)) << 32
 }
 
-/// Where in a product's arguments, `mmvq`'s, the experts' numbers and the groups of a row are.
-const IDS: usize = 136;
-const N_GROUPS: usize = 156;
-
-/// The weights that a product reads, matrix by matrix: the arguments begin with its three parts of 40 bytes.
+/// The weights that a product reads, matrix by matrix: `mmvq`'s arguments begin with its three parts of 40 bytes, the
+/// experts' numbers are at 136, the groups of a row at 156.
 fn weights(format: FormatId, params: &Params) -> Vec<(u64, u64)> {
+    if address(params, 136) != 0 {
+        // Which experts are read nobody knows yet.
+        return Vec::new();
+    }
     let format = info(format);
-    let k = 32 * word(params, N_GROUPS) as usize;
-    let tile_bytes = TileLayout::new(format.elems, format.bytes).tile_bytes(k);
+    let tile_bytes = TileLayout::new(format.elems, format.bytes).tile_bytes(32 * word(params, 156) as usize);
     let part = |p: usize| {
         let (at, n_rows) = (address(params, 40 * p), word(params, 40 * p + 32));
         (at, u64::from(n_rows).div_ceil(ROWS as u64) * tile_bytes as u64)
