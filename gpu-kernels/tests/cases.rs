@@ -11,10 +11,9 @@ fn run(kernel: &dyn AnyKernel) {
     for i in 0..kernel.n_cases() {
         // The seed is the case's number, so a case is the same wherever it runs.
         let problem = kernel.problem(i, i as u64);
-        for options in [
-            Options { seed: 1, ..Options::default() },
-            Options { seed: 2, workers: 1, races: true, ..Options::default() },
-        ] {
+        for options in
+            [Options { seed: 1, ..Options::default() }, Options { seed: 2, workers: 1, races: true }]
+        {
             let emulator = Emulator::new(options);
             if let Err(error) = case::run(&emulator, Emulator::MODULE, &problem, kernel.nmse_max()) {
                 failures.push(format!("{} case {i} {}: {error}", kernel.name(), kernel.label(i)));
@@ -73,6 +72,7 @@ kernels! {
     copy
     set_rows
     mmq
+    mmq_hopper
     moe_sort
     flash
     flash_split

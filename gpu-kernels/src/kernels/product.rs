@@ -66,27 +66,12 @@ mod device {
     pub(crate) trait PartAt: Copy {
         /// The part; what of it is not used is not read.
         fn part(self) -> Part;
-        /// The one or the other.
-        fn select(first: bool, one: Self, other: Self) -> Self;
     }
 
     impl PartAt for Part {
         #[inline(always)]
         fn part(self) -> Part {
             self
-        }
-
-        // Field by field: as a whole it would be chosen by its address, in local memory.
-        #[inline(always)]
-        fn select(first: bool, one: Part, other: Part) -> Part {
-            Part {
-                w: if first { one.w } else { other.w },
-                bias: if first { one.bias } else { other.bias },
-                residual: if first { one.residual } else { other.residual },
-                y: if first { one.y } else { other.y },
-                n_rows: if first { one.n_rows } else { other.n_rows },
-                first_cta: if first { one.first_cta } else { other.first_cta },
-            }
         }
     }
 
@@ -115,8 +100,13 @@ mod device {
     /// The part that a kernel's CTA `cta` works on, however it counts them.
     #[inline(always)]
     pub(crate) fn choose_at<P: PartAt>(p0: P, p1: P, p2: P, cta: u32) -> P {
-        let beyond = P::select(cta < p2.part().first_cta, p1, p2);
-        P::select(cta < p1.part().first_cta, p0, beyond)
+        if cta < p1.part().first_cta {
+            p0
+        } else if cta < p2.part().first_cta {
+            p1
+        } else {
+            p2
+        }
     }
 
     impl Gate {

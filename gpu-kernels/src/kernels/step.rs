@@ -107,11 +107,6 @@ mod gpu {
         fn part(self) -> Part {
             Part::of_words(|i| self.0.ld_still(i))
         }
-
-        #[inline(always)]
-        fn select(first: bool, one: SlotPart, other: SlotPart) -> SlotPart {
-            if first { one } else { other }
-        }
     }
 
     /// An argument out of a slot.

@@ -266,8 +266,6 @@ pub(super) fn copy_in_passes(
             first += pass;
         }
     } else if c < given {
-        // Of a last block, or a head narrower than the tile: its multiples are no registers' worth.
-        let given = math::fresh(given);
         while first < n_rows {
             let there = first + r < n_valid;
             async_copy::copy16_or_zero(to.rows, at + first * to.units, from, first * given, there);
