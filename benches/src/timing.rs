@@ -75,17 +75,11 @@ pub fn time(
         for (i, (buffer, &bytes)) in problem.buffers.iter().zip(&sizes).enumerate() {
             let at = buffers.alloc(bytes)?;
             match (buffer, first.get(i)) {
-                (Buffer::Made { .. }, _) => {}
                 (_, Some(&from)) => driver.copy(at, from, bytes, STREAM)?,
                 (Buffer::Input(data) | Buffer::Changed(data, _), None) => driver.write(at, data, STREAM)?,
                 (Buffer::Output(_), None) => driver.fill(at, 0, bytes, STREAM)?,
             }
             set.push(at);
-        }
-        for (buffer, &at) in problem.buffers.iter().zip(&set) {
-            if let Buffer::Made { make, .. } = buffer {
-                driver.write(at, &make(&set), STREAM)?;
-            }
         }
         sets.push((problem.launches)(&set)?);
         first = if first.is_empty() { set } else { first };
@@ -113,7 +107,6 @@ fn bytes(buffer: &Buffer) -> u64 {
     match buffer {
         Buffer::Input(data) | Buffer::Changed(data, _) => data.len() as u64,
         Buffer::Output(expected) => expected.bytes() as u64,
-        Buffer::Made { bytes, .. } => *bytes as u64,
     }
 }
 

@@ -352,9 +352,6 @@ pub struct BenchArgs {
     /// Format of cached values (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_v: FormatId,
-    /// Steps of one token as one launch that asks L2 for so many MiB of weights in advance
-    #[arg(long, value_name = "MIB", hide = true)]
-    pub step: Option<u64>,
     /// Form of the result
     #[arg(short, long, value_enum, default_value = "md")]
     pub output: BenchOutput,

@@ -39,8 +39,6 @@ pub enum Compute {
         layers: GpuLayers,
         /// Whether others may join where these have too little memory.
         others: bool,
-        /// Whether steps of one token are one launch: [`Cuda::with_step`].
-        step_ahead_bytes: Option<u64>,
     },
 }
 
@@ -87,17 +85,7 @@ impl Compute {
             return Ok(Compute::Cpu);
         }
         let others = devices == [Device::Auto];
-        let layers = layers.unwrap_or(GpuLayers::Auto);
-        Ok(Compute::Gpus { gpus, layers, others, step_ahead_bytes: None })
-    }
-
-    /// The same with steps of one token as one launch: [`Cuda::with_step`].
-    #[must_use]
-    pub fn with_step(mut self, ahead_bytes: Option<u64>) -> Compute {
-        if let Compute::Gpus { step_ahead_bytes, .. } = &mut self {
-            *step_ahead_bytes = ahead_bytes;
-        }
-        self
+        Ok(Compute::Gpus { gpus, layers: layers.unwrap_or(GpuLayers::Auto), others })
     }
 
     /// Bytes a second that the first device's memory moves, measured; `None` for the CPU.
@@ -122,7 +110,7 @@ impl Compute {
     pub fn backend(&self, model: &Model, params: &ContextParams, threads: usize) -> Result<Box<dyn Backend>> {
         let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
         let pool: Arc<dyn Executor> = Arc::new(pool);
-        let Compute::Gpus { gpus, layers, others, step_ahead_bytes } = self else { return cpu(model, pool) };
+        let Compute::Gpus { gpus, layers, others } = self else { return cpu(model, pool) };
         let needs = Needs::of(model, params, &gpus[0].device.info())?;
         let n_layer = needs.n_layer();
         let mut gpus: Vec<&Gpu> = gpus.iter().collect();
@@ -188,8 +176,7 @@ impl Compute {
         };
         let graph = model.graph(params.n_ctx, shape);
         for gpu in &gpus {
-            let mut backend = Cuda::new(gpu.device.clone(), pool.clone(), model.weights().clone())
-                .with_step(*step_ahead_bytes);
+            let mut backend = Cuda::new(gpu.device.clone(), pool.clone(), model.weights().clone());
             let bar = ui::bytes_bar(0, &format!("to {}", gpu.name));
             let part = placement.part(&graph, model.weights(), backends.len());
             backend.load(&part, &mut |progress| {

@@ -14,7 +14,6 @@ use engine::models::StepShape;
 use engine::plan::Plan;
 use engine::sampler::{Sampler, SamplerParams};
 use engine::tensor::{Storage, TensorId};
-use engine::weights::ByteSource;
 use engine::{Batch, Context, ContextParams, Model};
 use quant::FormatId;
 
@@ -261,56 +260,6 @@ fn answers_and_prompts_do_not_see_each_other() {
             assert!(*got == want, "sequence {seq}, sm {}: other bits", device.info().sm);
         }
     }
-}
-
-/// A step of one token as one launch gives the bits of a launch each, however far ahead weights are asked for.
-#[test]
-fn one_launch_changes_no_bit() {
-    let Some(dir) = common::goldens() else { return };
-    let bytes = std::fs::read(dir.join("tiny/quantmix-a.gguf")).unwrap();
-    for format in [FormatId::Q4_0] {
-        let bytes: Arc<dyn ByteSource> = Arc::new(common::requantise(&bytes, format));
-        let model = Model::load(vec![bytes]).unwrap();
-        let (want, none) = steps(&model, cuda(&model), 3);
-        assert_eq!(none, 0);
-        for ahead_bytes in [0, 1 << 14] {
-            let (got, n_played) = steps(&model, cuda(&model).with_step(Some(ahead_bytes)), 3);
-            // Of each layer two or three products, the cache's launch and attention.
-            let n_layer = model.hparams().n_layer();
-            assert!(n_played >= 5 * n_layer, "{format}: {n_played} launches of {n_layer} layers were played");
-            assert!(got == want, "{format}, {ahead_bytes} bytes ahead: other bits");
-        }
-    }
-}
-
-/// Logits of a sequence's first `n` tokens, one by one, and how many launches of the last step others played.
-fn steps(model: &Model, mut backend: Cuda, n: usize) -> (Vec<f32>, usize) {
-    let shape =
-        StepShape { n_tokens: 1, n_outputs: 1, embeddings: false, greedy: false, taps: false, prompt: false };
-    let layout = KvLayout::new(model.hparams(), 256, FormatId::F16, FormatId::F16).unwrap();
-    backend.create_kv(&layout).unwrap();
-    let plan = Arc::new(Plan::new(model.graph(256, shape)));
-    let id = backend.prepare(plan.clone()).unwrap();
-    let (_, output) = plan.graph.outputs[0];
-    let mut all = Vec::new();
-    for i in 0..n {
-        let step = Step {
-            tokens: &[3 + 7 * i as i32],
-            positions: &[i as i32],
-            output_rows: &[0],
-            token_sequences: &[0],
-            cells: &[i as u32],
-            sequences: &[StepSequence { first_page: 0, len: i as u32 + 1 }],
-            pages: &[0],
-            given: &[],
-        };
-        backend.run(id, &step).unwrap();
-        let mut values = vec![f32::NAN; plan.graph.tensor(output).shape.elems()];
-        backend.read(id, output, &mut values).unwrap();
-        all.extend(values);
-    }
-    let n_played = backend.n_played(id);
-    (all, n_played)
 }
 
 /// The token that the device picks is the largest of the logits that it would have given.

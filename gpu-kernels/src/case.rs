@@ -161,17 +161,7 @@ pub enum Buffer {
     Output(Expected),
     /// Contents before and after.
     Changed(Vec<u8>, Expected),
-    /// Contents before the launch that depend on the buffers' addresses.
-    Made {
-        /// How many.
-        bytes: usize,
-        /// The contents, given the addresses; as many.
-        make: Make,
-    },
 }
-
-/// Contents that depend on the buffers' addresses.
-pub type Make = Box<dyn Fn(&[DevicePtr]) -> Vec<u8>>;
 
 /// What an output must hold.
 pub enum Expected {
@@ -269,19 +259,12 @@ pub fn run(
             let bytes = match buffer {
                 Buffer::Input(bytes) | Buffer::Changed(bytes, _) => bytes.len(),
                 Buffer::Output(expected) => expected.bytes(),
-                Buffer::Made { bytes, .. } => *bytes,
             };
             let at = driver.alloc(MemKind::Device, bytes as u64)?;
             pointers.push(at);
             match buffer {
                 Buffer::Input(bytes) | Buffer::Changed(bytes, _) => driver.write(at, bytes, stream)?,
                 Buffer::Output(_) => driver.fill(at, 0xff, bytes as u64, stream)?,
-                Buffer::Made { .. } => {}
-            }
-        }
-        for (buffer, &at) in problem.buffers.iter().zip(&pointers) {
-            if let Buffer::Made { make, .. } = buffer {
-                driver.write(at, &make(&pointers), stream)?;
             }
         }
         for launch in (problem.launches)(&pointers).map_err(CaseError::Launch)? {

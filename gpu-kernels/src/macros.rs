@@ -46,7 +46,7 @@ macro_rules! copies {
 
 /// Kernel entries: the name of the file, the threads per CTA (and, after a comma, the CTAs that an SM should hold), a
 /// signature, and the functions that have it. Functions of a table marked `early` wait for earlier launches themselves
-/// (`device/grid.rs`); for all others it is done at the start. CTAs of one marked `together` may wait for each other.
+/// (`device/grid.rs`); for all others it is done at the start.
 ///
 /// On the device each becomes an `extern "ptx-kernel"` function of the given name with the launch bounds, in the module
 /// of the file that is named; for the emulator `$table` lists them with code that reads the arguments from a launch's
@@ -62,12 +62,6 @@ macro_rules! kernels {
         fn $args:tt;
         $($name:expr => $function:expr;)+) => {
         kernels! { @table early, in $file; $(#[$meta])* $vis $table: threads $bounds; fn $args; $($name => $function;)+ }
-    };
-    // CTAs that wait for each other: all of them run at once.
-    (in $file:literal; $(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt, together;
-        fn $args:tt;
-        $($name:expr => $function:expr;)+) => {
-        kernels! { @table together, in $file; $(#[$meta])* $vis $table: threads $bounds; fn $args; $($name => $function;)+ }
     };
     (@table $start:ident, in $file:literal; $(#[$meta:meta])* $vis:vis $table:ident: threads $bounds:tt;
         fn $args:tt;
@@ -105,7 +99,6 @@ macro_rules! kernels {
         $crate::emu::Entry {
             name: $name,
             max_threads: $threads,
-            together: kernels! { @together $start },
             run: |params| {
                 $(let $arg: $ty = params.take();)*
                 kernels! { @start $start }
@@ -119,10 +112,7 @@ macro_rules! kernels {
         }
     };
     (@start waiting) => { $crate::device::grid::wait_for_earlier(); };
-    (@start together) => { $crate::device::grid::wait_for_stream(); };
     (@start early) => {};
-    (@together together) => { true };
-    (@together $start:ident) => { false };
     ($table:ident: $($rest:tt)*) => {
         compile_error!("kernels!: the name of this file comes first: kernels! { in \"mmvq\"; ENTRIES: threads(128); …");
     };

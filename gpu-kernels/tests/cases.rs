@@ -79,7 +79,6 @@ kernels! {
     flash_hopper
     flash_plain
     kv_store
-    step
 }
 
 #[test]

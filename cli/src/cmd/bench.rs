@@ -88,7 +88,6 @@ fn stddev(values: &[f64]) -> f64 {
 /// `bench`.
 pub fn run(args: &BenchArgs) -> Result<()> {
     let compute = Compute::choose(&args.device, args.gpu_layers, args.require_gpu)?;
-    let compute = compute.with_step(args.step.map(|mib| mib << 20));
     if args.repetitions == 0 {
         return Err(usage("-r 0: at least one repetition is needed"));
     }

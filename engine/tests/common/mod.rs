@@ -93,28 +93,17 @@ pub fn smollm2() -> Option<PathBuf> {
 
 /// The same model with every tensor decoded to F32.
 pub fn dequantise(bytes: &[u8]) -> Vec<u8> {
-    recode(bytes, |_| quant::FormatId::F32)
-}
-
-/// The same model with every matrix in this format.
-pub fn requantise(bytes: &[u8], format: quant::FormatId) -> Vec<u8> {
-    recode(bytes, |ne| if ne.len() > 1 { format } else { quant::FormatId::F32 })
-}
-
-fn recode(bytes: &[u8], format: impl Fn(&[u64]) -> quant::FormatId) -> Vec<u8> {
     let gguf = gguf::Gguf::parse(bytes).unwrap();
     let mut writer = gguf::Writer::like(&gguf).unwrap();
     for t in gguf.tensors() {
-        writer.tensor(t.name, format(&t.ne()), &t.ne()).unwrap();
+        writer.tensor(t.name, quant::FormatId::F32, &t.ne()).unwrap();
     }
     let mut out = writer.header_bytes();
     for t in gguf.tensors() {
         out.resize(out.len().next_multiple_of(32), 0);
         let mut values = vec![0.0f32; t.n_elems() as usize];
         quant::row::decode(t.format, gguf.data(t), &mut values).unwrap();
-        let (start, format) = (out.len(), format(&t.ne()));
-        out.resize(start + quant::row::row_bytes(format, values.len()).unwrap(), 0);
-        quant::row::encode(format, &values, None, &mut out[start..]).unwrap();
+        out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
     }
     out
 }

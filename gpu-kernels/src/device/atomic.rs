@@ -24,39 +24,6 @@ twin! {
 }
 
 twin! {
-    /// [`add_global`] that orders memory both ways (`atom.acq_rel.gpu.global.add.u32`, sm_70).
-    pub fn add_ordered(array: Glb<u32>, i: u32, value: u32) -> u32 {
-        ptx {
-            let before: u32;
-            // SAFETY: the launch gave an array that holds element `i`.
-            #[cfg(sm_ge_70)]
-            unsafe { asm!("atom.acq_rel.gpu.global.add.u32 {},[{}],{};", out(reg32) before, in(reg64) array.address(i), in(reg32) value, options(nostack, preserves_flags)) }
-            // SAFETY: as above; the fences order.
-            #[cfg(not(sm_ge_70))]
-            unsafe { asm!("membar.gl; atom.global.add.u32 {},[{}],{}; membar.gl;", out(reg32) before, in(reg64) array.address(i), in(reg32) value, options(nostack, preserves_flags)) }
-            before
-        }
-        host { lane::atomic_global(array.address(i), |before| before.wrapping_add(value)) }
-    }
-}
-
-twin! {
-    /// Adds to a counter of the device; who finds the sum by an acquiring load finds all that this thread wrote before, or
-    /// learned of by a barrier (`red.release.gpu.global.add.u32`, sm_70).
-    pub fn add_release(array: Glb<u32>, i: u32, value: u32) {
-        ptx {
-            // SAFETY: the launch gave an array that holds element `i`.
-            #[cfg(sm_ge_70)]
-            unsafe { asm!("red.release.gpu.global.add.u32 [{}],{};", in(reg64) array.address(i), in(reg32) value, options(nostack, preserves_flags)) }
-            // SAFETY: as above; the fence makes it a release.
-            #[cfg(not(sm_ge_70))]
-            unsafe { asm!("membar.gl; red.global.add.u32 [{}],{};", in(reg64) array.address(i), in(reg32) value, options(nostack, preserves_flags)) }
-        }
-        host { lane::add_release(array.address(i), value) }
-    }
-}
-
-twin! {
     /// The larger of a counter of the device and `value` (`atom.global.max.u32`); returns the value before.
     pub fn max_global(array: Glb<u32>, i: u32, value: u32) -> u32 {
         ptx {

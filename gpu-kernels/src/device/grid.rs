@@ -19,22 +19,8 @@ use core::arch::asm;
 use crate::emu::lane;
 
 twin! {
-    /// Waits until all earlier launches have ended and what they wrote is visible (`griddepcontrol.wait`). Of a launch
-    /// that is played by another ([`play`](super::play)) these are the ones played before it.
+    /// Waits until all earlier launches have ended and what they wrote is visible (`griddepcontrol.wait`).
     pub fn wait_for_earlier() {
-        ptx {
-            #[cfg(not(entries_of = "step"))]
-            wait_for_stream();
-            #[cfg(entries_of = "step")]
-            super::play::wait();
-        }
-        host { lane::wait_for_earlier() }
-    }
-}
-
-twin! {
-    /// [`wait_for_earlier`] of the launch itself, whatever it plays.
-    pub fn wait_for_stream() {
         ptx {
             #[cfg(sm_ge_90)]
             // SAFETY: no condition. Memory is clobbered, so no access moves up across it.

@@ -20,7 +20,6 @@ pub mod grid;
 pub(crate) mod intrinsics;
 pub mod math;
 pub mod mma;
-pub mod play;
 #[cfg(target_arch = "nvptx64")]
 mod probe;
 pub mod smem;

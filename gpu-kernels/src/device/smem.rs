@@ -34,32 +34,13 @@ impl<T> Smem<T> {
     /// The array of `elems` elements that starts at this byte of the CTA's dynamic shared memory.
     #[inline(always)]
     pub fn dynamic(offset_bytes: u32, elems: u32) -> Smem<T> {
-        // What plays other launches keeps the start for itself.
-        #[cfg(all(target_arch = "nvptx64", entries_of = "step"))]
-        let skipped = super::play::RESERVED_BYTES;
-        #[cfg(all(target_arch = "nvptx64", not(entries_of = "step")))]
-        let skipped = 0;
-        #[cfg(not(target_arch = "nvptx64"))]
-        let skipped = lane::smem_skipped();
-        Smem::reserved(skipped + offset_bytes, elems)
-    }
-
-    /// [`Smem::dynamic`], whatever is played: see [`super::play`].
-    #[inline(always)]
-    pub(super) fn reserved(offset_bytes: u32, elems: u32) -> Smem<T> {
         #[cfg(target_arch = "nvptx64")]
         {
             let _ = elems;
             let base: u32;
             // SAFETY: takes an address, touches no memory.
-            #[cfg(not(entries_of = "step"))]
             unsafe {
                 core::arch::asm!("mov.u32 {}, dyn_smem;", out(reg32) base, options(pure, nomem, nostack, preserves_flags))
-            }
-            // SAFETY: as above. Not pure: see `thread_idx_x`.
-            #[cfg(entries_of = "step")]
-            unsafe {
-                core::arch::asm!("mov.u32 {}, dyn_smem;", out(reg32) base, options(nomem, nostack, preserves_flags))
             }
             Smem { address: base + offset_bytes, element: PhantomData }
         }

@@ -14,15 +14,7 @@ twin! {
     pub fn sync_threads() {
         ptx {
             // SAFETY: convergence is the kernel's contract; the emulator checks it.
-            #[cfg(not(entries_of = "step"))]
-            unsafe {
-                intrinsics::barrier_all(0)
-            }
-            // SAFETY: as above; the threads of what is played.
-            #[cfg(entries_of = "step")]
-            unsafe {
-                intrinsics::barrier_count(super::play::BARRIER, super::thread::block_dim_x())
-            }
+            unsafe { intrinsics::barrier_all(0) }
         }
         host { lane::barrier(0, None) }
     }

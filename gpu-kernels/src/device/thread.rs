@@ -10,21 +10,12 @@ use crate::emu::lane;
 pub const WARP: u32 = 32;
 
 macro_rules! index {
-    ($(#[$meta:meta])* $name:ident, $nvptx:ident, $host:expr $(, played $word:expr)?) => {
+    ($(#[$meta:meta])* $name:ident, $nvptx:ident, $host:expr) => {
         twin! {
             $(#[$meta])*
             pub fn $name() -> u32 {
                 ptx {
-                    // What is played answers in the place of the launch.
-                    $(
-                        #[cfg(entries_of = "step")]
-                        return {
-                            use super::play::word::*;
-                            get($word)
-                        };
-                    )?
                     // SAFETY: reads a special register.
-                    #[allow(unreachable_code)] // in the module of the step
                     unsafe { nvptx::$nvptx() as u32 }
                 }
                 host { $host }
@@ -33,50 +24,22 @@ macro_rules! index {
     };
 }
 
-twin! {
-    /// Thread in its CTA.
-    pub fn thread_idx_x() -> u32 {
-        ptx {
-            // SAFETY: reads a special register.
-            #[cfg(not(entries_of = "step"))]
-            unsafe {
-                nvptx::_thread_idx_x() as u32
-            }
-            // Where many kernels are one, LLVM would compute all that follows from it at the start, for all of them, and
-            // keep it; what it does not know to be the same every time stays where it is.
-            #[cfg(entries_of = "step")]
-            {
-                let thread: u32;
-                // SAFETY: reads a special register.
-                unsafe {
-                    core::arch::asm!("mov.u32 {},%tid.x;", out(reg32) thread, options(nomem, nostack, preserves_flags))
-                }
-                thread
-            }
-        }
-        host { lane::thread_idx() }
-    }
-}
-
+index!(/// Thread in its CTA.
+    thread_idx_x, _thread_idx_x, lane::thread_idx());
 index!(/// Threads of a CTA.
-    block_dim_x, _block_dim_x, lane::cta_threads(), played THREADS);
+    block_dim_x, _block_dim_x, lane::cta_threads());
 index!(/// CTA in the grid, first dimension.
-    block_idx_x, _block_idx_x, lane::cta_idx()[0], played IDX);
+    block_idx_x, _block_idx_x, lane::cta_idx()[0]);
 index!(/// CTA in the grid, second dimension.
-    block_idx_y, _block_idx_y, lane::cta_idx()[1], played IDX + 1);
+    block_idx_y, _block_idx_y, lane::cta_idx()[1]);
 index!(/// CTA in the grid, third dimension.
-    block_idx_z, _block_idx_z, lane::cta_idx()[2], played IDX + 2);
+    block_idx_z, _block_idx_z, lane::cta_idx()[2]);
 index!(/// CTAs of the grid, first dimension.
-    grid_dim_x, _grid_dim_x, lane::grid()[0], played GRID);
+    grid_dim_x, _grid_dim_x, lane::grid()[0]);
 index!(/// CTAs of the grid, second dimension.
-    grid_dim_y, _grid_dim_y, lane::grid()[1], played GRID + 1);
+    grid_dim_y, _grid_dim_y, lane::grid()[1]);
 index!(/// CTAs of the grid, third dimension.
-    grid_dim_z, _grid_dim_z, lane::grid()[2], played GRID + 2);
-
-index!(/// CTA in the launch itself, whatever it plays.
-    launch_idx, _block_idx_x, lane::launch_idx());
-index!(/// CTAs of the launch itself, which has one dimension if it plays.
-    launch_dim, _grid_dim_x, lane::launch_dim());
+    grid_dim_z, _grid_dim_z, lane::grid()[2]);
 
 /// Lane in its warp. CTAs are one-dimensional, so it follows from the thread.
 #[inline(always)]

@@ -13,9 +13,7 @@ use std::format;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::string::{String, ToString};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 use std::vec;
 use std::vec::Vec;
 
@@ -26,7 +24,7 @@ use corosensei::{Coroutine, CoroutineResult, Yielder};
 use super::clock::Clock;
 use super::collective::{self, Input, Output};
 use super::lane::{self, Collective, Source};
-use super::memory::{Allocation, Kind, Known, LaunchMarks, Memory, Place};
+use super::memory::{Allocation, Kind, LaunchMarks, Memory, Place};
 use super::smem::{Copy16, SharedMemory};
 use super::wgmma::{self, Products};
 use super::{Entry, Options};
@@ -34,8 +32,6 @@ use crate::launch::{Launch, ParamReader};
 
 /// Stack of a CUDA thread: kernels keep arrays of a few hundred bytes; debug builds of generic code need the rest.
 const STACK_BYTES: usize = 128 * 1024;
-/// How long a CTA waits for others that may have forgotten it.
-const COUNTER_PATIENCE: Duration = Duration::from_secs(60);
 /// Barriers of a CTA.
 pub(super) const BARRIERS: u32 = 16;
 /// From the shared memory of a CTA to that of the next one of a cluster: more than any has, and what the addresses in
@@ -45,26 +41,9 @@ pub(super) const WINDOW_BYTES: u32 = 256 << 10;
 /// What a thread waits for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Wait {
-    Barrier {
-        id: u32,
-        count: Option<u32>,
-        at: Source,
-    },
-    Collective {
-        op: Collective,
-        at: Source,
-    },
-    Mbarrier {
-        address: u32,
-        parity: u32,
-        at: Source,
-    },
-    /// A counter in global memory, which other CTAs raise.
-    Counter {
-        address: u64,
-        least: u32,
-        at: Source,
-    },
+    Barrier { id: u32, count: Option<u32>, at: Source },
+    Collective { op: Collective, at: Source },
+    Mbarrier { address: u32, parity: u32, at: Source },
     Failed,
 }
 
@@ -74,7 +53,6 @@ impl Wait {
             Wait::Barrier { id, at, .. } => (format!("barrier {id}"), at),
             Wait::Collective { op, at } => (format!("{op:?}"), at),
             Wait::Mbarrier { address, parity, at } => (format!("mbarrier {address}, parity {parity}"), at),
-            Wait::Counter { least, at, .. } => (format!("a counter to reach {least}"), at),
             Wait::Failed => return "failed".into(),
         };
         format!("{what} at {}:{}", at.file(), at.line())
@@ -94,19 +72,6 @@ pub(super) struct Thread {
     pub(super) waited: bool,
     /// Products of the warpgroup.
     pub(super) products: Products,
-    /// What it plays.
-    pub(super) role: Option<Role>,
-}
-
-/// A CTA of another launch, whose place the thread's takes.
-#[derive(Clone, Copy)]
-pub(super) struct Role {
-    pub(super) idx: [u32; 3],
-    pub(super) grid: [u32; 3],
-    pub(super) threads: u32,
-    /// Where earlier launches are counted, and how far.
-    pub(super) counter: u64,
-    pub(super) arrivals: u32,
 }
 
 /// A barrier object in shared memory.
@@ -182,10 +147,6 @@ pub(super) struct Cta {
     lent: RefCell<Vec<Box<dyn std::any::Any>>>,
     smem: RefCell<SharedMemory>,
     clocks: RefCell<Vec<Clock>>,
-    /// What the CTA knows of others' threads, by counters.
-    pub(super) others: RefCell<Known>,
-    /// Set where another CTA has done something wrong: nobody waits for it any more.
-    stop: Arc<AtomicBool>,
     states: RefCell<Vec<Thread>>,
     yielders: Vec<Cell<*const Yielder<(), Wait>>>,
     /// Arrivals at named barriers by threads that went on: count and what they know.
@@ -463,39 +424,6 @@ impl Cta {
         progress
     }
 
-    /// Raises a counter: who finds it raised knows what this thread does.
-    pub(super) fn add_release(&self, me: usize, address: u64, value: u32) -> Result<(), String> {
-        let place = self.place(address, 4).ok_or_else(|| format!("no counter at {address:#x}"))?;
-        if let Some(marks) = &self.marks {
-            let mut table = Vec::new();
-            let clock = &mut self.clocks.borrow_mut()[me];
-            clock.publish(me, &mut table);
-            clock.own += 1;
-            self.others.borrow_mut().insert(self.number, table.into());
-            marks.release(address, &self.others.borrow());
-        }
-        place.allocation.update(place.offset, |before| before.wrapping_add(value));
-        Ok(())
-    }
-
-    /// Lets threads look at the counters they wait for; whether one has come far enough.
-    fn wake_counters(&self, waits: &mut [Option<Wait>]) -> bool {
-        let mut progress = false;
-        for wait in waits {
-            if let Some(Wait::Counter { address, least, .. }) = *wait
-                && let Some(place) = self.place(address, 4)
-                && place.allocation.update(place.offset, |now| now) >= least
-            {
-                if let Some(marks) = &self.marks {
-                    marks.acquire(address, &mut self.others.borrow_mut());
-                }
-                *wait = None;
-                progress = true;
-            }
-        }
-        progress
-    }
-
     /// Lets threads behind mbarriers look again; whether one will find its phase ended.
     fn wake_mbarriers(&self, waits: &mut [Option<Wait>]) -> bool {
         for wait in waits.iter() {
@@ -529,7 +457,6 @@ fn stacks() -> MutexGuard<'static, Vec<DefaultStack>> {
 }
 
 /// Runs one CTA; returns what it did wrong.
-#[allow(clippy::too_many_arguments)] // a launch's
 pub(super) fn run(
     entry: &Entry,
     launch: &Launch,
@@ -538,7 +465,6 @@ pub(super) fn run(
     memory: &Arc<Memory>,
     marks: Option<&Arc<LaunchMarks>>,
     options: Options,
-    stop: &Arc<AtomicBool>,
 ) -> Vec<String> {
     let cta_threads = launch.cta as usize;
     let threads = cta_threads * launch.cluster as usize;
@@ -555,8 +481,6 @@ pub(super) fn run(
         lent: RefCell::default(),
         smem: RefCell::new(SharedMemory::new(smem_bytes, launch.smem_bytes, threads)),
         clocks: RefCell::new(vec![Clock::start(threads); threads]),
-        others: RefCell::default(),
-        stop: stop.clone(),
         states: RefCell::new((0..threads).map(|_| Thread::default()).collect()),
         yielders: (0..threads).map(|_| Cell::new(std::ptr::null())).collect(),
         arrivals: RefCell::default(),
@@ -596,8 +520,6 @@ fn schedule(cta: &Rc<Cta>, entry: &Entry, launch: &Launch, seed: u64) {
     let mut waits: Vec<Option<Wait>> = vec![None; cta.threads];
     let mut alive = vec![true; cta.threads];
     let mut random = crate::case::Random::new(seed);
-    // Since when nothing but other CTAs' work was missing.
-    let mut idle: Option<Instant> = None;
     while alive.contains(&true) {
         let mut progress = false;
         let first = random.below(cta.threads as u64) as usize;
@@ -634,20 +556,10 @@ fn schedule(cta: &Rc<Cta>, entry: &Entry, launch: &Launch, seed: u64) {
         progress |= cta.run_collectives(&mut waits, &alive);
         progress |= cta.open_barriers(&mut waits);
         progress |= cta.wake_mbarriers(&mut waits);
-        progress |= cta.wake_counters(&mut waits);
         if !cta.findings.borrow().is_empty() {
             return;
         }
-        if progress {
-            idle = None;
-        } else if waits.iter().any(|wait| matches!(wait, Some(Wait::Counter { .. })))
-            && idle.get_or_insert_with(Instant::now).elapsed() < COUNTER_PATIENCE
-        {
-            if cta.stop.load(Ordering::Relaxed) {
-                return;
-            }
-            std::thread::sleep(Duration::from_micros(20));
-        } else {
+        if !progress {
             let waiting: Vec<usize> = (0..cta.threads).filter(|&t| waits[t].is_some()).collect();
             let ended = alive.iter().filter(|alive| !**alive).count();
             let who =

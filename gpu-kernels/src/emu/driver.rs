@@ -21,9 +21,6 @@ use crate::ptx::PtxModule;
 use crate::registry;
 use crate::slots::Slots;
 
-/// CTAs of a cooperative launch that the device is said to hold.
-const RESIDENT_CTAS: u32 = 3;
-
 /// The emulated device.
 #[derive(Debug)]
 pub struct Emulator {
@@ -311,22 +308,6 @@ impl Driver for Emulator {
 
     fn launch(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
         self.submit(Command::Launch(module, *launch), stream)
-    }
-
-    fn launch_cooperative(
-        &self,
-        module: ModuleId,
-        launch: &Launch,
-        stream: StreamId,
-    ) -> Result<(), DriverError> {
-        self.launch(module, launch, stream)
-    }
-
-    fn resident_ctas(&self, module: ModuleId, launch: &Launch) -> Result<u32, DriverError> {
-        self.module(module)?;
-        self.entry(launch)?;
-        // As many as one likes; few are enough to find what they do to each other.
-        Ok(RESIDENT_CTAS)
     }
 
     fn create_stream(&self) -> Result<StreamId, DriverError> {

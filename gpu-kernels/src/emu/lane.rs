@@ -11,11 +11,10 @@ use std::string::String;
 
 use bytemuck::Pod;
 
-use super::cta::{BARRIERS, BulkCopy, Cta, CtaPlace, Role, WINDOW_BYTES, Wait};
+use super::cta::{BARRIERS, BulkCopy, Cta, CtaPlace, WINDOW_BYTES, Wait};
 use super::memory::{Kind, Toucher};
 use super::smem::Copy16;
 use super::wgmma;
-use crate::device::play::RESERVED_BYTES;
 
 /// A place in a kernel's source.
 pub(super) type Source = &'static Location<'static>;
@@ -93,21 +92,13 @@ pub fn thread_idx() -> u32 {
     (me() % cta().cta_threads) as u32
 }
 
-/// What the thread plays.
-fn role() -> Option<Role> {
-    cta().thread(me(), |thread| thread.role)
-}
-
-/// Threads of the CTA, or of the one that it plays.
+/// Threads of the CTA.
 pub fn cta_threads() -> u32 {
-    role().map_or(cta().cta_threads as u32, |role| role.threads)
+    cta().cta_threads as u32
 }
 
 /// The CTA in the grid. The CTAs of a cluster are neighbours in the first dimension.
 pub fn cta_idx() -> [u32; 3] {
-    if let Some(role) = role() {
-        return role.idx;
-    }
     let cta = cta();
     let [x, y, z] = cta.idx;
     [x + cta.rank(me()), y, z]
@@ -134,51 +125,7 @@ pub fn cluster_barrier() {
 
 /// CTAs of the grid.
 pub fn grid() -> [u32; 3] {
-    role().map_or(cta().grid, |role| role.grid)
-}
-
-/// CTA of the launch itself, first dimension.
-pub fn launch_idx() -> u32 {
-    cta().idx[0]
-}
-
-/// CTAs of the launch itself, first dimension.
-pub fn launch_dim() -> u32 {
-    cta().grid[0]
-}
-
-/// Bytes at the start of dynamic shared memory that a played launch does not see.
-pub fn smem_skipped() -> u32 {
-    role().map_or(0, |_| RESERVED_BYTES)
-}
-
-/// Plays a CTA of another launch from now on. The role's threads call together.
-#[track_caller]
-pub fn enter_role(idx: [u32; 3], grid: [u32; 3], threads: u32, arrivals: u32, counter: u64) {
-    let role = Role { idx, grid, threads, counter, arrivals };
-    cta().thread(me(), |thread| (thread.role, thread.waited) = (Some(role), false));
-    barrier(0, None);
-}
-
-/// Ends the role.
-#[track_caller]
-pub fn leave_role() {
-    let waited = cta().thread(me(), |thread| {
-        thread.role = None;
-        std::mem::replace(&mut thread.waited, true)
-    });
-    if !waited {
-        fail("a played launch ended without waiting for earlier ones", Location::caller());
-    }
-}
-
-/// Raises a counter that other CTAs wait for.
-#[track_caller]
-pub fn add_release(address: u64, value: u32) {
-    let at = Location::caller();
-    checked(touch(address, 4, 4, Kind::Atomic), at);
-    let (cta, me) = (cta(), me());
-    checked(cta.add_release(me, address, value), at);
+    cta().grid
 }
 
 /// An index of a shared array against its length.
@@ -197,24 +144,16 @@ pub fn remaining(elems: u32, skipped: u32) -> u32 {
     })
 }
 
-/// Earlier launches have ended, as they always have here, or those played before are waited for; from now on the thread may
-/// touch what they touched.
-#[track_caller]
+/// Earlier launches have ended, as they always have here; from now on the thread may touch what they touched.
 pub fn wait_for_earlier() {
-    if let Some(Role { counter: address, arrivals: least @ 1.., .. }) = role() {
-        cta().suspend(me(), Wait::Counter { address, least, at: Location::caller() });
-    }
     cta().thread(me(), |thread| thread.waited = true);
 }
 
 /// Waits at barrier `id` for `count` threads, or for all.
 #[track_caller]
 pub fn barrier(id: u32, count: Option<u32>) {
-    let (threads, played) = (cta_threads(), role().is_some());
     let (cta, me) = (cta(), me());
-    // That of what is played is not the CTA's own.
-    let id = if played && id == 0 { BARRIERS - 1 } else { id };
-    let (id, count) = (id + BARRIERS * cta.rank(me), Some(count.unwrap_or(threads)));
+    let (id, count) = (id + BARRIERS * cta.rank(me), Some(count.unwrap_or(cta.cta_threads as u32)));
     cta.suspend(me, Wait::Barrier { id, count, at: Location::caller() });
 }
 
@@ -323,9 +262,8 @@ fn touch_early(address: u64, size: u64, align: u64, kind: Kind) -> Result<CtaPla
         return Err(format!("global memory: byte {at} of {size} at {address:#x} was never written"));
     }
     if let Some(marks) = &cta.marks {
-        let (clock, others) = (cta.clock(me), cta.others.borrow());
-        let toucher = Toucher { cta: cta.number, thread: me, clock: &clock, others: &others };
-        marks.touch(&toucher, address, size, kind)?;
+        let clock = cta.clock(me);
+        marks.touch(&Toucher { cta: cta.number, thread: me, clock: &clock }, address, size, kind)?;
     }
     Ok(place)
 }

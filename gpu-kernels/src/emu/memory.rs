@@ -225,27 +225,9 @@ const SHARDS: usize = 64;
 /// Marks of pages of [`PAGE_WORDS`] words, by number.
 type Pages = HashMap<u64, Box<[Mark]>>;
 
-/// Times of CTAs' threads: what was done up to then comes before.
-pub(super) type Known = HashMap<u32, Arc<[u32]>>;
-
 /// The marks of one launch.
 pub(super) struct LaunchMarks {
     shards: Box<[Mutex<Pages>]>,
-    /// What those knew who raised a counter, by its address.
-    counters: Mutex<HashMap<u64, Known>>,
-}
-
-/// Learns what another table knows.
-fn merge(into: &mut Known, from: &Known) {
-    for (&cta, times) in from {
-        match into.get_mut(&cta) {
-            None => drop(into.insert(cta, times.clone())),
-            Some(known) if !Arc::ptr_eq(known, times) => {
-                *known = known.iter().zip(times.iter()).map(|(&a, &b)| a.max(b)).collect();
-            }
-            Some(_) => {}
-        }
-    }
 }
 
 /// The thread that makes an access, and how it judges earlier ones.
@@ -253,42 +235,11 @@ pub(super) struct Toucher<'a> {
     pub(super) cta: u32,
     pub(super) thread: usize,
     pub(super) clock: &'a super::clock::Clock,
-    /// What its CTA knows of others.
-    pub(super) others: &'a Known,
-}
-
-impl Toucher<'_> {
-    /// Whether a barrier or a counter has told of the access.
-    fn comes_after(&self, other: &Touch) -> bool {
-        if other.cta == self.cta {
-            self.clock.after(self.thread, other.thread.into(), other.time)
-        } else {
-            let known = self.others.get(&other.cta);
-            known.is_some_and(|times| times[usize::from(other.thread)] >= other.time)
-        }
-    }
 }
 
 impl LaunchMarks {
     pub(super) fn new() -> LaunchMarks {
-        LaunchMarks {
-            shards: (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect(),
-            counters: Mutex::default(),
-        }
-    }
-
-    /// Tells who finds the counter raised what is known here.
-    pub(super) fn release(&self, counter: u64, known: &Known) {
-        let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        merge(counters.entry(counter).or_default(), known);
-    }
-
-    /// Learns what those knew who raised the counter.
-    pub(super) fn acquire(&self, counter: u64, known: &mut Known) {
-        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(from) = counters.get(&counter) {
-            merge(known, from);
-        }
+        LaunchMarks { shards: (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect() }
     }
 
     /// Marks an access; says what it races with.
@@ -325,7 +276,10 @@ impl Mark {
     fn touch(&mut self, who: &Toucher<'_>, mask: u8, kind: Kind) -> Option<(&'static str, Touch)> {
         let atomic = kind == Kind::Atomic;
         let conflict = |other: &Touch| {
-            other.time != 0 && other.mask & mask != 0 && !(atomic && other.atomic) && !who.comes_after(other)
+            other.time != 0
+                && other.mask & mask != 0
+                && !(atomic && other.atomic)
+                && (other.cta != who.cta || !who.clock.after(who.thread, other.thread.into(), other.time))
         };
         let found = if conflict(&self.write) {
             Some(("write", self.write))

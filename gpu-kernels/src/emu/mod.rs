@@ -31,7 +31,7 @@ pub mod wgmma;
 
 use std::format;
 use std::string::String;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::vec::Vec;
 
@@ -47,8 +47,6 @@ pub struct Entry {
     pub name: &'static str,
     /// Launch bound: threads per CTA.
     pub max_threads: u32,
-    /// Whether its CTAs may wait for each other: then all of a launch run at once.
-    pub together: bool,
     /// Runs one thread: reads the arguments and calls the kernel.
     pub run: fn(&mut ParamReader<'_>),
     /// Bytes of its parameters.
@@ -110,7 +108,6 @@ pub fn run(
 
     let marks = options.races.then(|| Arc::new(LaunchMarks::new()));
     let next = AtomicU64::new(0);
-    let stop = Arc::new(AtomicBool::new(false));
     let findings: Mutex<Vec<String>> = Mutex::new(Vec::new());
     let work = || {
         loop {
@@ -120,9 +117,8 @@ pub fn run(
             }
             let [x, y, _] = launch.grid.map(u64::from);
             let idx = [i % x, i / x % y, i / (x * y)].map(|i| i as u32);
-            let found = cta::run(entry, launch, idx, i as u32, memory, marks.as_ref(), options, &stop);
+            let found = cta::run(entry, launch, idx, i as u32, memory, marks.as_ref(), options);
             if !found.is_empty() {
-                stop.store(true, Ordering::Relaxed);
                 // No CTA after this one starts.
                 next.store(n_ctas, Ordering::Relaxed);
                 findings.lock().unwrap_or_else(|poison| poison.into_inner()).extend(found);
@@ -131,7 +127,6 @@ pub fn run(
     };
     let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
     let workers = if options.workers == 0 { cores() } else { options.workers };
-    let workers = if entry.together { n_ctas as usize } else { workers };
     if workers == 1 || n_ctas == 1 {
         work();
     } else {

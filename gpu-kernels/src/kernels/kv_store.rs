@@ -24,7 +24,7 @@ const LANES: u32 = 8;
 const PAGE: usize = super::flash::PAGE;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(super) mod gpu {
+mod gpu {
     use half::{bf16, f16};
     use quant::FormatId;
 
@@ -145,7 +145,7 @@ pub(super) mod gpu {
 
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // the entry's
-    pub(in crate::kernels) fn kv_store(
+    fn kv_store(
         k: Glb<f32>,
         v: Glb<f32>,
         cells: Glb<u32>,

@@ -583,7 +583,7 @@ macro_rules! entries {
                 norm: Glb<F32x4>, eps: f32,
             );
             $(
-                concat!("mmvq_", stringify!($id), "_n1") => mmvq_column::<formats::$module::Block, Part>;
+                concat!("mmvq_", stringify!($id), "_n1") => mmvq_column::<formats::$module::Block>;
             )*
         }
 

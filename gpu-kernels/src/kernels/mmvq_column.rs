@@ -18,7 +18,7 @@ use super::lookup::{SharedBook, book_bytes};
 use super::mmvq::gpu::{Stage, span_sums};
 use super::mmvq::{COLUMN_FIXED_BYTES, Shape, stage_bytes};
 use super::output::gpu::{read, read_early};
-use super::product::{Gate, PartAt, choose, choose_at};
+use super::product::{Gate, Part, choose, choose_at};
 use super::rms_norm::gpu::{normalise, scale_of, squares};
 use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread, warp};
 use crate::tile::{ROWS, SPAN_GROUPS, Tiled, load_span};
@@ -32,10 +32,10 @@ const fn ahead<F: Tiled>() -> bool {
 /// The kernel.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // the entry's
-pub(super) fn mmvq_column<F: BlockFormat + Tiled, P: PartAt>(
-    p0: P,
-    p1: P,
-    p2: P,
+pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
+    p0: Part,
+    p1: Part,
+    p2: Part,
     q: Glb<U32x4>,
     scales: Glb<U32x2>,
     ids: Glb<u32>,
@@ -46,7 +46,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled, P: PartAt>(
 ) {
     let (lane, warp_id) = (thread::lane_id(), thread::warp_id());
     let n_warps = thread::block_dim_x() / thread::WARP;
-    let part = choose(p0, p1, p2).part();
+    let part = choose(p0, p1, p2);
     let gated_pair = gate.is_some();
 
     // In a mixture the column is a (token, slot) pair.
@@ -79,10 +79,10 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled, P: PartAt>(
         }
     };
     // The CTA's part, likewise.
-    let own = || choose_at(p0, p1, p2, math::fresh(thread::block_idx_x())).part();
+    let own = || choose_at(p0, p1, p2, math::fresh(thread::block_idx_x()));
     let weights_of = |item: u32| {
         let (span, second) = item_of(item);
-        (if second { p1.part().w } else { own().w }).offset(at + F::LAYOUT.span_offset(span as usize))
+        (if second { p1.w } else { own().w }).offset(at + F::LAYOUT.span_offset(span as usize))
     };
     let units_of = |item: u32| {
         if F::ELEMS == crate::tile::SPAN || groups_of(item_of(item).0) == groups {
@@ -234,9 +234,9 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled, P: PartAt>(
     let (part, row) = ending();
     if gate.quantises() {
         if warp_id == 0 {
-            part.finish_quantised(gate, p1.part(), thread::block_idx_x(), total);
+            part.finish_quantised(gate, p1, thread::block_idx_x(), total);
         }
     } else if warp_id == 0 && row < part.n_rows {
-        part.finish_with(gate, p1.part(), expert(), thread::block_idx_y(), row, total, residual);
+        part.finish_with(gate, p1, expert(), thread::block_idx_y(), row, total, residual);
     }
 }

@@ -37,7 +37,6 @@ pub mod round_act;
 pub mod sample;
 pub mod set_rows;
 pub mod softmax;
-pub mod step;
 pub mod top_k;
 
 #[cfg(not(target_arch = "nvptx64"))]

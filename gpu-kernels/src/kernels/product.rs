@@ -31,7 +31,7 @@ pub enum Glu {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use device::{Gate, Part, PartAt, choose, choose_at};
+pub(crate) use device::{Gate, Part, choose, choose_at};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
@@ -62,47 +62,18 @@ mod device {
         limit: f32,
     }
 
-    /// A [`Part`], or where one is read when it is needed.
-    pub(crate) trait PartAt: Copy {
-        /// The part; what of it is not used is not read.
-        fn part(self) -> Part;
-    }
-
-    impl PartAt for Part {
-        #[inline(always)]
-        fn part(self) -> Part {
-            self
-        }
-    }
-
-    impl Part {
-        /// A part by its words, in the order of its fields.
-        #[inline(always)]
-        pub(crate) fn of_words(word: impl Fn(u32) -> u32) -> Part {
-            let address = |i: u32| u64::from(word(i)) | u64::from(word(i + 1)) << 32;
-            Part {
-                w: Glb::NULL.offset(address(0) as usize),
-                bias: Glb::<u8>::NULL.offset(address(2) as usize).cast(),
-                residual: Glb::<u8>::NULL.offset(address(4) as usize).cast(),
-                y: Glb::<u8>::NULL.offset(address(6) as usize).cast(),
-                n_rows: word(8),
-                first_cta: word(9),
-            }
-        }
-    }
-
     /// The part that this CTA of the grid's first dimension works on.
     #[inline(always)]
-    pub(crate) fn choose<P: PartAt>(p0: P, p1: P, p2: P) -> P {
+    pub(crate) fn choose(p0: Part, p1: Part, p2: Part) -> Part {
         choose_at(p0, p1, p2, thread::block_idx_x())
     }
 
     /// The part that a kernel's CTA `cta` works on, however it counts them.
     #[inline(always)]
-    pub(crate) fn choose_at<P: PartAt>(p0: P, p1: P, p2: P, cta: u32) -> P {
-        if cta < p1.part().first_cta {
+    pub(crate) fn choose_at(p0: Part, p1: Part, p2: Part, cta: u32) -> Part {
+        if cta < p1.first_cta {
             p0
-        } else if cta < p2.part().first_cta {
+        } else if cta < p2.first_cta {
             p1
         } else {
             p2

@@ -30,7 +30,7 @@ pub(crate) mod gpu {
     use half::{bf16, f16};
 
     use super::Shared;
-    use crate::device::{F32x4, Glb, U32x2, grid, math, sync, thread, warp};
+    use crate::device::{F32x4, Glb, U32x2, grid, math, thread, warp};
     use crate::kernels::output::SPAN4;
     use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read, read_early};
     use crate::kernels::reduce;
@@ -120,7 +120,7 @@ pub(crate) mod gpu {
 
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // the entry's
-    pub(crate) fn row_per_cta<T: Output>(
+    fn row_per_cta<T: Output>(
         x: Glb<F32x4>,
         residual: Glb<F32x4>,
         h: Glb<F32x4>,
@@ -138,39 +138,20 @@ pub(crate) mod gpu {
         let row = Row { x: of_row(x), residual: of_row(residual), h: of_row(h), add: of_row(add), n4 };
         let (first, step, spans) = (thread::warp_id(), thread::block_dim_x() / 32, n4.div_ceil(SPAN4));
 
-        // Sum of squares. Each warp keeps its first span; more than one it has only in rows beyond 8192, and where the CTA
-        // has fewer warps than the launcher gives it (`step.rs`).
+        // Sum of squares. Each warp keeps its first span; more than one it has only in rows beyond 8192.
         // All loads before the store of h, which waits for the first of them; the weights before all else.
         let w = read_early(weight, first, n4, 1.0);
         grid::wait_for_earlier();
         let a = read(row.add, first, n4, 0.0);
         let v = row.sum(first);
-        let sum = if spans <= reduce::SCRATCH as u32 {
-            // As `reduce::cta_sum` would with a warp to each span.
-            let (mut span, mut of_span) = (first, squares(v));
-            while span < spans {
-                let of_warp = warp::sum_f32(of_span);
-                if thread::lane_id() == 0 {
-                    Shared::partial().st(span, of_warp);
-                }
-                span += step;
-                if span < spans {
-                    of_span = squares(row.sum(span));
-                }
-            }
-            sync::sync_threads();
-            let lane = thread::lane_id();
-            warp::sum_f32(if lane < spans { Shared::partial().ld(lane) } else { 0.0 })
-        } else {
-            let mut squares = [0.0f32; 4];
-            add_squares(&mut squares, v);
-            let mut span = first + step;
-            while span < spans {
-                add_squares(&mut squares, row.sum(span));
-                span += step;
-            }
-            reduce::cta_sum(total(squares), Shared::partial())
-        };
+        let mut squares = [0.0f32; 4];
+        add_squares(&mut squares, v);
+        let mut span = first + step;
+        while span < spans {
+            add_squares(&mut squares, row.sum(span));
+            span += step;
+        }
+        let sum = reduce::cta_sum(total(squares), Shared::partial());
         let scale = scale_of(sum, n4, eps);
 
         // Each thread writes what it alone has read, so `y` may be `x`.

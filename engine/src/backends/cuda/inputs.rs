@@ -58,11 +58,6 @@ impl InputLayout {
         }
     }
 
-    /// Tokens of the plan.
-    pub fn n_tokens(&self) -> usize {
-        self.n_tokens
-    }
-
     /// Bytes of the block for so many pages.
     pub fn bytes(&self, n_pages: usize) -> usize {
         self.pages + 4 * n_pages

@@ -16,7 +16,6 @@ mod memory;
 pub mod needs;
 mod program;
 mod sampling;
-mod step;
 mod translate;
 mod weights;
 
@@ -65,8 +64,6 @@ pub struct Cuda {
     info: DeviceInfo,
     modules: Modules,
     rules: RuleSet,
-    /// Whether a step of one token is one launch, and how much of the weights it asks for in advance.
-    step_ahead_bytes: Option<u64>,
     weights: DeviceWeights,
     constants: Constants,
     arena: Growing,
@@ -106,24 +103,13 @@ struct Prepared {
 /// A plan's launches for one size class.
 struct Ready {
     layout: InputLayout,
-    launches: Vec<Queued>,
-    /// Of the launches, how many are played by others.
-    n_played: usize,
-    _lists: Vec<Memory>,
+    launches: Vec<(ModuleId, Launch)>,
     /// Where each activation of the graph is, by base tensor.
     slots: BTreeMap<TensorId, Slot>,
     /// State of the memory that the launches name.
     generation: [u64; 3],
     /// The launches as one, once they have run.
     graph: Captured,
-}
-
-/// A launch with its module.
-struct Queued {
-    module: ModuleId,
-    launch: Launch,
-    /// Whether its CTAs wait for each other.
-    together: bool,
 }
 
 /// How far the capture of a plan's launches has come.
@@ -151,13 +137,10 @@ impl Ready {
     /// Queues the launches.
     fn submit(&mut self, device: &Device, stream: StreamId) -> Result<(), DriverError> {
         let launch = |ready: &Ready| {
-            ready.launches.iter().try_for_each(|Queued { module, launch, together }| {
-                if *together {
-                    device.launch_cooperative(*module, launch, stream)
-                } else {
-                    device.launch_early(*module, launch, stream)
-                }
-            })
+            ready
+                .launches
+                .iter()
+                .try_for_each(|(module, launch)| device.launch_early(*module, launch, stream))
         };
         match self.graph {
             Captured::Graph { id, .. } => device.launch_graph(id, stream),
@@ -247,7 +230,6 @@ impl Cuda {
             info: device.info(),
             modules: Modules::new(),
             rules: RuleSet::ALL,
-            step_ahead_bytes: None,
             constants: Constants { device: device.clone(), list: Vec::new() },
             weights: DeviceWeights::new(device.clone(), executor, weights),
             device,
@@ -267,19 +249,6 @@ impl Cuda {
     #[must_use]
     pub fn with_rules(self, rules: RuleSet) -> Cuda {
         Cuda { rules, ..self }
-    }
-
-    /// The same with a step of one token as one launch that plays the others, where kernels for that are there, and asks L2
-    /// for so many bytes of weights in advance; `None` for a launch each. Results are the same bits.
-    #[must_use]
-    pub fn with_step(self, step_ahead_bytes: Option<u64>) -> Cuda {
-        Cuda { step_ahead_bytes, ..self }
-    }
-
-    /// Of the last run of a plan, how many of its launches were played by others.
-    pub fn n_played(&self, plan: PlanId) -> usize {
-        let prepared = &self.plans[&plan.0];
-        prepared.ready.get(&prepared.last).map_or(0, |ready| ready.n_played)
     }
 
     /// Copies the weights of a graph to the device ahead of its first run.
@@ -336,26 +305,13 @@ impl Cuda {
                 op: action.name(),
                 why,
             })?;
-            launches.extend(made);
+            for launch in made {
+                launches.push((self.modules.find_module(&*self.device, launch.entry)?, launch));
+            }
         }
-        let one_token = layout.n_tokens() == 1 && !class.prefill;
-        let step::Played { launches, n_played, memory } = match self.step_ahead_bytes {
-            Some(ahead_bytes) if one_token => {
-                step::play(&self.device, &mut self.modules, launches, ahead_bytes)?
-            }
-            _ => {
-                let mut queued = Vec::with_capacity(launches.len());
-                for launch in launches {
-                    let module = self.modules.find_module(&*self.device, launch.entry)?;
-                    queued.push(Queued { module, launch, together: false });
-                }
-                step::Played { launches: queued, n_played: 0, memory: Vec::new() }
-            }
-        };
         let slots = values.into_iter().filter_map(|(t, v)| Some((t, places.slots[v.index()]?))).collect();
         let graph = Captured::NotYet;
-        let (generation, _lists) = (self.generation(), memory);
-        Ok(Ready { layout, launches, n_played, _lists, slots, generation, graph })
+        Ok(Ready { layout, launches, slots, generation: self.generation(), graph })
     }
 }
 

@@ -18,7 +18,7 @@ const BATCH: u32 = 8;
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // a kernel's
-pub(in crate::kernels) fn merge(
+fn merge(
     scratch: Glb<F32x2>,
     out: Glb<f32>,
     positions: Glb<u32>,

@@ -122,9 +122,6 @@ mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod store;
 
-#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
-pub(super) use {entries::attend, merge::merge, store::Half};
-
 #[cfg(not(target_arch = "nvptx64"))]
 pub use cases::*;
 #[cfg(not(target_arch = "nvptx64"))]

@@ -7,7 +7,7 @@ use crate::device::mma::{self, FragmentA, FragmentB, FragmentF32};
 use crate::device::{F32x4, Float, Glb, Smem, U32x4, async_copy, math, thread};
 
 /// How operands are kept: one word of two elements per plane.
-pub(in crate::kernels) trait Class {
+pub(super) trait Class {
     const PLANES: usize;
     /// Two ones.
     const ONES: u32;
@@ -20,7 +20,7 @@ pub(in crate::kernels) trait Class {
 }
 
 /// f16.
-pub(in crate::kernels) struct Half;
+pub(super) struct Half;
 /// bf16, and bf16 of what is left.
 pub(super) struct Split;
 
