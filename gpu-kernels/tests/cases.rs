@@ -12,7 +12,7 @@ fn run(kernel: &dyn AnyKernel) {
         // The seed is the case's number, so a case is the same wherever it runs.
         let problem = kernel.problem(i, i as u64);
         for options in
-            [Options { seed: 1, ..Options::default() }, Options { seed: 2, workers: 1, races: true }]
+            [Options { seed: 1, ..Options::default() }, Options { seed: 2, workers: 1, ..Options::default() }]
         {
             let emulator = Emulator::new(options);
             if let Err(error) = case::run(&emulator, Emulator::MODULE, &problem, kernel.nmse_max()) {
@@ -72,7 +72,6 @@ kernels! {
     copy
     set_rows
     mmq
-    mmq_hopper
     moe_sort
     flash
     flash_split

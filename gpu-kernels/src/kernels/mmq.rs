@@ -358,7 +358,6 @@ mod tests {
             at.push(match buffer {
                 Buffer::Input(bytes) | Buffer::Changed(bytes, _) => write(bytes),
                 Buffer::Output(_) => emulator.alloc(MemKind::Device, 4 * expected.len() as u64).unwrap(),
-                Buffer::Made { .. } => unreachable!("no case of a product has one"),
             });
         }
         let launch = case.launch(&at).unwrap();
