@@ -22,8 +22,8 @@
 //!   layout from which `wgmma` reads A: 16 bytes at a time, without bank conflicts. Teams of as many warps as the tile has
 //!   row tiles take stages in turn, so a warp has the time of two stages (of four) for one. Codes become f16 by a
 //!   byte permute, a subtraction and a product (an fma for an offset) for two weights.
-//! * Raw spans come by bulk copies, two a row tile, each a whole span ahead; codebooks lie in shared memory. A team's lanes
-//!   copy the stage's activations, which are core matrices in memory as in the stage.
+//! * Raw spans come by bulk copies, two or four a row tile, each a whole span ahead or three; codebooks lie in shared memory.
+//!   A team's lanes copy the stage's activations, which are core matrices in memory as in the stage.
 //! * Consumers, two warpgroups: A and B by descriptor, sums in registers over all of k. At the end of a span a warpgroup has
 //!   no products under way, since ptxas follows them through straight code only; the two take turns to begin one, so
 //!   that the other's fill that time.
@@ -51,8 +51,6 @@ pub const UP: f32 = 64.0;
 pub const MIXTURE_COLS: usize = 128;
 /// Threads of a CTA: two warpgroups of producers, two of consumers.
 pub const THREADS: u32 = 512;
-/// Spans of a raw row tile.
-const RAW_STAGES: u32 = 2;
 /// Most shared memory of a CTA on Hopper.
 const MOST_BYTES: u32 = 227 << 10;
 /// Barriers: of up to 8 stages, and of raw spans.
@@ -65,6 +63,8 @@ pub trait Form: 'static {
     const SLOTS: u32;
     /// Columns.
     const COLS: u32;
+    /// Raw spans of a row tile that lie in shared memory or are on their way.
+    const RAW_STAGES: u32 = 2;
     /// Warpgroups side by side: the others are below each other.
     const ACROSS: u32 = 1;
 }
@@ -86,6 +86,8 @@ impl Form for Square {
 impl Form for Flat {
     const SLOTS: u32 = 2;
     const COLS: u32 = 128;
+    /// Short prompts take this cut: their spans come from memory, and a tile takes half of a square's time for one.
+    const RAW_STAGES: u32 = 4;
     const ACROSS: u32 = 2;
 }
 impl Form for Wide {
@@ -126,7 +128,7 @@ struct Layout {
 }
 
 const fn layout<F: BlockFormat + Tiled, C: Form>() -> Layout {
-    let raw = RAW_STAGES * C::SLOTS * raw_bytes::<F>();
+    let raw = C::RAW_STAGES * C::SLOTS * raw_bytes::<F>();
     let (finished, book) = (2 * 4 * PIECE_ELEMS, book_bytes(F::BOOK));
     let rest = raw + finished + book + BARRIERS_BYTES;
     // As many stages as fit.
@@ -295,7 +297,7 @@ mod gpu {
         #[inline(always)]
         fn raw() -> Smem<u32> {
             let at = const { layout::<F, C>().raw };
-            Smem::dynamic(at, RAW_STAGES * C::SLOTS * raw_bytes::<F>() / 4)
+            Smem::dynamic(at, C::RAW_STAGES * C::SLOTS * raw_bytes::<F>() / 4)
         }
 
         #[inline(always)]
@@ -307,14 +309,14 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn raw_full(slot: u32, stage: u32) -> Mbarrier {
-            Mbarrier::at(Self::barriers(), RING_BARRIERS + RAW_STAGES * slot + stage)
+            Mbarrier::at(Self::barriers(), RING_BARRIERS + C::RAW_STAGES * slot + stage)
         }
 
         /// Ends its phase when all teams but the last have read it.
         #[inline(always)]
         #[track_caller]
         fn raw_read(slot: u32, stage: u32) -> Mbarrier {
-            Mbarrier::at(Self::barriers(), RING_BARRIERS + RAW_STAGES * (C::SLOTS + slot) + stage)
+            Mbarrier::at(Self::barriers(), RING_BARRIERS + C::RAW_STAGES * (C::SLOTS + slot) + stage)
         }
     }
 
@@ -420,7 +422,7 @@ mod gpu {
                 return;
             }
             if thread::lane_id() == 0 {
-                let stage = ahead.asked % RAW_STAGES;
+                let stage = ahead.asked % C::RAW_STAGES;
                 let source = ahead.w.offset(F::LAYOUT.span_offset(ahead.span as usize)).cast::<U32x4>();
                 let units = units_of::<F>(ahead.span, self.n_groups);
                 let vectors = units * (ROWS * F::LAYOUT.unit_bytes / 16) as u32;
@@ -442,7 +444,7 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn unpack<const S: usize>(&self, read: u32, span: u32, slot: u32) {
-            let raw = (read % RAW_STAGES * C::SLOTS + self.slot) * raw_bytes::<F>();
+            let raw = (read % C::RAW_STAGES * C::SLOTS + self.slot) * raw_bytes::<F>();
             let units = units_of::<F>(span, self.n_groups);
             let words = match F::LAYOUT.unit_bytes {
                 16 => load_row::<F, U32x4>(Shared::<F, C>::raw().cast(), raw, units),
@@ -500,8 +502,7 @@ mod gpu {
             let is_last = team == teams::<C>() - 1;
             let (mut i, step) = Work::walk();
             let mut ahead = Ahead { item: i, span: 0, w: self.work.parts[0].w, asked: 0 };
-            if is_last {
-                self.ask(&mut ahead);
+            while is_last && ahead.asked < C::RAW_STAGES && ahead.item < self.work.n_items {
                 self.ask(&mut ahead);
             }
             let n_stages = self.n_groups.div_ceil(STAGE_GROUPS as u32);
@@ -522,7 +523,7 @@ mod gpu {
                 let columns = tile.columns(self.work.x, block, self.work.n_k16);
                 let mut span = 0;
                 while span < self.n_spans {
-                    let (raw_stage, parity) = (read % RAW_STAGES, read / RAW_STAGES % 2);
+                    let (raw_stage, parity) = (read % C::RAW_STAGES, read / C::RAW_STAGES % 2);
                     Shared::<F, C>::raw_full(self.slot, raw_stage).wait(parity);
                     unroll!(S in 0..4 {
                         if span * SPAN_STAGES + (S as u32) < n_stages {
@@ -537,7 +538,7 @@ mod gpu {
                             place = place.next::<Shared<F, C>>();
                         }
                     });
-                    // The last team asks for the span after the next, once nobody reads this one.
+                    // The last team asks for another span in this one's place, once nobody reads it.
                     warp::sync_warp();
                     if is_last {
                         Shared::<F, C>::raw_read(self.slot, raw_stage).wait(parity);
@@ -703,16 +704,18 @@ mod gpu {
         n_across: u32,
         n_items: u32,
     ) {
-        const { assert!(layout::<F, C>().stages >= 2 && 2 * RAW_STAGES * C::SLOTS <= 16) };
+        const { assert!(layout::<F, C>().stages >= 2 && 2 * C::RAW_STAGES * C::SLOTS <= 16) };
         let thread = thread::thread_idx_x();
         if thread == 0 {
             Shared::<F, C>::init(2 * C::SLOTS, CONSUMERS);
             let mut slot = 0;
             while slot < C::SLOTS {
-                unroll!(S in 0..2 {
-                    Shared::<F, C>::raw_full(slot, S as u32).init(1);
-                    Shared::<F, C>::raw_read(slot, S as u32).init(teams::<C>() - 1);
-                });
+                let mut stage = 0;
+                while stage < C::RAW_STAGES {
+                    Shared::<F, C>::raw_full(slot, stage).init(1);
+                    Shared::<F, C>::raw_read(slot, stage).init(teams::<C>() - 1);
+                    stage += 1;
+                }
                 slot += 1;
             }
         }
@@ -799,17 +802,19 @@ for_each_weight_format!(entries);
 
 #[cfg(not(target_arch = "nvptx64"))]
 mod host {
-    use alloc::{vec, vec::Vec};
+    use alloc::{boxed::Box, vec, vec::Vec};
 
-    use quant::{FormatId, info};
+    use quant::{FormatId, info, with_format};
 
     use super::{Flat, Form, Square, THREADS, Wide, entry, rows};
-    use crate::case::{Buffer, Kernel, Problem, Random, Tiers, bytes_of};
+    use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
     use crate::driver::DeviceInfo;
     use crate::kernels::float_case;
+    use crate::kernels::mmvq::Weights;
     use crate::kernels::product::{Glu, Matrix, with_gate, with_parts};
     use crate::kernels::round_act::{self, SortedPairs};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+    use crate::tile;
 
     /// How the work is cut into tiles. Every cut gives the same bits.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -832,12 +837,12 @@ mod host {
             }
         }
 
-        /// What a tile takes, in cycles for 64 of k: as predicted (`benches/NOTES.md`), not yet measured.
-        const fn cycles(self) -> usize {
+        /// What a tile takes, in nanoseconds for 64 of k, measured on an H100 (`benches/NOTES.md`).
+        const fn time(self) -> usize {
             match self {
-                Cut::Square => 800,
-                Cut::Flat => 500,
-                Cut::Wide => 1350,
+                Cut::Square => 585,
+                Cut::Flat => 387,
+                Cut::Wide => 890,
             }
         }
 
@@ -849,7 +854,7 @@ mod host {
                 let (rows, parts) = if args.glu.is_some() { (rows / 2, 1) } else { (rows, args.parts.len()) };
                 let down: usize = args.parts[..parts].iter().map(|part| part.n_rows.div_ceil(rows)).sum();
                 let across = args.mixture.map_or(args.n_cols.div_ceil(cols), |sorted| sorted.n_tiles);
-                (down * across).div_ceil(n_sm) * cut.cycles()
+                (down * across).div_ceil(n_sm) * cut.time()
             };
             let cuts: &[Cut] = match args.mixture {
                 None => &[Cut::Square, Cut::Flat, Cut::Wide],
@@ -935,6 +940,8 @@ mod host {
         pub cut: Cut,
         /// Multiprocessors that the launch counts on.
         pub n_sm: u32,
+        /// Whether the result is compared with that of [`Cut::Square`], bit for bit.
+        pub against: bool,
     }
 
     const Q4_0: FormatId = FormatId::Q4_0;
@@ -943,7 +950,13 @@ mod host {
 
     /// Without extras, on few multiprocessors, so that a CTA has several tiles.
     const fn plain(format: FormatId, cut: Cut, n_rows: &'static [usize], k: usize, n_cols: usize) -> Case {
-        Case { product: float_case::Case::plain(format, n_rows, k, n_cols), cut, n_sm: 2 }
+        let product = float_case::Case::plain(format, n_rows, k, n_cols);
+        Case { product, cut, n_sm: 2, against: false }
+    }
+
+    /// [`plain`] compared with the square cut.
+    const fn against(format: FormatId, cut: Cut, n_rows: &'static [usize], k: usize, n_cols: usize) -> Case {
+        Case { against: true, ..plain(format, cut, n_rows, k, n_cols) }
     }
 
     /// With biases and residuals, of a gated pair if there is an activation, of a mixture of experts if there are any.
@@ -961,7 +974,7 @@ mod host {
         Case { product: float_case::Case { glu: Some(Glu::Silu), ..case.product }, ..case }
     }
 
-    /// Every format, then the edges of tiles, stages, spans and the ring, and each extra.
+    /// Every format, then the edges of tiles, stages, spans and the ring, and each extra; last the cuts against each other.
     const CASES: &[Case] = {
         const EDGES: &[Case] = &[
             plain(Q4_0, Cut::Square, &[127], 32, 1),
@@ -978,6 +991,10 @@ mod host {
             added(plain(Q4_0, Cut::Wide, &[70; 2], 320, 280), Some(Glu::Silu), None),
             added(plain(FormatId::Q5_0, Cut::Square, &[40, 16], 160, 190), None, Some((5, 2))),
             added(plain(FormatId::MXFP4, Cut::Flat, &[70; 2], 64, 140), Some(Glu::Silu), Some((2, 1))),
+            against(Q4_0, Cut::Flat, &[140], 1184, 150),
+            against(Q4_0, Cut::Wide, &[140], 1184, 290),
+            against(Q4_K, Cut::Flat, &[70], 768, 20),
+            against(Q4_K, Cut::Wide, &[70], 768, 130),
         ];
         const N: usize = super::FORMATS.len();
         let mut cases = [EDGES[0]; N + EDGES.len()];
@@ -1029,7 +1046,10 @@ mod host {
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ENTRIES];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { product, cut, n_sm } = *case;
+            let Case { product, cut, n_sm, against } = *case;
+            if against {
+                return comparison(case, random);
+            }
             let float_case::Case { format, k, n_cols, glu, .. } = product;
             let device = DeviceInfo { n_sm, ..DeviceInfo::default() };
             let columns = product.experts.map_or(n_cols, |_| product.max_tiles() * product.tile_cols());
@@ -1068,6 +1088,38 @@ mod host {
 
         fn flops(case: &Case) -> u64 {
             case.product.flops()
+        }
+    }
+
+    /// A product of one matrix by `Cut::Square` and by the case's, which must give equal bits.
+    fn comparison(case: &Case, random: &mut Random) -> Problem {
+        let Case { product: float_case::Case { format, n_rows, k, n_cols, .. }, cut, n_sm, .. } = *case;
+        let n_rows = n_rows[0];
+        let (raw, _) =
+            with_format(format, Weights(random, n_rows * k)).expect("cases name formats of weights");
+        let x = random.values(n_cols * k);
+        let (tiles_bytes, bytes) = (round_act::tiles_bytes(n_cols, k), 4 * n_rows * n_cols);
+        let device = DeviceInfo { n_sm, ..DeviceInfo::default() };
+        Problem {
+            buffers: vec![
+                Buffer::Input(bytes_of(&x)),
+                Buffer::Input(tile::pack(format, &raw, n_rows, k)),
+                Buffer::Output(Expected::Unchecked(tiles_bytes)),
+                Buffer::Output(Expected::Unchecked(4 * round_act::n_scales(n_cols))),
+                Buffer::Output(Expected::Unchecked(bytes)),
+                Buffer::Output(Expected::Same { buffer: 4, bytes }),
+            ],
+            launches: Box::new(move |at| {
+                let (w, tiles, scales, mixture) = (at[1], at[2], at[3], None);
+                let of_x = round_act::Args { format: FormatId::F16, x: at[0], tiles, n_cols, k, mixture };
+                let round = round_act::launch_scaled(&of_x, scales)?;
+                let by = |cut: Cut, y: DevicePtr| {
+                    let parts = &[Matrix { w, bias: DevicePtr::NULL, residual: DevicePtr::NULL, y, n_rows }];
+                    let (glu, device) = (None, &device);
+                    launch_as(&Args { format, parts, glu, x: tiles, scales, k, n_cols, mixture, device }, cut)
+                };
+                Ok(vec![round, by(Cut::Square, at[4])?, by(cut, at[5])?])
+            }),
         }
     }
 }
