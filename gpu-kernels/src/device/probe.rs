@@ -100,7 +100,7 @@ fn probe_wgmma(memory: Glb<u32>, x: u32) {
             $({
                 let mut sums = Sums::<$registers>::zero();
                 wgmma::fence();
-                wgmma::$name::shared::<false>(&mut sums, a, b);
+                wgmma::$name::shared::<true>(&mut sums, a, b);
                 wgmma::$name::registers::<true>(&mut sums, fragment, b.skip(2));
                 wgmma::commit();
                 sums.wait::<0>();
