@@ -39,6 +39,8 @@ pub enum Compute {
         layers: GpuLayers,
         /// Whether others may join where these have too little memory.
         others: bool,
+        /// Whether the CPU alone will not do.
+        required: bool,
     },
 }
 
@@ -48,20 +50,25 @@ impl Compute {
         if layers == Some(GpuLayers::Last(0)) && !require_gpu {
             return Ok(Compute::Cpu);
         }
-        match devices {
-            [Device::Cpu] if require_gpu => bail!("--require-gpu: --device cpu computes on the CPU"),
-            [Device::Cpu] => return Ok(Compute::Cpu),
-            _ => {}
-        }
-        let mut gpus = Vec::with_capacity(devices.len());
-        for device in devices {
-            let (name, opened) = match device {
+        for (i, device) in devices.iter().enumerate() {
+            match device {
                 Device::Auto | Device::Cpu if devices.len() > 1 => {
                     return Err(usage(
                         "--device: only GPUs share a model by name; the CPU takes what -ngl leaves",
                     ));
                 }
-                Device::Auto | Device::Cpu => ("cuda:0".to_owned(), open(0)),
+                Device::Cuda(index) if devices[..i].contains(device) => {
+                    return Err(usage(format!("--device: cuda:{index} twice")));
+                }
+                _ => {}
+            }
+        }
+        let mut gpus = Vec::with_capacity(devices.len());
+        for device in devices {
+            let (name, opened) = match device {
+                Device::Cpu if require_gpu => bail!("--require-gpu: --device cpu computes on the CPU"),
+                Device::Cpu => return Ok(Compute::Cpu),
+                Device::Auto => ("cuda:0".to_owned(), open(0)),
                 Device::Emu => ("emu".to_owned(), emulator()),
                 Device::Cuda(index) => (format!("cuda:{index}"), open(*index)),
             };
@@ -85,7 +92,8 @@ impl Compute {
             return Ok(Compute::Cpu);
         }
         let others = devices == [Device::Auto];
-        Ok(Compute::Gpus { gpus, layers: layers.unwrap_or(GpuLayers::Auto), others })
+        let layers = layers.unwrap_or(GpuLayers::Auto);
+        Ok(Compute::Gpus { gpus, layers, others, required: require_gpu })
     }
 
     /// Bytes a second that the first device's memory moves, measured; `None` for the CPU.
@@ -110,7 +118,7 @@ impl Compute {
     pub fn backend(&self, model: &Model, params: &ContextParams, threads: usize) -> Result<Box<dyn Backend>> {
         let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
         let pool: Arc<dyn Executor> = Arc::new(pool);
-        let Compute::Gpus { gpus, layers, others } = self else { return cpu(model, pool) };
+        let Compute::Gpus { gpus, layers, others, required } = self else { return cpu(model, pool) };
         let needs = Needs::of(model, params, &gpus[0].device.info())?;
         let n_layer = needs.n_layer();
         let mut gpus: Vec<&Gpu> = gpus.iter().collect();
@@ -134,7 +142,14 @@ impl Compute {
         let names = gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>().join(", ");
         let free_text = free.iter().map(|&free| ui::bytes(free)).collect::<Vec<_>>().join(" + ");
         if n == 0 {
-            ui::say(format!("{names}: not even one layer fits into {free_text} free; all are on the CPU"));
+            let why = match layers {
+                GpuLayers::Last(_) => "-ngl 0 leaves it no layer".to_owned(),
+                _ => format!("not even one layer fits into {free_text} free"),
+            };
+            if *required {
+                bail!("--require-gpu: {names}: {why}");
+            }
+            ui::say(format!("{names}: {why}; all are on the CPU"));
             return cpu(model, pool);
         }
         let Some(ranges) = needs.spread(n, &free) else {

@@ -85,9 +85,16 @@ fn several_gpus_share_the_layers() {
     assert_eq!(got, want);
     assert_eq!(said.matches("emu (emulator): 1 of 1 layers").count(), 1, "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
-    let wrong = run(&["run", MODEL, "hi", "--device", "emu,cpu"]);
-    assert_eq!(wrong.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&wrong.stderr).contains("only GPUs share a model"));
+    for (args, code, says) in [
+        (&["--device", "emu,cpu"][..], 2, "only GPUs share a model"),
+        (&["--device", "cuda:1,cuda:0,cuda:1"], 2, "cuda:1 twice"),
+        (&["--device", "emu", "--require-gpu", "-ngl", "0"], 1, "-ngl 0 leaves it no layer"),
+    ] {
+        let wrong = run(&[&["run", MODEL, "hi"], args].concat());
+        let said = String::from_utf8_lossy(&wrong.stderr).into_owned();
+        assert_eq!(wrong.status.code(), Some(code), "{args:?}: {said}");
+        assert!(said.contains(says), "{args:?}: {said}");
+    }
 }
 
 #[test]

@@ -100,6 +100,7 @@ fn probe_wgmma(memory: Glb<u32>, x: u32) {
             $({
                 let mut sums = Sums::<$registers>::zero();
                 wgmma::fence();
+                // Adding: a product that sets its sums makes ptxas spill here, between shapes, as in no kernel.
                 wgmma::$name::shared::<true>(&mut sums, a, b);
                 wgmma::$name::registers::<true>(&mut sums, fragment, b.skip(2));
                 wgmma::commit();

@@ -1,8 +1,9 @@
 //! Matrix products of a warpgroup, 128 threads that start at a multiple of 128, which run beside its threads (sm_90a).
 //!
 //! `sums = a · b` or `sums += a · b`: A has 64 rows, B `N` columns, both 32 bytes of k (32 bytes, 16 f16 or bf16) in rows
-//! of k; or B, of two-byte elements, in rows of columns, where the shape's name ends in `T`. A thread's sums are `N / 2` registers: of every eight columns in turn the four that `mma`'s accumulators give a
-//! lane, for the 16 rows of its warp (`mma.rs`).
+//! of k; or B, of two-byte elements, in rows of columns, where the shape's name ends in `T`. A thread's sums are `N / 2`
+//! registers: of every eight columns in turn the four that `mma`'s accumulators give a lane, for the 16 rows of its warp
+//! (`mma.rs`).
 //!
 //! A round is: [`fence`], products, [`commit`]; later `wait` with the sums that it ends. Between, neither sums nor
 //! operands may be touched. Operands lie in shared memory ([`Operand`]) or, A, in registers ([`FragmentA`]).

@@ -109,6 +109,13 @@ const FIRST: usize = 5;
 /// Which of them is scratch.
 pub(crate) const SCRATCH: usize = 4;
 
+/// Sets scratch to what `make` makes of x: what the launch before the product would write.
+pub(crate) fn fill_scratch(problem: &mut Problem, make: impl FnOnce(&[f32]) -> Vec<u8>) {
+    let Buffer::Input(x) = &problem.buffers[0] else { unreachable!("x is an input") };
+    let x: Vec<f32> = x.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+    problem.buffers[SCRATCH] = Buffer::Input(make(&x));
+}
+
 /// The problem of a case. After the first buffers w, bias, residual and y of each matrix.
 pub(crate) fn problem(
     case: &Case,

@@ -544,18 +544,7 @@ mod host {
         let (params, n_ctas) =
             with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(rows_at_once))?;
         let grid_y = check.grid("row tiles", n_ctas as usize)?;
-        let (grid_x, n_cols, order, tiles) = match args.mixture {
-            None => {
-                let n_cols = check.size("n_cols", args.n_cols)?;
-                (n_cols.div_ceil(tile), n_cols, DevicePtr::NULL, DevicePtr::NULL)
-            }
-            Some(SortedPairs { order, tiles, n_tiles, .. }) => {
-                check.aligned("order", order, 4)?;
-                check.aligned("tiles", tiles, 16)?;
-                let n_tiles = check.size("n_tiles", n_tiles)?;
-                (n_tiles, n_tiles * tile, order, tiles)
-            }
-        };
+        let (grid_x, n_cols, [order, tiles]) = round_act::columns_of(check, args.n_cols, args.mixture, tile)?;
         let params = with_gate(params.with(args.x).with(order).with(tiles), args.glu);
         let params = params.with(k).with(n_cols);
         let entry = entry[usize::from(bf16)];

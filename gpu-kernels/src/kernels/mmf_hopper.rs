@@ -493,11 +493,8 @@ mod host {
                 Ok(if timing { vec![product] } else { vec![round, product] })
             });
             // The product alone is timed.
-            if timing && let Buffer::Input(x) = &problem.buffers[0] {
-                let x: Vec<f32> =
-                    x.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-                let tiles = round_act::reference(format, &x, k);
-                problem.buffers[float_case::SCRATCH] = Buffer::Input(bytes_of(&tiles));
+            if timing {
+                float_case::fill_scratch(&mut problem, |x| bytes_of(&round_act::reference(format, x, k)));
             }
             problem
         }

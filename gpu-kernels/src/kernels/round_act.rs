@@ -266,6 +266,27 @@ mod host {
         pub pairs_per_x: usize,
     }
 
+    /// The columns of a product on tiles of `cols` of them, as its kernel takes them: how many tiles, how many columns, and
+    /// a mixture's `order` and `tiles`, else null. Of a mixture `n_cols` is not used.
+    pub(crate) fn columns_of(
+        check: Check,
+        n_cols: usize,
+        mixture: Option<SortedPairs>,
+        cols: u32,
+    ) -> Result<(u32, u32, [DevicePtr; 2]), LaunchError> {
+        let Some(SortedPairs { order, tiles, n_tiles, tile_cols, .. }) = mixture else {
+            let n_cols = check.size("n_cols", n_cols)?;
+            return Ok((n_cols.div_ceil(cols), n_cols, [DevicePtr::NULL; 2]));
+        };
+        if tile_cols != cols as usize {
+            return Err(check.shape("tile_cols", "the cut's", tile_cols));
+        }
+        check.aligned("order", order, 4)?;
+        check.aligned("tiles", tiles, 16)?;
+        let n_tiles = check.size("n_tiles", n_tiles)?;
+        Ok((n_tiles, check.size("columns", n_tiles as usize * tile_cols)?, [order, tiles]))
+    }
+
     /// Arguments; see the contract. `format` is the weights': F16 or BF16. Of a mixture `n_cols` is not used.
     #[derive(Clone, Copy, Debug)]
     #[allow(missing_docs)] // the contract's names
