@@ -22,8 +22,8 @@
 //!   layout from which `wgmma` reads A: 16 bytes at a time, without bank conflicts. Teams of as many warps as the tile has
 //!   row tiles take stages in turn, so a warp has the time of two stages (of four) for one. Codes become f16 by a
 //!   byte permute, a subtraction and a product (an fma for an offset) for two weights.
-//! * Raw spans come by bulk copies, two or four a row tile, each a whole span ahead or three; codebooks lie in shared memory.
-//!   A team's lanes copy the stage's activations, which are core matrices in memory as in the stage.
+//! * Raw spans come by bulk copies, two a row tile, each a whole span ahead; codebooks lie in shared memory. A team's lanes
+//!   copy the stage's activations, which are core matrices in memory as in the stage.
 //! * Consumers, two warpgroups: A and B by descriptor, sums in registers over all of k. At the end of a span a warpgroup has
 //!   no products under way, since ptxas follows them through straight code only; the two take turns to begin one, so
 //!   that the other's fill that time.
@@ -51,6 +51,8 @@ pub const UP: f32 = 64.0;
 pub const MIXTURE_COLS: usize = 128;
 /// Threads of a CTA: two warpgroups of producers, two of consumers.
 pub const THREADS: u32 = 512;
+/// Raw spans of a row tile that lie in shared memory or are on their way.
+const RAW_STAGES: u32 = 2;
 /// Most shared memory of a CTA on Hopper.
 const MOST_BYTES: u32 = 227 << 10;
 /// Barriers: of up to 8 stages, and of raw spans.
@@ -63,8 +65,6 @@ pub trait Form: 'static {
     const SLOTS: u32;
     /// Columns.
     const COLS: u32;
-    /// Raw spans of a row tile that lie in shared memory or are on their way.
-    const RAW_STAGES: u32 = 2;
     /// Warpgroups side by side: the others are below each other.
     const ACROSS: u32 = 1;
 }
@@ -86,8 +86,6 @@ impl Form for Square {
 impl Form for Flat {
     const SLOTS: u32 = 2;
     const COLS: u32 = 128;
-    /// Short prompts take this cut: their spans come from memory, and a tile takes half of a square's time for one.
-    const RAW_STAGES: u32 = 4;
     const ACROSS: u32 = 2;
 }
 impl Form for Wide {
@@ -128,7 +126,7 @@ struct Layout {
 }
 
 const fn layout<F: BlockFormat + Tiled, C: Form>() -> Layout {
-    let raw = C::RAW_STAGES * C::SLOTS * raw_bytes::<F>();
+    let raw = RAW_STAGES * C::SLOTS * raw_bytes::<F>();
     let (finished, book) = (2 * 4 * PIECE_ELEMS, book_bytes(F::BOOK));
     let rest = raw + finished + book + BARRIERS_BYTES;
     // As many stages as fit.
@@ -297,7 +295,7 @@ mod gpu {
         #[inline(always)]
         fn raw() -> Smem<u32> {
             let at = const { layout::<F, C>().raw };
-            Smem::dynamic(at, C::RAW_STAGES * C::SLOTS * raw_bytes::<F>() / 4)
+            Smem::dynamic(at, RAW_STAGES * C::SLOTS * raw_bytes::<F>() / 4)
         }
 
         #[inline(always)]
@@ -309,14 +307,14 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn raw_full(slot: u32, stage: u32) -> Mbarrier {
-            Mbarrier::at(Self::barriers(), RING_BARRIERS + C::RAW_STAGES * slot + stage)
+            Mbarrier::at(Self::barriers(), RING_BARRIERS + RAW_STAGES * slot + stage)
         }
 
         /// Ends its phase when all teams but the last have read it.
         #[inline(always)]
         #[track_caller]
         fn raw_read(slot: u32, stage: u32) -> Mbarrier {
-            Mbarrier::at(Self::barriers(), RING_BARRIERS + C::RAW_STAGES * (C::SLOTS + slot) + stage)
+            Mbarrier::at(Self::barriers(), RING_BARRIERS + RAW_STAGES * (C::SLOTS + slot) + stage)
         }
     }
 
@@ -422,7 +420,7 @@ mod gpu {
                 return;
             }
             if thread::lane_id() == 0 {
-                let stage = ahead.asked % C::RAW_STAGES;
+                let stage = ahead.asked % RAW_STAGES;
                 let source = ahead.w.offset(F::LAYOUT.span_offset(ahead.span as usize)).cast::<U32x4>();
                 let units = units_of::<F>(ahead.span, self.n_groups);
                 let vectors = units * (ROWS * F::LAYOUT.unit_bytes / 16) as u32;
@@ -444,7 +442,7 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn unpack<const S: usize>(&self, read: u32, span: u32, slot: u32) {
-            let raw = (read % C::RAW_STAGES * C::SLOTS + self.slot) * raw_bytes::<F>();
+            let raw = (read % RAW_STAGES * C::SLOTS + self.slot) * raw_bytes::<F>();
             let units = units_of::<F>(span, self.n_groups);
             let words = match F::LAYOUT.unit_bytes {
                 16 => load_row::<F, U32x4>(Shared::<F, C>::raw().cast(), raw, units),
@@ -502,7 +500,7 @@ mod gpu {
             let is_last = team == teams::<C>() - 1;
             let (mut i, step) = Work::walk();
             let mut ahead = Ahead { item: i, span: 0, w: self.work.parts[0].w, asked: 0 };
-            while is_last && ahead.asked < C::RAW_STAGES && ahead.item < self.work.n_items {
+            while is_last && ahead.asked < RAW_STAGES && ahead.item < self.work.n_items {
                 self.ask(&mut ahead);
             }
             let n_stages = self.n_groups.div_ceil(STAGE_GROUPS as u32);
@@ -523,7 +521,7 @@ mod gpu {
                 let columns = tile.columns(self.work.x, block, self.work.n_k16);
                 let mut span = 0;
                 while span < self.n_spans {
-                    let (raw_stage, parity) = (read % C::RAW_STAGES, read / C::RAW_STAGES % 2);
+                    let (raw_stage, parity) = (read % RAW_STAGES, read / RAW_STAGES % 2);
                     Shared::<F, C>::raw_full(self.slot, raw_stage).wait(parity);
                     unroll!(S in 0..4 {
                         if span * SPAN_STAGES + (S as u32) < n_stages {
@@ -704,14 +702,14 @@ mod gpu {
         n_across: u32,
         n_items: u32,
     ) {
-        const { assert!(layout::<F, C>().stages >= 2 && 2 * C::RAW_STAGES * C::SLOTS <= 16) };
+        const { assert!(layout::<F, C>().stages >= 2 && 2 * RAW_STAGES * C::SLOTS <= 16) };
         let thread = thread::thread_idx_x();
         if thread == 0 {
             Shared::<F, C>::init(2 * C::SLOTS, CONSUMERS);
             let mut slot = 0;
             while slot < C::SLOTS {
                 let mut stage = 0;
-                while stage < C::RAW_STAGES {
+                while stage < RAW_STAGES {
                     Shared::<F, C>::raw_full(slot, stage).init(1);
                     Shared::<F, C>::raw_read(slot, stage).init(teams::<C>() - 1);
                     stage += 1;
