@@ -21,7 +21,8 @@ usage: runik-gpu-host --socket PATH [options]
 
   --socket PATH      unix socket to listen on; for vsock-style VMMs the guest's port is part of it: PATH_5000
   --ram FILE         the guest's RAM (QEMU: memory-backend-file,share=on), for copies in place
-  --device NAME      emu: the emulator on this machine's cores (default); cuda or cuda:N: an NVIDIA GPU
+  --device NAME      emu: the emulator on this machine's cores (default), emu:90 as a GPU of Hopper; cuda or cuda:N: an
+                     NVIDIA GPU
   --memory BYTES     device memory that the guest may have at most
   --user UID:GID     become this user before a guest is listened to
   --metrics FILE     write counters there, in Prometheus' format, every second and at the end
@@ -79,6 +80,7 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Option<Args>, String> {
 fn open(device: &str) -> Result<Box<dyn Driver>, String> {
     match device {
         "emu" => Ok(Box::new(Emulator::new(Options::default()))),
+        "emu:90" => Ok(Box::new(Emulator::new(Options { sm: 90, ..Options::default() }))),
         other => hosted(other),
     }
 }

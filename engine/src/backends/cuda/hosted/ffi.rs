@@ -39,7 +39,11 @@ pub(super) mod attribute {
 /// `CUfunction_attribute`.
 pub(super) const FUNC_SHARED_SIZE_BYTES: i32 = 1;
 pub(super) const FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES: i32 = 8;
+pub(super) const FUNC_PREFERRED_SHARED_MEMORY_CARVEOUT: i32 = 9;
 pub(super) const FUNC_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: i32 = 14;
+/// Values of it: the driver's choice, and as much as can be shared memory.
+pub(super) const CARVEOUT_DEFAULT: i32 = -1;
+pub(super) const CARVEOUT_MAX_SHARED: i32 = 100;
 
 /// `CUjit_option`.
 pub(super) const JIT_ERROR_LOG_BUFFER: i32 = 5;

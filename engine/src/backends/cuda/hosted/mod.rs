@@ -242,6 +242,7 @@ impl Hosted {
                 add(ffi::LAUNCH_ATTRIBUTE_COOPERATIVE, [1, 0, 0]);
             }
             if early {
+                function.share_evenly(launch, self.info.n_sm);
                 add(ffi::LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]);
             }
             if launch.cluster > 1 {

@@ -16,6 +16,8 @@ use super::ffi::{self, Handle};
 const PLAIN_SMEM_BYTES: u32 = 48 << 10;
 /// Largest cluster that every kernel may have without asking.
 const PLAIN_CLUSTER: u32 = 8;
+/// Most CTAs per multiprocessor of a launch that is short enough for its start and end to matter.
+const SHORT_LAUNCH_CTAS: u32 = 4;
 /// Room for the messages of the driver's compiler.
 const JIT_LOG_BYTES: usize = 8 << 10;
 
@@ -33,6 +35,8 @@ pub(super) struct Function {
     large_smem: AtomicBool,
     /// Whether it may already have larger clusters.
     large_clusters: AtomicBool,
+    /// Whether it asks for as much shared memory as there is, and little first-level cache.
+    mostly_shared: AtomicBool,
 }
 
 // SAFETY: modules and functions of the driver's belong to a context, not to a thread, and its functions may be called
@@ -103,7 +107,8 @@ impl Module {
 
 impl Function {
     fn new(raw: Handle) -> Function {
-        Function { raw, large_smem: AtomicBool::new(false), large_clusters: AtomicBool::new(false) }
+        let [large_smem, large_clusters, mostly_shared] = [const { AtomicBool::new(false) }; 3];
+        Function { raw, large_smem, large_clusters, mostly_shared }
     }
 
     /// Asks for what a launch needs beyond what every kernel may have.
@@ -124,6 +129,20 @@ impl Function {
             self.large_clusters.store(true, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Before a launch that may start while the one before it runs: short ones all ask for the same division of a
+    /// multiprocessor's memory into first-level cache and shared memory, since to change it the multiprocessor must be empty.
+    /// On an H100 a token of 8B takes 2 to 4 % less; prompts take 2 % more without that cache.
+    pub(super) fn share_evenly(&self, launch: &Launch, n_sm: u32) {
+        let ctas = launch.grid.iter().fold(1, |ctas: u32, &n| ctas.saturating_mul(n));
+        let short = ctas <= SHORT_LAUNCH_CTAS * n_sm;
+        if self.mostly_shared.swap(short, Ordering::Relaxed) != short {
+            let value = if short { ffi::CARVEOUT_MAX_SHARED } else { ffi::CARVEOUT_DEFAULT };
+            // A preference: a driver that does not take it says so, and nothing is lost.
+            // SAFETY: a function of a loaded module.
+            unsafe { ffi::cuFuncSetAttribute(self.raw, ffi::FUNC_PREFERRED_SHARED_MEMORY_CARVEOUT, value) };
+        }
     }
 
     /// Where each of the kernel's arguments lies in a buffer of all.
