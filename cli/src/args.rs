@@ -74,6 +74,19 @@ pub struct EngineArgs {
     /// Threads [default: physical cores available]
     #[arg(short = 't', long, value_name = "N", value_parser = count)]
     pub threads: Option<usize>,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
+    /// Format of cached keys (-ctk)
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_k: FormatId,
+    /// Format of cached values (-ctv)
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_v: FormatId,
+}
+
+/// What is computed where.
+#[derive(Args, Clone, Debug)]
+pub struct PlacementArgs {
     /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one. Several GPUs, cuda:0,cuda:1, share the
     /// layers
     #[arg(long, value_name = "DEVICE,…", default_value = "auto", value_delimiter = ',', value_parser = Device::parse)]
@@ -81,15 +94,29 @@ pub struct EngineArgs {
     /// Layers on the GPU: a number, auto or all (-ngl) [default: auto]
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = GpuLayers::parse)]
     pub gpu_layers: Option<GpuLayers>,
+    #[command(flatten)]
+    pub weights: WeightArgs,
     /// Fail unless a GPU computes
     #[arg(long)]
     pub require_gpu: bool,
-    /// Format of cached keys (-ctk)
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
-    pub cache_type_k: FormatId,
-    /// Format of cached values (-ctv)
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
-    pub cache_type_v: FormatId,
+}
+
+/// Weights that are elsewhere than their layer, and who multiplies with those of the host.
+#[derive(Args, Clone, Debug)]
+pub struct WeightArgs {
+    /// Device of tensors by their names, ffn_.*_exps=cpu, wherever their layer is (-ot); may be repeated, the first regex
+    /// that matches counts
+    #[arg(long, value_name = "RE=DEV,…", value_delimiter = ',', value_parser = tensor_device)]
+    pub override_tensor: Vec<(Regex, Device)>,
+    /// All experts' weights on the CPU (-cmoe)
+    #[arg(long)]
+    pub cpu_moe: bool,
+    /// Experts' weights of the first N layers on the CPU (-ncmoe)
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub n_cpu_moe: Option<usize>,
+    /// Multiply prompts on the CPU too where weights are there, instead of bringing them to the GPU
+    #[arg(long)]
+    pub no_op_offload: bool,
 }
 
 /// Where text comes from.
@@ -336,16 +363,8 @@ pub struct BenchArgs {
     /// Tokens computed at once
     #[arg(short = 'b', long, alias = "ubatch-size", value_name = "N", default_value = "512", value_parser = count)]
     pub batch_size: usize,
-    /// Where to compute: cpu, cuda, cuda:I, emu, or auto: a GPU if there is one. Several GPUs, cuda:0,cuda:1, share the
-    /// layers
-    #[arg(long, value_name = "DEVICE,…", default_value = "auto", value_delimiter = ',', value_parser = Device::parse)]
-    pub device: Vec<Device>,
-    /// Layers on the GPU: a number, auto or all (-ngl) [default: auto]
-    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = GpuLayers::parse)]
-    pub gpu_layers: Option<GpuLayers>,
-    /// Fail unless a GPU computes
-    #[arg(long)]
-    pub require_gpu: bool,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
     /// Format of cached keys (-ctk)
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_k: FormatId,
@@ -378,6 +397,14 @@ pub struct InspectArgs {
     /// Context size for the memory plan; 0 = the model's own [default: the model's, at most 4096]
     #[arg(short = 'c', long, value_name = "N", value_parser = count)]
     pub ctx_size: Option<usize>,
+    /// Show what would be on each device too: cpu, cuda, cuda:I, emu or auto, or several GPUs
+    #[arg(long, value_name = "DEVICE,…", value_delimiter = ',', value_parser = Device::parse)]
+    pub device: Vec<Device>,
+    /// Layers on the GPU: a number, auto or all (-ngl) [default: auto]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = GpuLayers::parse)]
+    pub gpu_layers: Option<GpuLayers>,
+    #[command(flatten)]
+    pub weights: WeightArgs,
     /// Format of cached keys (-ctk)
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_k: FormatId,
@@ -463,6 +490,17 @@ pub enum Device {
     Cuda(u32),
     /// The GPU back end on the emulator.
     Emu,
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Auto => f.write_str("auto"),
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(index) => write!(f, "cuda:{index}"),
+            Device::Emu => f.write_str("emu"),
+        }
+    }
 }
 
 impl Device {
@@ -554,9 +592,29 @@ fn tensor_type(text: &str) -> Result<(Regex, FormatId), String> {
     Ok((pattern, format(name)?))
 }
 
+/// A pattern of names and a device; llama.cpp's names of devices (CPU, CUDA0) will do.
+fn tensor_device(text: &str) -> Result<(Regex, Device), String> {
+    let (pattern, name) = text.rsplit_once('=').ok_or("expected REGEX=DEVICE")?;
+    let pattern = Regex::new(pattern).map_err(|e| format!("bad pattern: {e}"))?;
+    let name = name.to_lowercase();
+    let device = match name.strip_prefix("cuda") {
+        Some(index) if index.starts_with(|c: char| c.is_ascii_digit()) => {
+            Device::parse(&format!("cuda:{index}"))
+        }
+        _ => Device::parse(&name),
+    };
+    match device {
+        Ok(Device::Auto) | Err(_) => Err(format!("'{name}' is no device: expected cpu, cuda, cuda:I or emu")),
+        Ok(device) => Ok((pattern, device)),
+    }
+}
+
 /// Flags of llama.cpp that clap cannot spell.
 const LONG_SHORTS: &[(&str, &str)] = &[
     ("-ngl", "--gpu-layers"),
+    ("-ot", "--override-tensor"),
+    ("-cmoe", "--cpu-moe"),
+    ("-ncmoe", "--n-cpu-moe"),
     ("-ctk", "--cache-type-k"),
     ("-ctv", "--cache-type-v"),
     ("-ub", "--batch-size"),
@@ -638,6 +696,18 @@ mod tests {
             expand(args.into_iter()),
             ["runik", "run", "--gpu-layers", "all", "--", "-ngl"].map(OsString::from)
         );
+    }
+
+    #[test]
+    fn tensors_have_devices_by_pattern() {
+        let device = |text: &str| tensor_device(text).map(|(pattern, device)| (pattern.to_string(), device));
+        assert_eq!(device("exps=cpu"), Ok(("exps".to_owned(), Device::Cpu)));
+        assert_eq!(device("a=b=CUDA12"), Ok(("a=b".to_owned(), Device::Cuda(12))));
+        assert_eq!(device("x=cuda:1"), Ok(("x".to_owned(), Device::Cuda(1))));
+        assert_eq!(device("x=cuda"), Ok(("x".to_owned(), Device::Cuda(0))));
+        for bad in ["exps", "exps=", "exps=auto", "exps=tpu", "exps=cuda1x", "(=cpu"] {
+            assert!(device(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! said about it. A GPU that is missing is no silent matter: a line says that the CPU computes, and `--require-gpu` makes
 //! it an error.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -9,17 +10,20 @@ use anyhow::{Context as _, Result, bail};
 use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
 use engine::backends::cuda::needs::Share;
-use engine::backends::cuda::{self, Cuda, Needs};
-use engine::backends::split::{Placement, Split};
+use engine::backends::cuda::{self, Cuda, Needs, Site, Streaming};
+use engine::backends::split::{Offload, Placement, Split};
 use engine::models::StepShape;
 use engine::pool::Pool;
 use engine::{ContextParams, Executor, Model};
+use serde_json::{Value, json};
 
-use crate::args::{Device, GpuLayers};
+use crate::args::{Device, GpuLayers, PlacementArgs};
 use crate::exit::usage;
+use crate::overrides::Overrides;
 use crate::ui;
 
 /// A GPU, real or emulated.
+#[derive(Clone)]
 pub struct Gpu {
     /// What the user calls it.
     name: String,
@@ -28,129 +32,111 @@ pub struct Gpu {
 }
 
 /// What was found to compute on.
-pub enum Compute {
-    /// The host's processor.
-    Cpu,
-    /// GPUs.
-    Gpus {
-        /// In the order in which they get layers; one at least.
-        gpus: Vec<Gpu>,
-        /// Layers that go to them.
-        layers: GpuLayers,
-        /// Whether others may join where these have too little memory.
-        others: bool,
-        /// Whether the CPU alone will not do.
-        required: bool,
-    },
+pub struct Compute {
+    /// GPUs in the order in which they get layers; none if the host's processor computes.
+    gpus: Vec<Gpu>,
+    /// Layers that go to them.
+    layers: GpuLayers,
+    /// Whether others may join where these have too little memory.
+    others: bool,
+    /// Whether the CPU alone will not do.
+    required: bool,
+    /// Weights that are elsewhere than their layer.
+    overrides: Overrides,
+    /// Whether GPUs multiply prompts with weights of the host.
+    offload: bool,
+}
+
+/// What goes where on GPUs, known before anything is loaded.
+pub struct Plan {
+    /// Those that have something.
+    gpus: Vec<Planned>,
+    n_layer: usize,
+    /// Layers that they have; more than there are: the rest of the model too.
+    n: usize,
+    /// Who has single weights; GPUs counted among those of the plan.
+    sites: BTreeMap<u32, Site>,
+    /// Weights and their bytes that are kept on the host.
+    on_host: (usize, u64),
+    /// Whether products of prompts bring weights from the host.
+    offload: bool,
+}
+
+/// What a GPU has.
+struct Planned {
+    gpu: Gpu,
+    layers: Range<usize>,
+    share: Share,
+    free_bytes: u64,
 }
 
 impl Compute {
     /// The devices that the arguments come to.
-    pub fn choose(devices: &[Device], layers: Option<GpuLayers>, require_gpu: bool) -> Result<Compute> {
-        if layers == Some(GpuLayers::Last(0)) && !require_gpu {
-            return Ok(Compute::Cpu);
-        }
-        for (i, device) in devices.iter().enumerate() {
-            match device {
-                Device::Auto | Device::Cpu if devices.len() > 1 => {
-                    return Err(usage(
-                        "--device: only GPUs share a model by name; the CPU takes what -ngl leaves",
-                    ));
-                }
-                Device::Cuda(index) if devices[..i].contains(device) => {
-                    return Err(usage(format!("--device: cuda:{index} twice")));
-                }
-                _ => {}
-            }
-        }
-        let mut gpus = Vec::with_capacity(devices.len());
-        for device in devices {
-            let (name, opened) = match device {
-                Device::Cpu if require_gpu => bail!("--require-gpu: --device cpu computes on the CPU"),
-                Device::Cpu => return Ok(Compute::Cpu),
-                Device::Auto => ("cuda:0".to_owned(), open(0)),
-                Device::Emu => ("emu".to_owned(), emulator()),
-                Device::Cuda(index) => (format!("cuda:{index}"), open(*index)),
-            };
-            match opened {
-                Ok(device) => gpus.push(Gpu { name, device }),
-                Err(why) if require_gpu => bail!("--require-gpu: {why}"),
-                Err(why) => {
-                    // Who asked for a GPU is told; who did not gets what there is.
-                    if *device != Device::Auto || layers.is_some() {
-                        let instead = if devices.len() == 1 {
-                            "all layers are on the CPU"
-                        } else {
-                            "its layers are elsewhere"
-                        };
-                        ui::say(format!("{name}: {why}; {instead}"));
-                    }
-                }
-            }
-        }
-        if gpus.is_empty() {
-            return Ok(Compute::Cpu);
-        }
-        let others = devices == [Device::Auto];
-        let layers = layers.unwrap_or(GpuLayers::Auto);
-        Ok(Compute::Gpus { gpus, layers, others, required: require_gpu })
+    pub fn choose(args: &PlacementArgs) -> Result<Compute> {
+        let no_layer = args.gpu_layers == Some(GpuLayers::Last(0)) && !args.require_gpu;
+        let only_host = args.weights.override_tensor.iter().all(|(_, device)| *device == Device::Cpu);
+        let gpus = if no_layer && only_host { Vec::new() } else { gpus(args)? };
+        let names: Vec<&str> = gpus.iter().map(|gpu| gpu.name.as_str()).collect();
+        Ok(Compute {
+            overrides: Overrides::new(&args.weights, &names)?,
+            layers: args.gpu_layers.unwrap_or(GpuLayers::Auto),
+            others: args.device == [Device::Auto],
+            required: args.require_gpu,
+            offload: !args.weights.no_op_offload,
+            gpus,
+        })
     }
 
     /// Bytes a second that the first device's memory moves, measured; `None` for the CPU.
     pub fn peak_bytes_per_s(&self) -> Result<Option<f64>> {
-        match self {
-            Compute::Cpu => Ok(None),
-            Compute::Gpus { gpus, .. } => Ok(Some(cuda::copy_bytes_per_s(&gpus[0].device)?)),
-        }
+        Ok(self.gpus.first().map(|gpu| cuda::copy_bytes_per_s(&gpu.device)).transpose()?)
     }
 
     /// The devices' names, for reports; empty for the CPU.
     pub fn gpu_name(&self) -> String {
-        match self {
-            Compute::Cpu => String::new(),
-            Compute::Gpus { gpus, .. } => {
-                gpus.iter().map(|gpu| gpu.device.info().name).collect::<Vec<_>>().join(" + ")
-            }
-        }
+        self.gpus.iter().map(|gpu| gpu.device.info().name).collect::<Vec<_>>().join(" + ")
     }
 
-    /// A backend for a model, its weights in place.
-    pub fn backend(&self, model: &Model, params: &ContextParams, threads: usize) -> Result<Box<dyn Backend>> {
-        let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
-        let pool: Arc<dyn Executor> = Arc::new(pool);
-        let Compute::Gpus { gpus, layers, others, required } = self else { return cpu(model, pool) };
-        let needs = Needs::of(model, params, &gpus[0].device.info())?;
+    /// Whether what the user says of single weights fits a model, ahead of all else.
+    pub fn check(&self, model: &Model) -> Result<()> {
+        self.overrides.sites(model).map(drop)
+    }
+
+    /// What goes where; `None` if all is on the CPU, which is said if GPUs were to compute.
+    pub fn plan(&self, model: &Model, params: &ContextParams) -> Result<Option<Plan>> {
+        let sites = self.overrides.sites(model)?;
+        let Some(first) = self.gpus.first() else { return Ok(None) };
+        let needs = Needs::of(model, params, &first.device.info(), &sites, self.offload)?;
         let n_layer = needs.n_layer();
-        let mut gpus: Vec<&Gpu> = gpus.iter().collect();
+        let mut gpus = self.gpus.clone();
         let mut fits = needs.most_layers(&free_bytes(&gpus));
         // The first GPU alone, or all there are.
-        let enough = match *layers {
+        let enough = match self.layers {
             GpuLayers::Last(n) => n.min(n_layer + 1) <= fits,
             GpuLayers::Auto | GpuLayers::All => fits > n_layer,
         };
-        let more = if *others && !enough { other_gpus() } else { Vec::new() };
-        gpus.extend(&more);
-        let free = free_bytes(&gpus);
-        if !more.is_empty() {
-            fits = needs.most_layers(&free);
+        if self.others && !enough {
+            gpus.extend(other_gpus());
+            fits = needs.most_layers(&free_bytes(&gpus));
         }
-        let n = match *layers {
+        let free = free_bytes(&gpus);
+        let n = match self.layers {
             GpuLayers::Auto => fits,
             GpuLayers::All => n_layer + 1,
             GpuLayers::Last(n) => n.min(n_layer + 1),
         };
         let names = gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>().join(", ");
         let free_text = free.iter().map(|&free| ui::bytes(free)).collect::<Vec<_>>().join(" + ");
-        if n == 0 {
-            let why = match layers {
+        if n == 0 && needs.apart.is_empty() {
+            let why = match self.layers {
                 GpuLayers::Last(_) => "-ngl 0 leaves it no layer".to_owned(),
                 _ => format!("not even one layer fits into {free_text} free"),
             };
-            if *required {
+            if self.required {
                 bail!("--require-gpu: {names}: {why}");
             }
             ui::say(format!("{names}: {why}; all are on the CPU"));
-            return cpu(model, pool);
+            return Ok(None);
         }
         let Some(ranges) = needs.spread(n, &free) else {
             bail!(
@@ -160,27 +146,41 @@ impl Compute {
                 parts(&needs.share(n)),
             );
         };
-        // A GPU without a layer has nothing to do.
-        let chosen = gpus.iter().zip(&ranges).zip(&free).filter(|((_, range), _)| !range.is_empty());
-        let chosen: Vec<((&Gpu, Range<usize>), u64)> =
-            chosen.map(|((gpu, range), free)| ((*gpu, range.clone()), *free)).collect();
-        for ((gpu, range), free) in &chosen {
-            let on = match (chosen.len(), n > n_layer) {
-                (1, true) => "all layers".to_owned(),
-                _ => format!("{} of {n_layer} layers", range.len()),
-            };
-            // Of one device the plan is that of all its layers, which is what `share` knows.
-            let share =
-                if chosen.len() == 1 { format!("{}, ", parts(&needs.share(n))) } else { String::new() };
-            let name = gpu.device.info().name;
-            let plan = format!("{} ({name}): {on}, {share}{} free", gpu.name, ui::bytes(*free));
-            if n > n_layer { ui::detail(plan) } else { ui::say(plan) }
+        // A GPU without anything has nothing to do.
+        let mut of_plan = vec![None; gpus.len()];
+        let mut chosen = Vec::with_capacity(gpus.len());
+        for (i, (gpu, share)) in gpus.into_iter().zip(needs.shares(n, &ranges)).enumerate() {
+            if share != Share::default() {
+                of_plan[i] = Some(chosen.len());
+                chosen.push(Planned { gpu, layers: ranges[i].clone(), share, free_bytes: free[i] });
+            }
         }
+        let on_host = sites.iter().filter(|(_, site)| **site == Site::Host);
+        let on_host = on_host.map(|(id, _)| model.weights().get(*id).len_bytes() as u64);
+        Ok(Some(Plan {
+            on_host: on_host.fold((0, 0), |(n, bytes), of| (n + 1, bytes + of)),
+            offload: chosen.iter().any(|planned| planned.share.brought > 0),
+            gpus: chosen,
+            n_layer,
+            n,
+            sites: sites
+                .into_iter()
+                .filter_map(|(id, site)| match site {
+                    Site::Host => Some((id, site)),
+                    Site::Gpu(gpu) => Some((id, Site::Gpu(of_plan[gpu]?))),
+                })
+                .collect(),
+        }))
+    }
 
-        let host = n <= n_layer;
-        let (gpus, ranges): (Vec<&Gpu>, Vec<Range<usize>>) = chosen.into_iter().map(|(of, _)| of).unzip();
-        let placement = Placement::ranges(n_layer, &ranges, host);
-        let mut backends = if host { vec![cpu(model, pool.clone())?] } else { Vec::new() };
+    /// A backend for a model, its weights in place.
+    pub fn backend(&self, model: &Model, params: &ContextParams, threads: usize) -> Result<Box<dyn Backend>> {
+        let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
+        let pool: Arc<dyn Executor> = Arc::new(pool);
+        let Some(plan) = self.plan(model, params)? else { return cpu(model, pool) };
+        plan.lines().for_each(|line| if plan.has_host() { ui::say(line) } else { ui::detail(line) });
+        let placement = plan.placement();
+        let mut backends = if plan.has_host() { vec![cpu(model, pool.clone())?] } else { Vec::new() };
         let shape = StepShape {
             n_tokens: 1,
             n_outputs: 1,
@@ -190,7 +190,7 @@ impl Compute {
             prompt: false,
         };
         let graph = model.graph(params.n_ctx, shape);
-        for gpu in &gpus {
+        for Planned { gpu, .. } in &plan.gpus {
             let mut backend = Cuda::new(gpu.device.clone(), pool.clone(), model.weights().clone());
             let bar = ui::bytes_bar(0, &format!("to {}", gpu.name));
             let part = placement.part(&graph, model.weights(), backends.len());
@@ -199,7 +199,13 @@ impl Compute {
                 bar.set_position(progress.done_bytes as u64);
             })?;
             bar.finish_and_clear();
-            backends.push(Box::new(backend));
+            if placement.offload.is_some_and(|offload| offload.to == backends.len()) {
+                let prompt = model.graph(params.n_ctx, StepShape { prompt: true, ..shape });
+                let brought = placement.brought(&prompt, model.weights());
+                backends.push(Box::new(Streaming::new(backend, &brought)?));
+            } else {
+                backends.push(Box::new(backend));
+            }
         }
         match backends.len() {
             1 => Ok(backends.remove(0)),
@@ -208,9 +214,108 @@ impl Compute {
     }
 }
 
+impl Plan {
+    /// Whether the CPU has a part.
+    fn has_host(&self) -> bool {
+        self.n <= self.n_layer || self.on_host.0 > 0
+    }
+
+    /// Devices by index: the CPU first if it has a part, then the GPUs.
+    fn placement(&self) -> Placement {
+        let ranges: Vec<Range<usize>> = self.gpus.iter().map(|planned| planned.layers.clone()).collect();
+        let host = self.has_host();
+        let device = |site: &Site| match site {
+            Site::Host => 0,
+            Site::Gpu(gpu) => gpu + usize::from(host),
+        };
+        Placement {
+            tensors: self.sites.iter().map(|(id, site)| (*id, device(site))).collect(),
+            // The first GPU's share has the room.
+            offload: self.offload.then_some(Offload { from: 0, to: 1 }),
+            ..Placement::ranges(self.n_layer, &ranges, host, self.n > self.n_layer)
+        }
+    }
+
+    /// A line per device.
+    pub fn lines(&self) -> impl Iterator<Item = String> + '_ {
+        let gpus = self.gpus.iter().map(|Planned { gpu, layers, share, free_bytes }| {
+            let on = match (self.gpus.len(), self.n > self.n_layer) {
+                (1, true) => "all layers".to_owned(),
+                _ => format!("{} of {} layers", layers.len(), self.n_layer),
+            };
+            let name = gpu.device.info().name;
+            format!("{} ({name}): {on}, {}, {} free", gpu.name, parts(share), ui::bytes(*free_bytes))
+        });
+        let (n, bytes) = self.on_host;
+        let host = format!("cpu: {n} tensor(s) kept there, {}", ui::bytes(bytes));
+        gpus.chain((n > 0).then_some(host))
+    }
+
+    /// The same as JSON, an object per GPU.
+    pub fn json(&self) -> Value {
+        let gpu = |Planned { gpu, layers, share, free_bytes }: &Planned| {
+            json!({
+                "name": gpu.name,
+                "description": gpu.device.info().name,
+                "layers": layers.len(),
+                "weights_bytes": share.weights,
+                "kv_cache_bytes": share.kv_cache,
+                "activations_bytes": share.activations,
+                "brought_bytes": share.brought,
+                "free_bytes": free_bytes,
+            })
+        };
+        self.gpus.iter().map(gpu).collect()
+    }
+}
+
+/// The GPUs that the arguments name; none if the host's processor is to compute, or has to.
+fn gpus(args: &PlacementArgs) -> Result<Vec<Gpu>> {
+    let (devices, require_gpu) = (&args.device[..], args.require_gpu);
+    for (i, device) in devices.iter().enumerate() {
+        match device {
+            Device::Auto | Device::Cpu if devices.len() > 1 => {
+                return Err(usage(
+                    "--device: only GPUs share a model by name; the CPU takes what -ngl leaves",
+                ));
+            }
+            Device::Cuda(index) if devices[..i].contains(device) => {
+                return Err(usage(format!("--device: cuda:{index} twice")));
+            }
+            _ => {}
+        }
+    }
+    let mut gpus = Vec::with_capacity(devices.len());
+    for device in devices {
+        let (name, opened) = match device {
+            Device::Cpu if require_gpu => bail!("--require-gpu: --device cpu computes on the CPU"),
+            Device::Cpu => return Ok(Vec::new()),
+            Device::Auto => (Device::Cuda(0).to_string(), open(0)),
+            Device::Emu => (device.to_string(), emulator()),
+            Device::Cuda(index) => (device.to_string(), open(*index)),
+        };
+        match opened {
+            Ok(device) => gpus.push(Gpu { name, device }),
+            Err(why) if require_gpu => bail!("--require-gpu: {why}"),
+            Err(why) => {
+                // Who asked for a GPU is told; who did not gets what there is.
+                if *device != Device::Auto || args.gpu_layers.is_some() {
+                    let instead = if devices.len() == 1 {
+                        "all layers are on the CPU"
+                    } else {
+                        "its layers are elsewhere"
+                    };
+                    ui::say(format!("{name}: {why}; {instead}"));
+                }
+            }
+        }
+    }
+    Ok(gpus)
+}
+
 /// Memory that nobody uses on each.
-fn free_bytes(gpus: &[&Gpu]) -> Vec<u64> {
-    let free = |gpu: &&Gpu| gpu.device.free_bytes().unwrap_or_else(|_| gpu.device.info().memory_bytes);
+fn free_bytes(gpus: &[Gpu]) -> Vec<u64> {
+    let free = |gpu: &Gpu| gpu.device.free_bytes().unwrap_or_else(|_| gpu.device.info().memory_bytes);
     gpus.iter().map(free).collect()
 }
 
@@ -229,8 +334,12 @@ fn other_gpus() -> Vec<Gpu> {
 
 /// Where the memory goes.
 fn parts(share: &Share) -> String {
+    let brought = match share.brought {
+        0 => String::new(),
+        bytes => format!(", weights of the host in turns {}", ui::bytes(bytes)),
+    };
     format!(
-        "weights {}, cache {}, activations {}",
+        "weights {}, cache {}, activations {}{brought}",
         ui::bytes(share.weights),
         ui::bytes(share.kv_cache),
         ui::bytes(share.activations)

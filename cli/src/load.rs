@@ -140,7 +140,7 @@ impl EngineArgs {
         base: impl FnOnce(&Model) -> ContextParams,
     ) -> Result<Loaded> {
         let started = Instant::now();
-        let compute = Compute::choose(&self.device, self.gpu_layers, self.require_gpu)?;
+        let compute = Compute::choose(&self.placement)?;
         let model = Arc::new(Files::open(path)?.model()?);
         let threads = machine::threads(self.threads)?;
         let n_ctx = context_size(self.ctx_size.or(default_ctx), &model)?;

@@ -14,6 +14,7 @@ mod gpu;
 mod hub;
 mod load;
 mod machine;
+mod overrides;
 mod quantize;
 mod show;
 mod text;

@@ -65,7 +65,6 @@ fn logits_are_llama_cpps() {
     assert_eq!(folder.names(), ["out.f32"], "no temporary file stays");
 }
 
-/// The answer to raw token text is the greedy continuation; the JSON holds what scripts read.
 /// Two GPUs, emulated, share the layers; with fewer layers than there are the CPU has the first; a wrong list is refused.
 #[test]
 fn several_gpus_share_the_layers() {
@@ -97,6 +96,39 @@ fn several_gpus_share_the_layers() {
     }
 }
 
+/// Single tensors have devices of their own, and prompts' products go to the GPU or not: the same answer; what was decided
+/// is said before loading, and `inspect` shows it.
+#[test]
+fn tensors_have_devices_of_their_own() {
+    let base =
+        ["run", MODEL, "hi", "--raw", "--temp", "0", "-n", "4", "--json", "-ctk", "f32", "-ctv", "f32"];
+    let answer = |args: &[&str]| {
+        let output = run(&[&base[..], args].concat());
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (ids(&answer["tokens"]), String::from_utf8(output.stderr).unwrap())
+    };
+    let (want, _) = answer(&["--device", "cpu", "-ot", "ffn=cpu"]);
+    let cases: [(&[&str], &str); 4] = [
+        (&["-ngl", "all", "-ot", "ffn_(up|down)=CPU"], "weights of the host in turns"),
+        (&["-ngl", "all", "-ot", "ffn_(up|down)=CPU", "--no-op-offload"], "cpu: 2 tensor(s) kept there"),
+        (&["-ngl", "0", "-ot", "ffn=emu"], "emu (emulator): 0 of 1 layers"),
+        (&["-ngl", "1", "-ot", "attn_q=cpu,attn=emu,output=emu"], "cpu: 1 tensor(s) kept there"),
+    ];
+    for (args, says) in cases {
+        let (got, said) = answer(&[&["--device", "emu"], args].concat());
+        assert_eq!(got, want, "{args:?}");
+        assert!(said.contains(says), "{args:?}: {said}");
+        assert_eq!(said.contains("in turns"), !args.contains(&"--no-op-offload"), "{said}");
+        let shown = ok(&[&["inspect", MODEL, "-c", "4096", "--device", "emu"], args].concat());
+        assert!(shown.contains("of it on devices") && shown.contains(says), "{args:?}: {shown}");
+    }
+    let shown = json(&["inspect", MODEL, "--json", "--device", "emu", "-ot", "ffn=cpu"]);
+    let gpu = &shown["memory"]["devices"][0];
+    assert!(gpu["brought_bytes"].as_u64().unwrap() > 0 && gpu["layers"] == 1, "{gpu}");
+}
+
+/// The answer to raw token text is the greedy continuation; the JSON holds what scripts read.
 #[test]
 fn run_greedy_is_llama_cpps() {
     let golden = golden();

@@ -61,8 +61,8 @@ pub trait Backend: Send {
     /// Whether it can run a node; the reason if not.
     fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String>;
 
-    /// Whether prompt tokens have kernels of their own here, whose sums are rounded otherwise than those of the kernels
-    /// for generated tokens. A step then has tokens of one kind only, so that what a token gives depends neither on its
+    /// Whether prompt tokens have kernels, or a device, of their own here, whose sums are rounded otherwise than those for
+    /// generated tokens. A step then has tokens of one kind only, so that what a token gives depends neither on its
     /// batch mates nor on how a prompt is cut.
     fn runs_prompts_apart(&self) -> bool {
         false
@@ -76,6 +76,12 @@ pub trait Backend: Send {
 
     /// Forgets a plan; its id is not used again.
     fn release(&mut self, plan: PlanId);
+
+    /// Says that a plan will run soon: what it needs and is not there may be brought meanwhile.
+    fn prefetch(&mut self, plan: PlanId) -> Result<(), EngineError> {
+        let _ = plan;
+        Ok(())
+    }
 
     /// Runs a plan to its end.
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError>;

@@ -324,6 +324,33 @@ impl Op {
         }
     }
 
+    /// The same for every tensor read, to put another in its place.
+    pub fn for_each_input_mut(&mut self, mut f: impl FnMut(&mut TensorId)) {
+        match self {
+            Op::GetRows { table: a, ids: b }
+            | Op::Rope { x: a, table: b, .. }
+            | Op::KvStore { k: a, v: b, .. }
+            | Op::Binary { a, b, .. }
+            | Op::Glu { gate: a, up: b, .. }
+            | Op::MoeCombine { x: a, weights: b }
+            | Op::RowGate { x: a, gate: b } => [a, b].into_iter().for_each(f),
+            Op::RmsNorm { x, weight, .. } => [x].into_iter().chain(weight).for_each(f),
+            Op::LayerNorm { x, weight, bias, .. } => [x].into_iter().chain(weight).chain(bias).for_each(f),
+            Op::MatMul { x, weights, biases } => {
+                [x].into_iter().chain(weights).chain(biases.iter_mut().flatten()).for_each(f);
+            }
+            Op::MatMulId { x, weight, bias, ids } => {
+                [x, weight, ids].into_iter().chain(bias).for_each(f);
+            }
+            Op::RopeTable { positions, freq_factors, .. } => {
+                [positions].into_iter().chain(freq_factors).for_each(f);
+            }
+            Op::Attention { q, sinks, .. } => [q].into_iter().chain(sinks).for_each(f),
+            Op::Unary { x, .. } | Op::Scale { x, .. } | Op::Softcap { x, .. } | Op::Argmax { x } => f(x),
+            Op::MoeRoute { logits, .. } => f(logits),
+        }
+    }
+
     /// Name of the kind, for messages and traces.
     pub fn name(&self) -> &'static str {
         match self {

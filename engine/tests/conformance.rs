@@ -1,142 +1,24 @@
 //! Every op on every backend against the reference, over shapes at and around the kernels' edges.
 
+#[path = "common/case.rs"]
+mod case;
 mod common;
 
 use std::sync::Arc;
 
-use engine::backend::{Backend, Step, StepSequence};
+use case::{Case, nmse, run};
+use engine::backend::Backend;
 use engine::backends::cpu::{Cpu, Isa};
 use engine::backends::cuda::{Cuda, RuleSet};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
-use engine::graph::{Graph, GraphBuilder, Output};
+use engine::graph::Graph;
 use engine::kv_cache::{KvLayer, KvLayout, PAGE};
 use engine::op::{AttentionParams, Glu, MoeRouteParams, Op, RopeMode, RopeParams, Unary};
-use engine::plan::Plan;
 use engine::pool::Pool;
 use engine::tensor::{Input, TensorId};
-use engine::weights::{ByteSource, Weights};
+use engine::weights::Weights;
 use quant::FormatId;
-
-/// Weights and a graph over them, filled as a case is built.
-struct Case {
-    name: String,
-    n: usize,
-    g: GraphBuilder,
-    weights: Vec<(FormatId, Vec<usize>, Vec<u8>)>,
-    seed: u64,
-    kv: Option<KvLayout>,
-}
-
-impl Case {
-    fn new(name: impl Into<String>, n: usize) -> Case {
-        let name = name.into();
-        let seed = name.bytes().fold(n as u64 + 1, |h, b| h.wrapping_mul(0x100000001b3) ^ b as u64);
-        Case { name, n, g: GraphBuilder::new(false), weights: Vec::new(), seed, kv: None }
-    }
-
-    /// Roughly normal values with an outlier now and then.
-    fn values(&mut self, n: usize) -> Vec<f32> {
-        let mut next = || {
-            self.seed = self.seed.wrapping_add(0x9E3779B97F4A7C15);
-            let z = (self.seed ^ (self.seed >> 30)).wrapping_mul(0xBF58476D1CE4E5B9);
-            let z = (z ^ (z >> 27)).wrapping_mul(0x94D049BB133111EB);
-            ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32
-        };
-        (0..n)
-            .map(|_| {
-                let x = next() + next() + next() + next() - 2.0;
-                if next() > 0.995 { x * 12.0 } else { x * 1.7 }
-            })
-            .collect()
-    }
-
-    fn weight(&mut self, format: FormatId, shape: &[usize]) -> TensorId {
-        let (rows, cols) = (shape[..shape.len() - 1].iter().product::<usize>(), *shape.last().unwrap());
-        let values = self.values(rows * cols);
-        let row_bytes = quant::row::row_bytes(format, cols).unwrap();
-        let mut bytes = vec![0u8; rows * row_bytes];
-        let importance = vec![1.0f32; cols];
-        for (x, out) in values.chunks_exact(cols).zip(bytes.chunks_exact_mut(row_bytes)) {
-            quant::row::encode(format, x, Some(&importance), out).unwrap();
-        }
-        self.weights.push((format, shape.to_vec(), bytes));
-        self.g.weight(self.weights.len() as u32 - 1, format, shape, 0)
-    }
-
-    /// An activation [n, cols] with values of its own.
-    fn x(&mut self, cols: usize) -> TensorId {
-        let table = self.weight(FormatId::F32, &[self.n, cols]);
-        let rows = self.g.input(Input::OutputRows, self.n);
-        self.g.get_rows(table, rows)
-    }
-
-    fn finish(self, out: TensorId) -> (Graph, Arc<Weights>, String, usize, Option<KvLayout>) {
-        let Case { name, n, mut g, weights, kv, .. } = self;
-        g.output(Output::Logits, out);
-        let sources: Vec<Arc<dyn ByteSource>> =
-            weights.iter().map(|w| Arc::new(w.2.clone()) as Arc<dyn ByteSource>).collect();
-        let mut all = Weights::new(sources);
-        for (i, (format, shape, bytes)) in weights.into_iter().enumerate() {
-            all.insert(&format!("w{i}"), format, shape, i, 0, bytes.len());
-        }
-        (g.finish(), Arc::new(all), name, n, kv)
-    }
-}
-
-/// Runs a graph: n tokens of two sequences, turn about, pages in scrambled order.
-fn run(backend: &mut dyn Backend, graph: Graph, n: usize, kv: &Option<KvLayout>) -> Vec<f32> {
-    if let Some(layout) = kv {
-        backend.create_kv(layout).unwrap();
-    }
-    let plan = Arc::new(Plan::new(graph));
-    for node in &plan.graph.nodes {
-        backend.supports(&plan.graph, node).unwrap();
-    }
-    let out = plan.output(Output::Logits).unwrap();
-    let id = backend.prepare(plan.clone()).unwrap();
-    let two = n >= 2;
-    let positions: Vec<i32> = (0..n).map(|i| if two { i as i32 / 2 } else { i as i32 }).collect();
-    let token_sequences: Vec<u32> = (0..n).map(|i| if two { i as u32 % 2 } else { 0 }).collect();
-    let lens = if two { [n.div_ceil(2), n / 2] } else { [n, 0] };
-    let pages_of = |len: usize| len.div_ceil(PAGE);
-    let first = [0, pages_of(lens[0])];
-    let n_pages = first[1] + pages_of(lens[1]);
-    let pages: Vec<u32> = (0..n_pages as u32).rev().collect();
-    let sequences: Vec<StepSequence> = (0..if two { 2 } else { 1 })
-        .map(|s| StepSequence { first_page: first[s] as u32, len: lens[s] as u32 })
-        .collect();
-    let cells: Vec<u32> = (0..n)
-        .map(|i| {
-            let (s, pos) = (token_sequences[i] as usize, positions[i] as usize);
-            pages[first[s] + pos / PAGE] * PAGE as u32 + (pos % PAGE) as u32
-        })
-        .collect();
-    let ids: Vec<i32> = (0..n as i32).collect();
-    let step = Step {
-        tokens: &ids,
-        positions: &positions,
-        output_rows: &ids,
-        token_sequences: &token_sequences,
-        cells: &cells,
-        sequences: &sequences,
-        pages: &pages,
-        given: &[],
-    };
-    let mut got = vec![f32::NAN; plan.graph.tensor(out).shape.elems()];
-    // Again: a later run must not see an earlier one's leavings; on a GPU the second is captured, the third replayed.
-    for _ in 0..3 {
-        backend.run(id, &step).unwrap();
-        backend.read(id, out, &mut got).unwrap();
-    }
-    got
-}
-
-fn nmse(got: &[f32], want: &[f32]) -> f64 {
-    let err: f64 = got.iter().zip(want).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum();
-    let norm: f64 = want.iter().map(|b| (*b as f64).powi(2)).sum();
-    if norm == 0.0 { err } else { err / norm }
-}
 
 /// Error that the GPU's f32 sums in tensor cores and its approximate functions may add.
 const GPU_FLOATS: f64 = 1e-9;
@@ -338,7 +220,7 @@ fn rope() {
                     let positions = c.g.input(Input::Positions, n);
                     let factors = factors.then(|| {
                         let f = c.weight(FormatId::F32, &[24]);
-                        for v in c.weights.last_mut().unwrap().2.chunks_exact_mut(4) {
+                        for v in c.weights.last_mut().unwrap().bytes.chunks_exact_mut(4) {
                             let x = f32::from_le_bytes(v.try_into().unwrap()).abs() + 1.0;
                             v.copy_from_slice(&x.to_le_bytes());
                         }

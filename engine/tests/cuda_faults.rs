@@ -7,18 +7,45 @@ mod faulty;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use engine::backends::cuda::Cuda;
+use engine::backend::Backend;
+use engine::backends::cpu::{Cpu, Isa};
+use engine::backends::cuda::{Cuda, Streaming};
+use engine::backends::split::{Offload, Placement, Split};
 use engine::executor::Serial;
+use engine::models::StepShape;
 use engine::{Batch, Context, ContextParams, EngineError, Model};
 use faulty::{Fault, Faulty};
 use gpu_kernels::driver::DriverError;
 
 const MODEL: &str = "tiny/quantmix-a.gguf";
 
-fn context(model: &Arc<Model>, device: &Arc<Faulty>) -> Result<Context, EngineError> {
+fn context(model: &Arc<Model>, device: &Arc<Faulty>, kind: Kind) -> Result<Context, EngineError> {
     let cuda = Cuda::new(device.clone(), Arc::new(Serial), model.weights().clone());
     let params = ContextParams { n_ctx: 64, n_ubatch: 8, ..ContextParams::default() };
-    Context::new(model.clone(), Box::new(cuda), params)
+    let backend: Box<dyn Backend> = match kind {
+        Kind::Alone => Box::new(cuda),
+        Kind::Brings => {
+            let offload = Some(Offload { from: 0, to: 1 });
+            let n_layer = model.hparams().n_layer();
+            let placement = Placement { offload, ..Placement::last_layers(n_layer, 0) };
+            let shape = StepShape { prompt: true, n_outputs: 1, ..params.largest_step() };
+            let brought = placement.brought(&model.graph(params.n_ctx, shape), model.weights());
+            let cpu = Cpu::new(model.weights().clone(), Arc::new(Serial), Isa::detect());
+            let gpu = Streaming::new(cuda, &brought)?;
+            let backends: Vec<Box<dyn Backend>> = vec![Box::new(cpu), Box::new(gpu)];
+            Box::new(Split::new(backends, placement, model.weights().clone()))
+        }
+    };
+    Context::new(model.clone(), backend, params)
+}
+
+/// How the device takes part.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// It has all of the model.
+    Alone,
+    /// It has nothing, and brings the host's weights for products.
+    Brings,
 }
 
 /// A prompt and three tokens more: the last steps are captured and replayed.
@@ -32,9 +59,9 @@ fn talk(context: &mut Context) -> Result<Vec<f32>, EngineError> {
 }
 
 /// Runs with a fault, then mended on the same context; returns the error, if there was one.
-fn with_fault(model: &Arc<Model>, fault: Fault, want: &[f32]) -> Option<DriverError> {
+fn with_fault(model: &Arc<Model>, kind: Kind, fault: Fault, want: &[f32]) -> Option<DriverError> {
     let device = Arc::new(Faulty::new(Some(fault)));
-    let error = match context(model, &device) {
+    let error = match context(model, &device, kind) {
         Err(error) => Some(error),
         Ok(mut context) => {
             let first = talk(&mut context);
@@ -60,20 +87,46 @@ fn faults_are_errors_and_leak_nothing() {
     let Some(dir) = common::goldens() else { return };
     let model = common::model(&dir.join(MODEL));
     let device = Arc::new(Faulty::new(None));
-    let want = talk(&mut context(&model, &device).unwrap()).unwrap();
+    let kind = Kind::Alone;
+    let want = talk(&mut context(&model, &device, kind).unwrap()).unwrap();
     let [allocations, launches, calls] = device.counts();
     assert!(allocations > 4 && launches > 20 && calls > 100, "{allocations} {launches} {calls}");
     for n in 0..allocations {
-        let error = with_fault(&model, Fault::Allocation(n), &want);
+        let error = with_fault(&model, kind, Fault::Allocation(n), &want);
         assert!(matches!(error, Some(DriverError::OutOfMemory { .. })), "allocation {n}: {error:?}");
     }
     // The first and last few, and some between: loading, a first run, a capture.
     for n in (0..launches).step_by(launches as usize / 12).chain(launches - 3..launches) {
-        let error = with_fault(&model, Fault::Launch(n), &want);
+        let error = with_fault(&model, kind, Fault::Launch(n), &want);
         assert!(matches!(error, Some(DriverError::Launch { .. })), "launch {n}: {error:?}");
     }
     for n in (0..calls - 20).step_by(calls as usize / 25) {
-        let error = with_fault(&model, Fault::Lost(n), &want);
+        let error = with_fault(&model, kind, Fault::Lost(n), &want);
+        assert!(matches!(error, Some(DriverError::Lost { .. })), "lost at call {n}: {error:?}");
+    }
+}
+
+/// The same where weights come and go: what was under way when something failed is not taken for what should be there.
+#[test]
+fn faults_while_weights_are_brought() {
+    let Some(dir) = common::goldens() else { return };
+    let model = common::model(&dir.join(MODEL));
+    let device = Arc::new(Faulty::new(None));
+    let kind = Kind::Brings;
+    let want = talk(&mut context(&model, &device, kind).unwrap()).unwrap();
+    let [allocations, launches, calls] = device.counts();
+    assert!(allocations > 4 && launches > 20 && calls > 100, "{allocations} {launches} {calls}");
+    for n in (0..allocations).step_by(2) {
+        let error = with_fault(&model, kind, Fault::Allocation(n), &want);
+        assert!(matches!(error, Some(DriverError::OutOfMemory { .. })), "allocation {n}: {error:?}");
+    }
+    for n in (0..launches).step_by(launches as usize / 8) {
+        let error = with_fault(&model, kind, Fault::Launch(n), &want);
+        assert!(matches!(error, Some(DriverError::Launch { .. })), "launch {n}: {error:?}");
+    }
+    // The last calls give things back, and have nobody to tell.
+    for n in (0..calls / 8 * 7).step_by(calls as usize / 12) {
+        let error = with_fault(&model, kind, Fault::Lost(n), &want);
         assert!(matches!(error, Some(DriverError::Lost { .. })), "lost at call {n}: {error:?}");
     }
 }

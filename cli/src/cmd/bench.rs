@@ -87,7 +87,7 @@ fn stddev(values: &[f64]) -> f64 {
 
 /// `bench`.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let compute = Compute::choose(&args.device, args.gpu_layers, args.require_gpu)?;
+    let compute = Compute::choose(&args.placement)?;
     if args.repetitions == 0 {
         return Err(usage("-r 0: at least one repetition is needed"));
     }
@@ -109,6 +109,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         return Err(usage("nothing to measure: -p and -n, or --parallel, are 0"));
     }
     let model = Arc::new(Files::open(&args.model)?.model()?);
+    compute.check(&model)?;
     let most = threads.iter().copied().max().unwrap_or(1);
     let (peak, how) = match compute.peak_bytes_per_s()? {
         Some(peak) => (peak, "copied on the GPU, read and written".to_owned()),

@@ -9,14 +9,15 @@ use engine::backend::{Backend, BackendInfo, PlanId, Step};
 use engine::context::MemoryPlan;
 use engine::graph::{Graph, Node};
 use engine::kv_cache::KvLayout;
-use engine::plan::Plan;
 use engine::tensor::TensorId;
 use engine::{Context, ContextParams, EngineError};
 use gguf::{SplitSet, Value};
 use quant::FormatId;
 use serde_json::{Map, json};
 
-use crate::args::InspectArgs;
+use crate::args::{Device, InspectArgs, PlacementArgs};
+use crate::device::{Compute, Plan};
+use crate::exit::Usage;
 use crate::load::{Files, context_size};
 use crate::quantize::file_type::FileType;
 use crate::ui;
@@ -30,16 +31,29 @@ const SHOWN_CHARS: usize = 100;
 pub fn run(args: &InspectArgs) -> Result<()> {
     let files = Files::open(&args.model)?;
     let set = files.parse()?;
-    let plan = plan(&files, args);
+    let memory = memory(&files, args);
+    // A model that cannot run is shown all the same; flags that make no sense are not.
+    let memory = match memory {
+        Err(error) if error.is::<Usage>() => return Err(error),
+        memory => memory,
+    };
     if args.json {
-        ui::json(&as_json(&files, &set, &plan, args)?)
+        ui::json(&as_json(&files, &set, &memory, args)?)
     } else {
-        ui::out(as_text(&files, &set, &plan, args)?)
+        ui::out(as_text(&files, &set, &memory, args)?)
     }
 }
 
-/// Memory at a context size, or why the model cannot run.
-fn plan(files: &Files, args: &InspectArgs) -> Result<(usize, MemoryPlan)> {
+/// Memory at a context size, and what of it devices have.
+struct Memory {
+    n_ctx: usize,
+    plan: MemoryPlan,
+    /// Only if devices were asked for.
+    devices: Option<Plan>,
+}
+
+/// Memory, or why the model cannot run.
+fn memory(files: &Files, args: &InspectArgs) -> Result<Memory> {
     let model = Arc::new(files.model()?);
     let params = ContextParams {
         n_ctx: context_size(args.ctx_size, &model)?,
@@ -47,8 +61,27 @@ fn plan(files: &Files, args: &InspectArgs) -> Result<(usize, MemoryPlan)> {
         type_v: args.cache_type_v,
         ..ContextParams::default()
     };
+    let weights = &args.weights;
+    let asked = !args.device.is_empty()
+        || args.gpu_layers.is_some()
+        || !weights.override_tensor.is_empty()
+        || weights.cpu_moe
+        || weights.n_cpu_moe.is_some();
+    let devices = match asked {
+        true => {
+            let compute = Compute::choose(&PlacementArgs {
+                device: if args.device.is_empty() { vec![Device::Auto] } else { args.device.clone() },
+                gpu_layers: args.gpu_layers,
+                weights: weights.clone(),
+                require_gpu: false,
+            })?;
+            compute.plan(&model, &params)?
+        }
+        false => None,
+    };
     let n_ctx = params.n_ctx;
-    Ok((n_ctx, Context::new(model, Box::new(PlanOnly), params)?.memory_plan()))
+    let plan = Context::new(model, Box::new(PlanOnly), params)?.memory_plan();
+    Ok(Memory { n_ctx, plan, devices })
 }
 
 /// A backend that allocates nothing and runs nothing: planning needs no more.
@@ -64,7 +97,7 @@ impl Backend for PlanOnly {
     fn create_kv(&mut self, _: &KvLayout) -> Result<(), EngineError> {
         Ok(())
     }
-    fn prepare(&mut self, _: Arc<Plan>) -> Result<PlanId, EngineError> {
+    fn prepare(&mut self, _: Arc<engine::plan::Plan>) -> Result<PlanId, EngineError> {
         Ok(PlanId(0))
     }
     fn release(&mut self, _: PlanId) {}
@@ -131,12 +164,7 @@ fn file_type(set: &SplitSet<'_>) -> Option<&'static str> {
     FileType::name_of(set.metadata().opt_u32("general.file_type").ok()??)
 }
 
-fn as_text(
-    files: &Files,
-    set: &SplitSet<'_>,
-    plan: &Result<(usize, MemoryPlan)>,
-    args: &InspectArgs,
-) -> Result<String> {
+fn as_text(files: &Files, set: &SplitSet<'_>, memory: &Result<Memory>, args: &InspectArgs) -> Result<String> {
     let meta = set.metadata();
     let elems: u64 = set.tensors().map(|(_, t)| t.n_elems()).sum();
     let bytes: u64 = set.tensors().map(|(_, t)| t.n_bytes()).sum();
@@ -178,8 +206,8 @@ fn as_text(
         Ok(None) => writeln!(out, "  none")?,
         Err(e) => writeln!(out, "  unreadable: {e}")?,
     }
-    match plan {
-        Ok((n_ctx, plan)) => {
+    match memory {
+        Ok(Memory { n_ctx, plan, devices }) => {
             let (k, v) = (args.cache_type_k.name(), args.cache_type_v.name());
             let total = plan.weights + plan.kv_cache + plan.activations + plan.outputs;
             writeln!(out, "\nmemory at context {n_ctx} (cache {k}/{v})")?;
@@ -192,6 +220,10 @@ fn as_text(
             ] {
                 writeln!(out, "  {what:<17} {:>12}", ui::bytes(bytes as u64))?;
             }
+            if let Some(devices) = devices {
+                writeln!(out, "\nof it on devices")?;
+                devices.lines().try_for_each(|line| writeln!(out, "  {line}"))?;
+            }
         }
         Err(e) => writeln!(out, "\nthis model cannot run here: {e:#}")?,
     }
@@ -201,7 +233,7 @@ fn as_text(
 fn as_json(
     files: &Files,
     set: &SplitSet<'_>,
-    plan: &Result<(usize, MemoryPlan)>,
+    memory: &Result<Memory>,
     args: &InspectArgs,
 ) -> Result<serde_json::Value> {
     let meta = set.metadata();
@@ -222,8 +254,8 @@ fn as_json(
             })
         })
         .collect();
-    let memory = match plan {
-        Ok((n_ctx, p)) => json!({
+    let memory = match memory {
+        Ok(Memory { n_ctx, plan: p, devices }) => json!({
             "n_ctx": n_ctx,
             "type_k": args.cache_type_k.name(),
             "type_v": args.cache_type_v.name(),
@@ -232,6 +264,7 @@ fn as_json(
             "activations_bytes": p.activations,
             "outputs_bytes": p.outputs,
             "total_bytes": p.weights + p.kv_cache + p.activations + p.outputs,
+            "devices": devices.as_ref().map(Plan::json),
         }),
         Err(e) => json!({ "error": format!("{e:#}") }),
     };

@@ -98,7 +98,11 @@ impl Backend for Reference {
         values.clear();
         values.resize(graph.tensors.len(), Vec::new());
         for (tensor, given) in step.given {
-            values[tensor.0 as usize] = given.to_vec();
+            // Ids are bits where they come from.
+            values[tensor.0 as usize] = match graph.tensor(*tensor).format {
+                FormatId::I32 => given.iter().map(|v| v.to_bits() as f32).collect(),
+                _ => given.to_vec(),
+            };
         }
         let mut run = Run { graph, weights: &self.weights, values, step, kv: self.kv.as_mut() };
         for node in &graph.nodes {

@@ -95,7 +95,7 @@ impl Drop for Queue {
     }
 }
 
-/// A point of the default stream's work that gives itself back.
+/// A point of a stream's work that gives itself back.
 pub struct Mark {
     device: Device,
     /// Its event.
@@ -103,9 +103,14 @@ pub struct Mark {
 }
 
 impl Mark {
-    /// This point.
+    /// This point of the default stream's.
     pub fn new(device: &Device) -> Result<Mark, DriverError> {
-        Ok(Mark { id: device.record(StreamId::DEFAULT)?, device: device.clone() })
+        Mark::on(device, StreamId::DEFAULT)
+    }
+
+    /// This point of a stream's.
+    pub fn on(device: &Device, stream: StreamId) -> Result<Mark, DriverError> {
+        Ok(Mark { id: device.record(stream)?, device: device.clone() })
     }
 }
 

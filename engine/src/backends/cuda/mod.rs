@@ -16,6 +16,7 @@ mod memory;
 pub mod needs;
 mod program;
 mod sampling;
+mod stream;
 mod translate;
 mod weights;
 
@@ -35,8 +36,9 @@ pub use fuse::{RULES, RuleSet};
 use inputs::{InputAddresses, InputLayout};
 pub use memory::Device;
 use memory::{Growing, Mark, Memory};
-pub use needs::Needs;
+pub use needs::{Needs, Site};
 use sampling::Sampling;
+pub use stream::Streaming;
 use translate::{Addresses, Anywhere, WeightKey};
 use weights::DeviceWeights;
 pub use weights::Progress;

@@ -1,5 +1,6 @@
 //! How much memory a model needs on the device, layer by layer: known before anything is loaded.
 
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 use core::ops::Range;
 
@@ -13,31 +14,47 @@ use super::weights::DeviceWeights;
 use crate::backends::split::{Placement, layer_of};
 use crate::context::ContextParams;
 use crate::error::EngineError;
+use crate::graph::Graph;
 use crate::kv_cache::{KvLayout, PAGE};
 use crate::model::Model;
 use crate::models::StepShape;
-use crate::op::KvPart;
+use crate::op::{KvPart, Op};
 use crate::plan;
+use crate::tensor::Storage;
 
 /// What the driver itself takes when the first kernels run (context, modules), and what fragments: measured on no device,
 /// chosen well above what drivers of today take.
 const RESERVE_BYTES: u64 = 600 << 20;
 
+/// Who has a weight that is not where its layer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Site {
+    /// The host.
+    Host,
+    /// This GPU, counted in the order in which they get layers.
+    Gpu(usize),
+}
+
 /// Bytes on the device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// Weights of each layer.
+    /// Weights of each layer that are where it is.
     pub layer_weights: Vec<usize>,
     /// Cache of each layer.
     pub layer_kv: Vec<usize>,
     /// Weights outside the layers.
     pub other_weights: usize,
+    /// Weights that each GPU has whatever its layers are; GPUs without any may be missing.
+    pub apart: Vec<usize>,
+    /// Of each layer, what products of prompts need on a GPU if the layer is on the host, and what if it is not. Without
+    /// such products there are no layers in it.
+    pub brought: Vec<[usize; 2]>,
     /// The arena of the largest step.
     pub activations: usize,
 }
 
 /// What part of a model on the device takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Share {
     /// Weights.
     pub weights: u64,
@@ -45,32 +62,59 @@ pub struct Share {
     pub kv_cache: u64,
     /// The arena, whatever the number of layers.
     pub activations: u64,
+    /// Room for weights that products of prompts bring from the host.
+    pub brought: u64,
 }
 
 impl Share {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.kv_cache + self.activations
+        self.weights + self.kv_cache + self.activations + self.brought
     }
 }
 
 impl Needs {
-    /// Of a model in a context of these sizes on a device.
-    pub fn of(model: &Model, params: &ContextParams, device: &DeviceInfo) -> Result<Needs, EngineError> {
+    /// Of a model in a context of these sizes on a device; some weights have sites of their own, by index, and with
+    /// `offload` products of prompts bring weights from the host.
+    pub fn of(
+        model: &Model,
+        params: &ContextParams,
+        device: &DeviceInfo,
+        sites: &BTreeMap<u32, Site>,
+        offload: bool,
+    ) -> Result<Needs, EngineError> {
         let prompt = ptx::runs_hopper(device);
         let graph = model.graph(params.n_ctx, StepShape { prompt, ..params.largest_step() });
         let n_cells = params.n_ctx.div_ceil(PAGE) * PAGE * params.n_seq;
         let kv = KvLayout::new(model.hparams(), n_cells, params.type_k, params.type_v)?;
         let n_layer = kv.layers.len();
-        let (mut layer_weights, mut other_weights) = (alloc::vec![0; n_layer], 0);
+        let mut needs = Needs {
+            layer_weights: alloc::vec![0; n_layer],
+            brought: alloc::vec![[0; 2]; if offload { n_layer } else { 0 }],
+            ..Needs::default()
+        };
+        let of_products = weights_of_products(&graph);
         for key in translate::weights_of(&graph) {
             let bytes = DeviceWeights::device_bytes(model.weights(), key);
-            match layer_of(&model.weights().get(key.weight).name).filter(|il| *il < n_layer) {
-                Some(il) => layer_weights[il] += bytes,
-                None => other_weights += bytes,
+            let layer = layer_of(&model.weights().get(key.weight).name).filter(|il| *il < n_layer);
+            let site = sites.get(&key.weight);
+            match (site, layer) {
+                (Some(Site::Host), _) => {}
+                (Some(Site::Gpu(gpu)), _) => {
+                    needs.apart.resize(needs.apart.len().max(gpu + 1), 0);
+                    needs.apart[*gpu] += bytes;
+                }
+                (None, Some(il)) => needs.layer_weights[il] += bytes,
+                (None, None) => needs.other_weights += bytes,
+            }
+            if let Some([on_host, elsewhere]) = layer.and_then(|il| needs.brought.get_mut(il))
+                && of_products.contains(&key.weight)
+            {
+                *on_host += if matches!(site, Some(Site::Gpu(_))) { 0 } else { bytes };
+                *elsewhere += if site == Some(&Site::Host) { bytes } else { 0 };
             }
         }
-        let layer_kv =
+        needs.layer_kv =
             (0..n_layer).map(|il| kv.part_bytes(il, KvPart::K) + kv.part_bytes(il, KvPart::V)).collect();
         let (mut program, _) = translate::translate(&graph, &Anywhere, device).map_err(|(i, why)| {
             EngineError::UnsupportedOp { backend: super::NAME, op: graph.nodes[i].op.name(), why }
@@ -80,7 +124,8 @@ impl Needs {
         emit::add_scratch(&mut program, SizeClass { max_spans, prefill: true }, device);
         let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
         let places = plan::lay_out(&program.values, &program.accesses(), &kept, super::ALIGN_BYTES);
-        Ok(Needs { layer_weights, layer_kv, other_weights, activations: places.arena_bytes })
+        needs.activations = places.arena_bytes;
+        Ok(needs)
     }
 
     /// Layers of the model.
@@ -91,28 +136,46 @@ impl Needs {
     /// What the last `n` layers take on one device; with more than there are, all of the model.
     pub fn share(&self, n: usize) -> Share {
         let first = self.n_layer() - n.min(self.n_layer());
-        self.share_of(first..self.n_layer(), n > self.n_layer())
+        self.share_of(n, 0..1, first..self.n_layer())
     }
 
-    /// What layers take on a device that has them, and perhaps the weights outside the layers.
-    fn share_of(&self, layers: Range<usize>, others: bool) -> Share {
+    /// What each of several devices has with these of the last `n` layers, counted as [`Needs::share`] does.
+    pub fn shares(&self, n: usize, ranges: &[Range<usize>]) -> Vec<Share> {
+        let all = ranges.iter().enumerate();
+        all.map(|(device, layers)| self.share_of(n, device..ranges.len(), layers.clone())).collect()
+    }
+
+    /// What a device takes with some of the last `n` layers: `device.start` of `device.end`.
+    fn share_of(&self, n: usize, device: Range<usize>, layers: Range<usize>) -> Share {
+        let first = self.n_layer() - n.min(self.n_layer());
+        let apart = |device: usize| self.apart.get(device).copied().unwrap_or(0) as u64;
+        // Embeddings are the first device's, the output the last one's; a model may have one matrix for both.
+        let others = n > self.n_layer() && (device.start == 0 || device.start + 1 == device.end);
+        if layers.is_empty() && !others && apart(device.start) == 0 {
+            return Share::default();
+        }
         let sum = |list: &[usize]| list[layers.clone()].iter().map(|b| *b as u64).sum::<u64>();
+        // The first device that has anything brings weights, and has room for two layers.
+        let brings = layers.start == first && (0..device.start).all(|before| apart(before) == 0);
+        let of_layer = self.brought.iter().enumerate().map(|(il, of)| of[usize::from(il >= first)] as u64);
         Share {
-            weights: sum(&self.layer_weights) + if others { self.other_weights as u64 } else { 0 },
+            weights: sum(&self.layer_weights)
+                + apart(device.start)
+                + if others { self.other_weights as u64 } else { 0 },
             kv_cache: sum(&self.layer_kv),
-            activations: if layers.is_empty() && !others { 0 } else { self.activations as u64 },
+            activations: self.activations as u64,
+            brought: if brings { 2 * of_layer.max().unwrap_or(0) } else { 0 },
         }
     }
 
     /// The last `n` layers, counted as [`Needs::share`] does, over devices with so many free bytes: the layers of each, in
     /// proportion to what is free, or else each as many as fit. `None` if they do not fit.
     pub fn spread(&self, n: usize, free_bytes: &[u64]) -> Option<Vec<Range<usize>>> {
-        let (end, all) = (self.n_layer(), n > self.n_layer());
+        let end = self.n_layer();
         let first = end - n.min(end);
         let fits = |device: usize, layers: Range<usize>| {
-            // Embeddings are the first device's, the output the last one's; a model may have one matrix for both.
-            let others = all && (device == 0 || device + 1 == free_bytes.len());
-            self.share_of(layers, others).total() <= free_bytes[device].saturating_sub(RESERVE_BYTES)
+            let share = self.share_of(n, device..free_bytes.len(), layers);
+            share.total() <= free_bytes[device].saturating_sub(RESERVE_BYTES)
         };
         let ranges = |count: &mut dyn FnMut(usize, usize) -> usize| {
             let mut from = first;
@@ -141,6 +204,21 @@ impl Needs {
     }
 }
 
+/// Weights that are factors of products, or added to them, by index.
+fn weights_of_products(graph: &Graph) -> BTreeSet<u32> {
+    let mut found = BTreeSet::new();
+    for node in &graph.nodes {
+        if matches!(node.op, Op::MatMul { .. } | Op::MatMulId { .. }) {
+            node.op.for_each_input(|t| {
+                if let Storage::Weight { weight, .. } = graph.tensor(graph.base(t)).storage {
+                    found.insert(weight);
+                }
+            });
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,8 +230,9 @@ mod tests {
             layer_kv: alloc::vec![10; 3],
             other_weights: 1000,
             activations: 50,
+            ..Needs::default()
         };
-        assert_eq!(needs.share(1), Share { weights: 300, kv_cache: 10, activations: 50 });
+        assert_eq!(needs.share(1), Share { weights: 300, kv_cache: 10, activations: 50, brought: 0 });
         assert_eq!(needs.share(4).total(), 1680);
         let most = |free: u64| needs.most_layers(&[RESERVE_BYTES + free]);
         assert_eq!([most(359), most(360), most(569), most(570), most(1679), most(1680)], [0, 1, 1, 2, 3, 4]);
@@ -167,6 +246,7 @@ mod tests {
             layer_kv: alloc::vec![10; 4],
             other_weights: 1000,
             activations: 50,
+            ..Needs::default()
         };
         let free = |bytes: [u64; 2]| bytes.map(|bytes| RESERVE_BYTES + bytes);
         // Much the same is free: half each, as far as it fits.
@@ -178,5 +258,29 @@ mod tests {
         // Embeddings and output count on both ends.
         assert_eq!(needs.spread(5, &free([1270, 1869])), None);
         assert_eq!(needs.spread(5, &free([1270, 1870])), Some(alloc::vec![0..2, 2..4]));
+    }
+
+    #[test]
+    fn weights_apart_and_those_of_the_host_count() {
+        let needs = Needs {
+            layer_weights: alloc::vec![100, 100, 100],
+            layer_kv: alloc::vec![10; 3],
+            other_weights: 1000,
+            activations: 50,
+            apart: alloc::vec![0, 7],
+            brought: alloc::vec![[80, 0], [90, 0], [85, 5]],
+        };
+        // Two layers on the host: the larger one's products, twice. None: what the last keeps there.
+        assert_eq!(needs.share(1), Share { weights: 100, kv_cache: 10, activations: 50, brought: 180 });
+        assert_eq!(needs.share(4).brought, 10);
+        assert_eq!(needs.share(0), Share::default(), "a device without anything brings nothing");
+        let [first, second] = needs.shares(1, &[2..3, 3..3])[..] else { panic!("two devices") };
+        assert_eq!((first.brought, second.brought), (180, 0));
+        assert_eq!(second, Share { weights: 7, kv_cache: 0, activations: 50, brought: 0 });
+        let [first, second] = needs.shares(1, &[2..2, 2..3])[..] else { panic!("two devices") };
+        assert_eq!((first, second.brought, second.weights), (Share::default(), 180, 107));
+        // 340 bytes for one layer, 390 for three: two, which leave one on the host, would take more.
+        let most = |free: u64| needs.most_layers(&[RESERVE_BYTES + free]);
+        assert_eq!([most(339), most(340), most(389), most(390)], [0, 1, 1, 3]);
     }
 }

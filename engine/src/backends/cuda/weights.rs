@@ -52,6 +52,11 @@ impl DeviceWeights {
         DeviceWeights { source, device, executor, placed: BTreeMap::new(), memory: Vec::new() }
     }
 
+    /// Where they come from.
+    pub fn source(&self) -> &Weights {
+        &self.source
+    }
+
     /// The address of a weight that was placed.
     pub fn at(&self, key: WeightKey) -> DevicePtr {
         self.placed[&key]
@@ -112,6 +117,28 @@ impl DeviceWeights {
         Ok(())
     }
 
+    /// Makes a place that is another's a weight's: it counts as placed, whoever fills it.
+    pub fn lend(&mut self, key: WeightKey, at: DevicePtr) {
+        self.placed.insert(key, at);
+    }
+
+    /// Queues the copy of a weight to a place on the staging's streams; nothing else is waited for.
+    pub fn bring(
+        &self,
+        key: WeightKey,
+        at: DevicePtr,
+        staging: &mut Staging,
+        modules: &mut Modules,
+    ) -> Result<(), EngineError> {
+        if key.form != WeightForm::Plain {
+            return self.upload(key, at, staging, modules, &mut |_| {});
+        }
+        let raw = self.source.row_range(key.weight, key.first_row, key.rows);
+        let (on_device, stream) = staging.copy(&self.device, &*self.executor, raw)?;
+        self.device.copy(at, on_device, raw.len() as u64, stream)?;
+        Ok(())
+    }
+
     /// Copies a weight to where it belongs, tiled on the way. Returns when its bytes in the file are no longer needed.
     fn upload(
         &self,
@@ -155,7 +182,7 @@ impl DeviceWeights {
 }
 
 /// Two pieces on their way to the device: while one is copied and tiled, the host fills the other.
-struct Staging {
+pub struct Staging {
     slots: Vec<StagingSlot>,
     next: usize,
 }
@@ -168,7 +195,8 @@ struct StagingSlot {
 }
 
 impl Staging {
-    fn new(device: &Device) -> Result<Staging, DriverError> {
+    /// Nothing under way.
+    pub fn new(device: &Device) -> Result<Staging, DriverError> {
         let mut staging = Staging { slots: Vec::new(), next: 0 };
         for _ in 0..2 {
             let (host, on_device) = (Growing::new(MemKind::Host), Growing::new(MemKind::Device));
@@ -209,8 +237,13 @@ impl Staging {
         Ok((on_device, slot.queue.id))
     }
 
+    /// The streams that pieces take in turns.
+    pub fn streams(&self) -> impl Iterator<Item = StreamId> + '_ {
+        self.slots.iter().map(|slot| slot.queue.id)
+    }
+
     /// Waits for everything, and says what went wrong in it.
-    fn finish(&self, device: &Device) -> Result<(), DriverError> {
+    pub fn finish(&self, device: &Device) -> Result<(), DriverError> {
         self.slots.iter().try_for_each(|slot| device.synchronise(slot.queue.id))
     }
 }
