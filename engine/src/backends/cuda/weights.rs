@@ -52,6 +52,11 @@ impl DeviceWeights {
         DeviceWeights { source, device, executor, placed: BTreeMap::new(), memory: Vec::new() }
     }
 
+    /// Who helps.
+    pub fn executor(&self) -> &dyn Executor {
+        &*self.executor
+    }
+
     /// The address of a weight that was placed.
     pub fn at(&self, key: WeightKey) -> DevicePtr {
         self.placed[&key]
