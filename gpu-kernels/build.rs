@@ -1,13 +1,16 @@
-//! Embeds the kernels as PTX: the text of each kernel file and tier, deflated, and a row for each part of it that is
-//! loaded at a time.
+//! Embeds the kernels as PTX: a row for each module that is loaded at a time, and the text of each for all tiers in one
+//! file, packed and deflated. Tiers differ little, and much of a tier's text is another's.
 //!
 //! With the feature `ptx` and a device compiler; else the table is empty, and with the feature one warning names the
 //! command that installs a compiler. The compiler's own files live in `target/ptx`, shared with xtask.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use ptx_build::{CHECKS, Compiler, INSTALL_COMMAND, Kernels, Module, Part, PtxError, TIERS, Tier};
+use ptx_pack::Book;
 
 /// Names of tiers, separated by commas.
 const TIERS_VARIABLE: &str = "RUNIK_PTX_TIERS";
@@ -18,16 +21,42 @@ fn main() {
     }
     println!("cargo::rustc-check-cfg=cfg(entries_of, values(any()))");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=src");
+    println!("cargo::rerun-if-changed=../quant/src");
     let out_dir = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let modules =
         if std::env::var_os("CARGO_FEATURE_PTX").is_some() { modules(&out_dir) } else { Vec::new() };
     let table = table(&out_dir, &modules).unwrap_or_else(|error| panic!("embed PTX: {error}"));
     std::fs::write(out_dir.join("ptx_table.rs"), table).unwrap_or_else(|error| panic!("embed PTX: {error}"));
+    let digest = digest().unwrap_or_else(|error| panic!("read the sources: {error}"));
+    std::fs::write(out_dir.join("digest.rs"), format!("{digest:#x}"))
+        .unwrap_or_else(|error| panic!("write the digest: {error}"));
+}
+
+/// FNV-1a over what kernels and launchers are made of, names and texts in order of their paths.
+fn digest() -> std::io::Result<u64> {
+    let mut digest = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |bytes: &[u8]| {
+        for byte in bytes {
+            digest = (digest ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    };
+    let mut paths = vec![PathBuf::from("../quant/src"), PathBuf::from("src")];
+    while let Some(path) = paths.pop() {
+        if path.is_dir() {
+            let entries = std::fs::read_dir(&path)?.map(|entry| Ok(entry?.path()));
+            let mut entries = entries.collect::<std::io::Result<Vec<_>>>()?;
+            entries.sort();
+            paths.extend(entries);
+        } else {
+            add(path.to_string_lossy().as_bytes());
+            add(&std::fs::read(&path)?);
+        }
+    }
+    Ok(digest)
 }
 
 fn modules(out_dir: &Path) -> Vec<Module> {
-    println!("cargo::rerun-if-changed=src");
-    println!("cargo::rerun-if-changed=../quant/src");
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace");
     // OUT_DIR is target/PROFILE/build/NAME/out, with the target's name before PROFILE where one is given.
     let build_dir = out_dir.ancestors().nth(4).unwrap_or(out_dir).join("ptx");
@@ -64,29 +93,92 @@ fn tiers() -> Vec<Tier> {
     }
 }
 
-/// Source of the table, with the text of each kernel file and tier deflated beside it.
-fn table(out_dir: &Path, modules: &[Module]) -> std::io::Result<String> {
-    // The files' bytes as constants of their own, and all in a static: so that they are in a program once.
-    let (mut files, mut rows) = (String::new(), String::new());
-    for (i, module) in modules.iter().enumerate() {
-        let Tier { name: tier, sm, exact, .. } = module.tier;
-        let file = format!("{}.{tier}.ptx.deflate", module.name);
-        std::fs::write(out_dir.join(&file), miniz_oxide::deflate::compress_to_vec(module.ptx.as_bytes(), 9))?;
-        let (ptx_bytes, kernel_file) = (module.ptx.len(), &module.name);
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            files,
-            "const FILE_{i}: &[u8] = include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{file}\"));"
-        );
-        for Part { name, ranges, kernels } in module.parts() {
-            let ranges: Vec<(usize, usize)> = ranges.iter().map(|range| (range.start, range.end)).collect();
-            let _ = writeln!(
-                rows,
-                "PtxModule {{ file: {kernel_file:?}, name: {name:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, kernels: &{kernels:?}, \
-                 file_bytes: {ptx_bytes}, ranges: &{ranges:?}, \
-                 deflated: FILE_{i} }},",
-            );
+/// The texts of one module's name, of all tiers, packed one after the other.
+struct File<'a> {
+    packed: Vec<u8>,
+    /// Where each declaration and entry is.
+    places: HashMap<&'a str, Range<usize>>,
+    deflated: Vec<u8>,
+}
+
+impl<'a> File<'a> {
+    fn new(book: &Book, texts: &BTreeSet<(&'a str, &'a str)>) -> File<'a> {
+        let (mut packed, mut places) = (Vec::new(), HashMap::new());
+        for (_, text) in texts {
+            let start = packed.len();
+            book.pack(text, &mut packed);
+            places.insert(*text, start..packed.len());
         }
+        let deflated = miniz_oxide::deflate::compress_to_vec(&packed, 9);
+        File { packed, places, deflated }
     }
-    Ok(format!("{{\n{files}&[\n{rows}]\n}}"))
+
+    /// Where these texts are; neighbours in one range.
+    fn ranges(&self, texts: impl Iterator<Item = &'a str>) -> Vec<(usize, usize)> {
+        let mut ranges: Vec<(usize, usize)> = Vec::new();
+        for Range { start, end } in texts.map(|text| self.places[text].clone()) {
+            match ranges.last_mut() {
+                Some(last) if last.1 == start => last.1 = end,
+                _ => ranges.push((start, end)),
+            }
+        }
+        ranges
+    }
+}
+
+/// Source of the table, with the files it includes beside it.
+fn table(out_dir: &Path, modules: &[Module]) -> Result<String, PtxError> {
+    if modules.is_empty() {
+        return Ok("&[]".into());
+    }
+    let parts: Vec<(&Module, Part)> = modules
+        .iter()
+        .flat_map(|module| module.parts().into_iter().map(move |part| (module, part)))
+        .collect();
+    let mut by_name: BTreeMap<&str, BTreeSet<(&str, &str)>> = BTreeMap::new();
+    for (module, part) in &parts {
+        let texts = by_name.entry(&part.name).or_default();
+        // By first line: the tiers of an entry side by side, within what deflate remembers.
+        texts.extend(texts_of(module, part).map(|text| (text.lines().next().unwrap_or_default(), text)));
+    }
+    let texts: BTreeSet<&str> = by_name.values().flatten().map(|&(_, text)| text).collect();
+    let book = Book::new(&texts.into_iter().collect::<Vec<_>>());
+    let jobs: Vec<_> = by_name.into_iter().collect();
+    let files = ptx_build::in_parallel(&jobs, |(name, texts)| {
+        let (file, path) = (File::new(&book, texts), out_dir.join(format!("{name}.ptx.deflate")));
+        let wrote = std::fs::write(&path, &file.deflated);
+        wrote.map_err(|source| PtxError::Io { what: format!("write {}", path.display()), source })?;
+        Ok(file)
+    })?;
+    let files: BTreeMap<&str, &File> = jobs.iter().map(|(name, _)| *name).zip(&files).collect();
+
+    // The files' bytes as constants of their own, and all in a static: so that they are in a program once.
+    let (mut consts, mut rows) = (String::new(), String::new());
+    // Writing to a string cannot fail.
+    let (shapes, literals) = (book.shapes(), book.literals());
+    let _ =
+        writeln!(consts, "static WORDS: Words = Words {{ shapes: &{shapes:?}, literals: &{literals:?} }};");
+    for name in files.keys() {
+        let path = format!("concat!(env!(\"OUT_DIR\"), \"/{name}.ptx.deflate\")");
+        let _ = writeln!(
+            consts,
+            "#[allow(non_upper_case_globals)]\nconst FILE_{name}: &[u8] = include_bytes!({path});"
+        );
+    }
+    for (module, part) in &parts {
+        let (Tier { name: tier, sm, exact, .. }, file) = (module.tier, &module.name);
+        let (Part { name, kernels, .. }, packed) = (part, files[part.name.as_str()]);
+        let (packed_bytes, ranges) = (packed.packed.len(), packed.ranges(texts_of(module, part)));
+        let _ = writeln!(
+            rows,
+            "PtxModule {{ file: {file:?}, name: {name:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, kernels: &{kernels:?}, \
+             packed_bytes: {packed_bytes}, ranges: &{ranges:?}, deflated: FILE_{name}, words: &WORDS }},",
+        );
+    }
+    Ok(format!("{{\n{consts}&[\n{rows}]\n}}"))
+}
+
+/// The declarations and entries of a part.
+fn texts_of<'a>(module: &'a Module, part: &'a Part) -> impl Iterator<Item = &'a str> {
+    part.ranges.iter().map(|range| &module.ptx[range.clone()])
 }

@@ -2,8 +2,10 @@
 //!
 //! A bad access of a kernel ends its process's use of the device, so each kernel runs in a child process, which tells of
 //! each case in a line; if it dies or hangs, the case counts as failed and a new child goes on after it. Children start
-//! with an empty compute cache, so that the time to compile a module is measured as a user sees it first.
+//! with an empty compute cache, so that the time to compile a module is measured as a user sees it first (with `--jobs`
+//! several kernels are under way, and that time is longer).
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -63,11 +65,16 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
         "kernel", "tier", "passed", "failed", "worst nmse", "modules", "jit ms", "slowest ms", "cached ms"
     );
     let cache = std::env::temp_dir().join(format!("gpu-test-cache-{}", std::process::id()));
-    let (mut failed, mut all) = (0, Vec::new());
-    for kernel in KERNELS {
-        if options.only.as_deref().is_some_and(|only| only != kernel.name()) {
-            continue;
-        }
+    let mut kernels: Vec<&dyn AnyKernel> = KERNELS
+        .iter()
+        .copied()
+        .filter(|kernel| options.only.as_deref().is_none_or(|only| only == kernel.name()))
+        .collect();
+    // What takes longest, to compile and to run, comes first.
+    let n_modules = |kernel: &&dyn AnyKernel| ptx::MODULES.iter().filter(|m| m.file == kernel.name()).count();
+    kernels.sort_by_key(|kernel| Reverse(n_modules(kernel)));
+    let (next, done) = (AtomicUsize::new(0), Mutex::new((0, Vec::new())));
+    let one = |kernel: &dyn AnyKernel| -> Result<(), BenchError> {
         let has = |tier: &&&str| {
             ptx::MODULES
                 .iter()
@@ -76,19 +83,34 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
         let tiers: Vec<&str> = tiers.iter().filter(has).copied().collect();
         if tiers.is_empty() {
             println!("{:<16} skipped: none of these tiers has it", kernel.name());
-            continue;
+            return Ok(());
         }
-        let results = kernel_in_children(device, *kernel, &tiers, &cache)?;
+        // A cache each: children that share one wait for each other.
+        let results = kernel_in_children(device, kernel, &tiers, &cache.join(kernel.name()))?;
+        let mut done = done.lock().unwrap_or_else(|poison| poison.into_inner());
         for tier in &tiers {
             let Some(result) = results.get(tier) else { continue };
             println!("{}", line(kernel.name(), tier, result));
             for failure in result.failures.iter().take(SHOWN) {
                 println!("    {failure}");
             }
-            failed += result.failures.len();
-            all.push(json(kernel.name(), tier, result));
+            done.0 += result.failures.len();
+            done.1.push(json(kernel.name(), tier, result));
         }
-    }
+        Ok(())
+    };
+    let worker = || {
+        while let Some(kernel) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
+            one(*kernel)?;
+        }
+        Ok(())
+    };
+    let ended: Vec<Result<(), BenchError>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..options.jobs.max(1)).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().map(|worker| worker.join().expect("a worker does not panic")).collect()
+    });
+    ended.into_iter().collect::<Result<(), _>>()?;
+    let (failed, all) = done.into_inner().unwrap_or_else(|poison| poison.into_inner());
     // Only our own files; a leftover is a nuisance, not an error.
     let _ = std::fs::remove_dir_all(&cache);
     if options.only.as_deref().is_some_and(|only| registry::find(only).is_none()) {
@@ -262,17 +284,17 @@ pub fn child(device: u32, kernel: &str, args: &mut Args) -> Result<(), BenchErro
 fn load(driver: &Hosted, kernel: &dyn AnyKernel, tier: &str) {
     let is_used = |module: &&PtxModule| module.tier == tier && module.file == kernel.name();
     let modules: Vec<&PtxModule> = ptx::MODULES.iter().filter(is_used).collect();
-    let (first, slowest) = load_all(driver, &modules);
-    let (cached, _) = load_all(driver, &modules);
+    let (first, slowest) = load_all(driver, &modules, COMPILERS);
+    let (cached, _) = load_all(driver, &modules, COMPILERS);
     println!("load\t{tier}\t{}\t{first}\t{cached}\t{slowest}", modules.len());
 }
 
-/// Milliseconds for all modules, and for the slowest of them.
-fn load_all(driver: &Hosted, modules: &[&PtxModule]) -> (f64, f64) {
+/// Milliseconds for all modules by so many threads, and for the slowest of them.
+pub(crate) fn load_all(driver: &Hosted, modules: &[&PtxModule], n_threads: usize) -> (f64, f64) {
     let (next, slowest) = (AtomicUsize::new(0), Mutex::new(0.0f64));
     let start = Instant::now();
     std::thread::scope(|scope| {
-        for _ in 0..COMPILERS.min(modules.len()) {
+        for _ in 0..n_threads.min(modules.len()) {
             scope.spawn(|| {
                 while let Some(module) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let start = Instant::now();

@@ -17,6 +17,8 @@ pub struct Options {
     pub only: Option<String>,
     /// Only modules of this tier.
     pub tier: Option<&'static str>,
+    /// Kernels to test at a time; 0 is 1.
+    pub jobs: usize,
     /// Repeat on one set of buffers.
     pub warm: bool,
     /// ggml's `test-backend-ops`.
@@ -34,6 +36,7 @@ impl Options {
             filter: None,
             only: args.value("--only")?,
             tier: args.value("--tier")?.map(|name| tier(&name)).transpose()?,
+            jobs: args.number("--jobs")?.unwrap_or(1) as usize,
             warm: args.flag("--warm"),
             peer: args.value("--peer")?.map(PathBuf::from),
             json: args.value("--json")?.map(PathBuf::from),

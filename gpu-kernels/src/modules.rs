@@ -5,10 +5,15 @@
 
 use alloc::collections::BTreeMap;
 use alloc::string::ToString;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::driver::{Driver, DriverError, ModuleId, StreamId};
 use crate::launch::Launch;
 use crate::ptx::{self, PtxModule};
+
+/// No module's number: drivers count from 0.
+const NOT_LOADED: u32 = u32::MAX;
 
 /// Who knows which loaded module has a kernel.
 pub trait FindModule {
@@ -55,6 +60,55 @@ impl Modules {
         driver.launch(module, launch, stream)
     }
 
+    /// Loads side by side the modules that these kernels need and that are not there: a driver compiles each on one
+    /// core, for a second or more the first time. `run` runs that many tasks. What does not load is left to
+    /// [`FindModule::find_module`], which says why or takes another tier.
+    pub fn load_ahead<'a>(
+        &mut self,
+        driver: &(dyn Driver + Send + Sync),
+        entries: impl Iterator<Item = &'a str>,
+        run: impl FnOnce(usize, &(dyn Fn(usize) + Sync)),
+    ) {
+        // Known to the compiler: a program without modules has nothing of this.
+        if ptx::MODULES.is_empty() || driver.builtin().is_some() {
+            return;
+        }
+        let sm = driver.info().sm;
+        let mut missing: BTreeMap<_, (&'static PtxModule, AtomicU32)> = BTreeMap::new();
+        for entry in entries.filter(|entry| !self.by_entry.contains_key(entry)) {
+            if let Some(module) = self.candidates(sm, entry).next() {
+                missing.insert((module.name, module.tier), (module, AtomicU32::new(NOT_LOADED)));
+            }
+        }
+        let missing: Vec<_> = missing.into_values().collect();
+        run(missing.len(), &|i| {
+            let (module, id) = &missing[i];
+            if let Ok(loaded) = driver.load(module) {
+                id.store(loaded.0, Ordering::Release);
+            }
+        });
+        for (module, id) in missing {
+            match id.into_inner() {
+                NOT_LOADED => {}
+                id => self.insert(module, ModuleId(id)),
+            }
+        }
+    }
+
+    /// The modules with an entry that may serve, best first.
+    fn candidates(&self, sm: u32, entry: &str) -> impl Iterator<Item = &'static PtxModule> + use<> {
+        let only = self.tier;
+        ptx::modules_for(sm, entry)
+            .into_iter()
+            .filter(move |module| only.is_none_or(|tier| tier == module.tier))
+    }
+
+    /// The whole module is loaded, so none of its entries needs another search.
+    fn insert(&mut self, module: &'static PtxModule, id: ModuleId) {
+        self.loaded.insert((module.name, module.tier), id);
+        self.by_entry.extend(module.kernels.iter().map(|&name| (name, id)));
+    }
+
     /// Name and tier of the modules loaded so far.
     pub fn loaded(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         self.loaded.keys().copied()
@@ -63,16 +117,6 @@ impl Modules {
     /// Unloads all modules; those of a driver that is gone may just be dropped.
     pub fn unload(self, driver: &dyn Driver) -> Result<(), DriverError> {
         self.loaded.into_values().map(|module| driver.unload(module)).fold(Ok(()), Result::and)
-    }
-
-    fn load(&mut self, driver: &dyn Driver, module: &'static PtxModule) -> Result<ModuleId, DriverError> {
-        let key = (module.name, module.tier);
-        if let Some(&id) = self.loaded.get(&key) {
-            return Ok(id);
-        }
-        let id = driver.load(module)?;
-        self.loaded.insert(key, id);
-        Ok(id)
     }
 }
 
@@ -85,14 +129,10 @@ impl FindModule for Modules {
             return Ok(module);
         }
         let mut refused = None;
-        for module in ptx::modules_for(driver.info().sm, entry) {
-            if self.tier.is_some_and(|tier| tier != module.tier) {
-                continue;
-            }
-            match self.load(driver, module) {
+        for module in self.candidates(driver.info().sm, entry) {
+            match driver.load(module) {
                 Ok(id) => {
-                    // The whole module is loaded, so none of its entries needs another search.
-                    self.by_entry.extend(module.kernels.iter().map(|&name| (name, id)));
+                    self.insert(module, id);
                     return Ok(id);
                 }
                 // An old driver: the tier below may do.
@@ -142,6 +182,13 @@ mod tests {
     }
 
     #[test]
+    fn all_tiers_take_less_than_six_megabytes() {
+        // Fewer tiers share less: of any of them the bound holds all the more.
+        let bytes = ptx::embedded_bytes();
+        assert!(bytes > 0 && bytes <= 6_000_000, "{bytes} bytes");
+    }
+
+    #[test]
     fn a_gpu_gets_the_best_tier_that_it_runs() {
         let tiers = |sm| {
             ptx::modules_for(sm, "rms_norm_f32")
@@ -159,6 +206,7 @@ mod tests {
         let emulator = Emulator::new(Options::default());
         let mut modules = Modules::new();
         assert_eq!(modules.find_module(&emulator, "rms_norm_f32"), Ok(Emulator::MODULE));
+        modules.load_ahead(&emulator, ["rms_norm_f32"].into_iter(), |_, _| panic!("nothing to load"));
         assert_eq!(modules.loaded().count(), 0);
     }
 }

@@ -6,6 +6,8 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use ptx_pack::Words;
+
 use crate::driver::DeviceInfo;
 
 /// One module.
@@ -23,12 +25,17 @@ pub struct PtxModule {
     pub exact: bool,
     /// Names of the entries, sorted.
     pub kernels: &'static [&'static str],
-    /// Bytes of the kernel file's text for this tier, once inflated.
-    file_bytes: usize,
-    /// Which bytes of that text are the module's.
-    ranges: &'static [(usize, usize)],
+    /// The packed text of all tiers' modules of this name (`ptx-pack`), deflated, and its length before.
     deflated: &'static [u8],
+    packed_bytes: usize,
+    /// Which packed bytes are the module's.
+    ranges: &'static [(usize, usize)],
+    words: &'static Words<'static>,
 }
+
+/// Digest of the sources of kernels and launchers. A launcher and the kernel it launches must be of one build: they agree on
+/// more than names and arguments.
+pub const BUILD: u64 = include!(concat!(env!("OUT_DIR"), "/digest.rs"));
 
 /// Every module, oldest tier first.
 pub static MODULES: &[PtxModule] = include!(concat!(env!("OUT_DIR"), "/ptx_table.rs"));
@@ -36,10 +43,10 @@ pub static MODULES: &[PtxModule] = include!(concat!(env!("OUT_DIR"), "/ptx_table
 impl PtxModule {
     /// The PTX text.
     pub fn text(&self) -> String {
-        let bytes = miniz_oxide::inflate::decompress_to_vec_with_limit(self.deflated, self.file_bytes);
+        let packed = miniz_oxide::inflate::decompress_to_vec_with_limit(self.deflated, self.packed_bytes);
         // Both ends of the compression are ours, so only a broken build can fail here.
-        let text = String::from_utf8(bytes.expect("embedded PTX inflates")).expect("PTX is ASCII");
-        self.ranges.iter().map(|&(from, to)| &text[from..to]).collect()
+        let packed = packed.expect("embedded PTX inflates");
+        self.ranges.iter().map(|&(from, to)| self.words.unpack(&packed[from..to])).collect()
     }
 
     /// Whether a GPU of this compute capability (times ten) runs the module.
@@ -73,12 +80,15 @@ pub fn runs_hopper(device: &DeviceInfo) -> bool {
     there && device.sm == 90 && device.driver_version >= HOPPER_DRIVER
 }
 
-/// Bytes of all embedded text, deflated.
+/// Bytes of all embedded text, with what it takes to unpack it.
 pub fn embedded_bytes() -> usize {
-    // Modules of one file share its text.
+    // Modules of one name share a text.
     let mut texts: Vec<(*const u8, usize)> =
         MODULES.iter().map(|module| (module.deflated.as_ptr(), module.deflated.len())).collect();
     texts.sort_unstable();
     texts.dedup();
-    texts.iter().map(|&(_, bytes)| bytes).sum()
+    let word_bytes = |words: &[&str]| words.iter().map(|word| word.len() + size_of::<&str>()).sum::<usize>();
+    let words =
+        MODULES.first().map_or(0, |first| word_bytes(first.words.shapes) + word_bytes(first.words.literals));
+    texts.iter().map(|&(_, bytes)| bytes).sum::<usize>() + words
 }

@@ -44,7 +44,7 @@ impl Link for Script {
 /// A guest that hears these bytes from its broker goes on with errors, or with numbers that mean nothing.
 pub fn guest(bytes: &[u8]) {
     let link = Script(io::Cursor::new(bytes.to_vec()));
-    let Ok(driver) = RemoteDriver::open(Box::new(link), None) else { return };
+    let Ok(driver) = RemoteDriver::open(Box::new(link), None, 0) else { return };
     assert!(driver.info().name.len() <= 64);
     let at = driver.alloc(MemKind::Device, 4096).unwrap_or(DevicePtr(4096));
     let launch =

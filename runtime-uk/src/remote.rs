@@ -32,9 +32,22 @@ struct State {
 }
 
 impl RemoteDriver {
-    /// Greets the broker at the other end of the link. With a window, data is moved in place.
-    pub fn open(link: Box<dyn Link>, window: Option<Box<dyn Window>>) -> Result<RemoteDriver, DriverError> {
+    /// Greets the broker at the other end of the link. With a window, data is moved in place. `build` is that of the caller's
+    /// launchers ([`gpu_kernels::ptx::BUILD`]): a broker of another is refused, since a kernel that its launcher does not fit
+    /// writes where it should not.
+    pub fn open(
+        link: Box<dyn Link>,
+        window: Option<Box<dyn Window>>,
+        build: u64,
+    ) -> Result<RemoteDriver, DriverError> {
         let (session, welcome) = Session::open(link, window)?;
+        if welcome.kernels != build {
+            let what = alloc::format!(
+                "the broker's kernels are of build {:016x}, expected {build:016x}: image and broker must be built from the same source",
+                welcome.kernels
+            );
+            return Err(DriverError::NoDriver { what });
+        }
         let info = DeviceInfo {
             name: welcome.name.as_str().to_string(),
             pci: String::new(),

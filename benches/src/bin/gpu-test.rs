@@ -8,7 +8,8 @@ use benches::options::Options;
 use benches::{BenchError, bench, conform};
 use engine::backends::cuda::hosted::Hosted;
 
-const USAGE: &str = "usage: gpu-test [--only KERNEL] [--tier T] [--device I] [--json FILE]\n\
+const USAGE: &str = "usage: gpu-test [--only KERNEL] [--tier T] [--jobs N] [--device I] [--json FILE]\n\
+    \x20      gpu-test --load FORMAT,FORMAT [--tier T] [--jobs N] [--device I]\n\
     \x20      gpu-test --bench [FILTER] [--only KERNEL] [--tier T] [--device I] [--warm] [--peer TEST_BACKEND_OPS] \
     [--json FILE] [--record DIR]";
 
@@ -20,7 +21,12 @@ fn run() -> Result<(), BenchError> {
         return conform::child(device, &kernel, &mut args);
     }
     let benches = args.flag("--bench");
+    let load = args.value("--load")?;
     let mut options = Options::take(&mut args)?;
+    if let Some(formats) = load {
+        args.finish(USAGE)?;
+        return benches::load::run(&Hosted::open(device)?, &formats, options.tier, options.jobs);
+    }
     if benches {
         options.filter = args.word();
         args.finish(USAGE)?;

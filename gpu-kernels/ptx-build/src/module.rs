@@ -2,7 +2,9 @@
 //!
 //! Finishing: rustc emits no launch bounds, so kernels carry them as a comment `// @launch .maxntid 256,1,1`, which is
 //! moved to the entry's header; rustc cannot align a parameter beyond 16 bytes, so `// @param_align INDEX ALIGN` raises
-//! it in the text; comments that mark inline assembly go.
+//! it in the text; comments that mark inline assembly go. Registers and labels are numbered anew in the order in which
+//! they appear, and parameters lose the entry's name: LLVM's numbers depend on the whole file, and equal code with equal
+//! names is small once packed (`ptx-pack`).
 //!
 //! Rules: no external function (code of another crate that was not inlined), no local memory, from sm_90 on a wait for
 //! earlier launches in every entry, and each canary kernel (`device/canary.rs`) holds exactly one barrier: LLVM or rustc
@@ -11,7 +13,8 @@
 //! A driver compiles a whole module when it loads it, so a file's text is cut into parts that are loaded apart: one per
 //! weight format named in the entries, one for all others. A part has the tables its entries use, and no other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
 use std::ops::Range;
 
 use crate::error::PtxError;
@@ -41,7 +44,7 @@ pub struct Module {
 pub struct Part {
     /// `mmvq_Q4_0`, or the file's name for the entries that name no format.
     pub name: String,
-    /// Its text: ranges of the module's, in order.
+    /// Its text: the ranges of the module's that hold a declaration or an entry each, in order.
     pub ranges: Vec<Range<usize>>,
     /// Names of its entries, sorted.
     pub kernels: Vec<String>,
@@ -83,7 +86,12 @@ impl Module {
                     format!("{barriers} barriers where the source has one: convergence is broken"),
                 ));
             }
-            push_code(&mut ptx, &hoist(entry, name).ok_or_else(|| lint(name, "malformed @ comment".into()))?);
+            let hoisted = hoist(entry, name).ok_or_else(|| lint(name, "malformed @ comment".into()))?;
+            let start = ptx.len();
+            push_code(&mut ptx, &hoisted);
+            let renamed = rename(&ptx[start..], name);
+            ptx.truncate(start);
+            ptx.push_str(&renamed);
             kernels.push(name.to_string());
         }
         kernels.sort();
@@ -109,13 +117,7 @@ impl Module {
             };
             let texts =
                 declarations.iter().filter(used).copied().chain(entries.iter().map(|&(_, text)| text));
-            let mut ranges: Vec<Range<usize>> = Vec::new();
-            for next in texts.map(range) {
-                match ranges.last_mut() {
-                    Some(last) if last.end == next.start => last.end = next.end,
-                    _ => ranges.push(next),
-                }
-            }
+            let ranges = texts.map(range).collect();
             let mut kernels: Vec<String> = entries.iter().map(|(kernel, _)| kernel.to_string()).collect();
             kernels.sort();
             Part { name: name.into(), ranges, kernels }
@@ -192,6 +194,42 @@ fn hoist(entry: &str, name: &str) -> Option<String> {
     Some(text)
 }
 
+/// Kinds of names that are numbered anew, as LLVM writes them and as they are written instead. A register keeps its kind,
+/// so its declaration (`.reg .b32 %r<40>`) still covers it.
+const NUMBERED: [(&str, &str); 5] =
+    [("$L__BB", "$L"), ("%p", "%p"), ("%rs", "%rs"), ("%r", "%r"), ("%rd", "%rd")];
+
+/// The entry with registers and labels numbered from 0 in order of appearance, and `param_0` for `NAME_param_0`.
+fn rename(entry: &str, name: &str) -> String {
+    let entry = entry.replace(&format!("{name}_param_"), "param_");
+    let mut text = String::with_capacity(entry.len());
+    let (mut names, mut counts): (HashMap<&str, usize>, _) = (HashMap::new(), [0; NUMBERED.len()]);
+    let mut rest = entry.as_str();
+    while let Some(at) = rest.find(['%', '$']) {
+        let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let end = rest[at + 1..].find(|c| !is_word(c)).map_or(rest.len(), |len| at + 1 + len);
+        let word = &rest[at..end];
+        text.push_str(&rest[..at]);
+        rest = &rest[end..];
+        // `%r12`, `$L__BB7_12`.
+        let is_number = |digits: &str| digits.starts_with(|c: char| c.is_ascii_digit());
+        let kind = NUMBERED.iter().position(|(kind, _)| word.strip_prefix(kind).is_some_and(is_number));
+        match kind {
+            Some(kind) => {
+                let number = *names.entry(word).or_insert_with(|| {
+                    counts[kind] += 1;
+                    counts[kind] - 1
+                });
+                // Writing to a string cannot fail.
+                let _ = write!(text, "{}{number}", NUMBERED[kind].1);
+            }
+            None => text.push_str(word),
+        }
+    }
+    text.push_str(rest);
+    text
+}
+
 /// Appends lines that are code.
 fn push_code(out: &mut String, text: &str) {
     for line in text.lines() {
@@ -222,11 +260,24 @@ mod tests {
         let module = finish(&entry("k", body)).unwrap();
         assert!(module.ptx.starts_with(".version 6.3\n"));
         assert!(module.ptx.contains(")\n.maxntid 64,1,1\n{"));
-        assert!(module.ptx.contains(".align 64 .b8 k_param_0[128]"));
+        assert!(module.ptx.contains(".align 64 .b8 param_0[128]"));
         assert!(!module.ptx.contains("//"));
         assert_eq!(module.kernels, ["k"]);
         assert!(module.entry("k").is_some_and(|text| text.contains(".maxntid")));
         assert_eq!(module.entry("other"), None);
+    }
+
+    #[test]
+    fn names_are_numbered_in_order_of_appearance() {
+        let body = "\t.reg .pred \t%p<3>;\n\t.reg .b32 \t%r<9>;\n\tld.param.b32 \t%r7, [k_1_param_0+4];\n\
+            $L__BB3_2:\n\t@%p2 bra \t$L__BB3_12;\n\tmov.b64 \t{_, %r3}, %rd7;\n\tadd.s32 \t%r7, %r3, %tid.x;\n\
+            \tbra \t$L__BB3_2;\n$L__BB3_12:\n\tmov.b32 \t%r3, anon_$_1_$_0;";
+        let renamed = "\t.reg .pred \t%p<3>;\n\t.reg .b32 \t%r<9>;\n\tld.param.b32 \t%r0, [param_0+4];\n\
+            $L0:\n\t@%p0 bra \t$L1;\n\tmov.b64 \t{_, %r1}, %rd0;\n\tadd.s32 \t%r0, %r1, %tid.x;\n\
+            \tbra \t$L0;\n$L1:\n\tmov.b32 \t%r1, anon_$_1_$_0;";
+        let module = finish(&entry("k_1", body)).unwrap();
+        assert!(module.ptx.contains(renamed), "{}", module.ptx);
+        assert!(module.ptx.contains(".entry k_1(\n\t.param .align 16 .b8 param_0[128]"));
     }
 
     #[test]

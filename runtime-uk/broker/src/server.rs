@@ -112,6 +112,7 @@ fn welcome(driver: &dyn Driver, window: Option<&GuestWindow>) -> Welcome {
         registers_per_sm: info.registers_per_sm,
         threads_per_sm: info.threads_per_sm,
         driver_version: info.driver_version,
+        kernels: gpu_kernels::ptx::BUILD,
         window_address: window.and_then(GuestWindow::address).unwrap_or(DevicePtr::NULL).0,
         window_bytes: window.map_or(0, |window| window.shared().len() as u64),
         name: NameBytes::new(&info.name),

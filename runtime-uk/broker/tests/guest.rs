@@ -26,6 +26,10 @@ struct Broker {
 
 impl Broker {
     fn start(name: &str, memory_mib: u64) -> Broker {
+        Broker::of(name, memory_mib, "emu")
+    }
+
+    fn of(name: &str, memory_mib: u64, device: &str) -> Broker {
         let mut ram = Scratch::new(&format!("{name}-ram"));
         if PathBuf::from("/dev/shm").is_dir() {
             ram = Scratch(PathBuf::from("/dev/shm").join(ram.0.file_name().unwrap()));
@@ -35,7 +39,7 @@ impl Broker {
         std::fs::File::create(&ram.0).unwrap().set_len(memory_mib << 20).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_runik-gpu-host"));
         command.arg("--socket").arg(&socket.0).arg("--ram").arg(&ram.0).arg("--metrics").arg(&metrics.0);
-        let child = command.spawn().unwrap();
+        let child = command.args(["--device", device]).spawn().unwrap();
         let started = Instant::now();
         while !socket.0.exists() {
             assert!(started.elapsed() < Duration::from_secs(20), "the broker does not listen");
@@ -110,16 +114,19 @@ fn tokens_are_the_hosted_engines() {
     let Some(setup) = setup() else { return };
     let model = setup.tiny.join("llama-b.gguf");
     let words = "prompt=\"The quick\" predict=4 ctx=64 device=gpu exit";
-    let mut broker = Broker::start("tokens", 256);
-    let mut running =
-        broker.boot_with("q35", 256, &setup.image, words, &["-initrd", model.to_str().unwrap()]);
-    assert_eq!(running.end(), DONE, "{}", running.text());
-    assert!(broker.child.wait().unwrap().success());
-    let expected = hosted_on(&model, "The quick", 4, 64, |model| {
-        let device = Arc::new(Emulator::new(Options::default()));
-        Box::new(Cuda::new(device, Arc::new(Serial), model.weights().clone()))
-    });
-    assert_eq!(running.tokens(), expected, "{}", running.text());
+    // On Hopper prompts go through kernels of their own.
+    for (device, sm) in [("emu", 80), ("emu:90", 90)] {
+        let mut broker = Broker::of("tokens", 256, device);
+        let mut running =
+            broker.boot_with("q35", 256, &setup.image, words, &["-initrd", model.to_str().unwrap()]);
+        assert_eq!(running.end(), DONE, "{device}: {}", running.text());
+        assert!(broker.child.wait().unwrap().success());
+        let expected = hosted_on(&model, "The quick", 4, 64, |model| {
+            let device = Arc::new(Emulator::new(Options { sm, ..Options::default() }));
+            Box::new(Cuda::new(device, Arc::new(Serial), model.weights().clone()))
+        });
+        assert_eq!(running.tokens(), expected, "{device}: {}", running.text());
+    }
 }
 
 /// A broker that dies: the guest says so within the patience of its session, and ends.

@@ -2,12 +2,20 @@
 
 mod common;
 
-use common::{count, inline, run_cases};
+use common::{count, inline, of_another_build, run_cases};
 use gpu_kernels::driver::{Driver, DriverError, EventId, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch, Params};
 use uk_broker::Limits;
 
 const STREAM: StreamId = StreamId::DEFAULT;
+
+#[test]
+fn a_broker_of_another_build_is_refused() {
+    let (driver, broker) = of_another_build();
+    let error = driver.err().unwrap().to_string();
+    assert!(error.contains("must be built from the same source"), "{error}");
+    broker.end().unwrap();
+}
 
 /// Kernels give what they give on the emulator itself, whatever the pieces in which bytes come.
 #[test]

@@ -121,7 +121,7 @@ fn connect(path: &str) -> Result<RemoteDriver, DriverError> {
     };
     let socket =
         open().map_err(|error: std::io::Error| DriverError::NoDriver { what: format!("{path}: {error}") })?;
-    RemoteDriver::open(Box::new(SocketLink { socket, started: Instant::now() }), None)
+    RemoteDriver::open(Box::new(SocketLink { socket, started: Instant::now() }), None, ptx::BUILD)
 }
 
 /// The library's part of a context.

@@ -5,6 +5,7 @@ use alloc::vec::Vec;
 use core::time::Duration;
 
 use gpu_kernels::driver::DriverError;
+use gpu_kernels::ptx::BUILD;
 use runtime_uk::{Link, LinkError, RemoteDriver, Window};
 use uk_kernel::clock;
 use uk_kernel::console::Console;
@@ -64,5 +65,5 @@ pub fn open(machine: &Machine, devices: &mut Devices) -> Result<RemoteDriver, Dr
     let transport = devices.console.pop();
     let transport = transport.ok_or_else(|| no_driver("device=gpu needs a virtio console to a broker"))?;
     let console = Console::new(transport).map_err(|_| no_driver("the virtio console cannot be set up"))?;
-    RemoteDriver::open(Box::new(ConsoleLink(console)), Some(Box::new(Ram::new(&machine.ram))))
+    RemoteDriver::open(Box::new(ConsoleLink(console)), Some(Box::new(Ram::new(&machine.ram))), BUILD)
 }

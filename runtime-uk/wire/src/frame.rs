@@ -42,6 +42,8 @@ pub struct Welcome {
     pub threads_per_sm: u32,
     /// Highest CUDA version of the driver, as CUDA counts it: which kernels it compiles.
     pub driver_version: u32,
+    /// Which build the broker's kernels are of.
+    pub kernels: u64,
     /// Device address of the window's first byte; 0 if the device cannot reach it.
     pub window_address: u64,
     /// Bytes of the window.
@@ -122,6 +124,7 @@ impl Welcome {
             .u32(self.registers_per_sm)
             .u32(self.threads_per_sm)
             .u32(self.driver_version)
+            .u64(self.kernels)
             .u64(self.window_address)
             .u64(self.window_bytes)
             .bytes(&self.name.0);
@@ -148,6 +151,7 @@ impl Welcome {
             registers_per_sm: take.u32(),
             threads_per_sm: take.u32(),
             driver_version: take.u32(),
+            kernels: take.u64(),
             window_address: take.u64(),
             window_bytes: take.u64(),
             name: NameBytes::default(),
@@ -270,6 +274,7 @@ mod tests {
             registers_per_sm: 65_536,
             threads_per_sm: 2048,
             driver_version: 13_000,
+            kernels: 0x0123_4567_89ab_cdef,
             window_address: 0x7f00_0000_0000,
             window_bytes: 1 << 30,
             name: NameBytes::new("NVIDIA H100 80GB HBM3"),

@@ -42,7 +42,7 @@ pub use frame::{Frame, Hello, Welcome};
 pub use reply::{Reply, Status};
 
 /// Changes whenever a message changes; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Bytes of a descriptor's slot, of a reply, and of a frame: one cache line.
 pub const SLOT_BYTES: usize = 64;

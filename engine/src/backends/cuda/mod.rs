@@ -307,10 +307,13 @@ impl Cuda {
                 op: action.name(),
                 why,
             })?;
-            for launch in made {
-                launches.push((self.modules.find_module(&*self.device, launch.entry)?, launch));
-            }
+            launches.extend(made);
         }
+        let (entries, executor) = (launches.iter().map(|launch| launch.entry), self.weights.executor());
+        self.modules.load_ahead(&*self.device, entries, |n, load| executor.run(n, load));
+        let with_module =
+            |launch: Launch| Ok((self.modules.find_module(&*self.device, launch.entry)?, launch));
+        let launches = launches.into_iter().map(with_module).collect::<Result<Vec<_>, DriverError>>()?;
         let slots = values.into_iter().filter_map(|(t, v)| Some((t, places.slots[v.index()]?))).collect();
         let graph = Captured::NotYet;
         Ok(Ready { layout, launches, slots, generation: self.generation(), graph })

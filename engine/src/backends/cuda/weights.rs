@@ -57,6 +57,11 @@ impl DeviceWeights {
         &self.source
     }
 
+    /// Who helps.
+    pub fn executor(&self) -> &dyn Executor {
+        &*self.executor
+    }
+
     /// The address of a weight that was placed.
     pub fn at(&self, key: WeightKey) -> DevicePtr {
         self.placed[&key]

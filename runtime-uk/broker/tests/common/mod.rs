@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use gpu_kernels::case;
 use gpu_kernels::driver::{Driver, DriverError};
 use gpu_kernels::emu::{Emulator, Options};
+use gpu_kernels::ptx::BUILD;
 use gpu_kernels::registry;
 use runtime_uk::{Link, LinkError, RemoteDriver, Window};
 use uk_broker::metrics::Metrics;
@@ -105,14 +106,21 @@ impl Broker {
 pub fn inline(most: usize, limits: Limits) -> (RemoteDriver, Broker) {
     let (guest, host) = UnixStream::pair().unwrap();
     let broker = Broker::start(host, most, None, false, limits);
-    (RemoteDriver::open(Box::new(SocketLink::new(guest, most)), None).unwrap(), broker)
+    (RemoteDriver::open(Box::new(SocketLink::new(guest, most)), None, BUILD).unwrap(), broker)
+}
+
+/// A guest of another build, and its broker.
+pub fn of_another_build() -> (Result<RemoteDriver, DriverError>, Broker) {
+    let (guest, host) = UnixStream::pair().unwrap();
+    let broker = Broker::start(host, 4096, None, false, Limits::default());
+    (RemoteDriver::open(Box::new(SocketLink::new(guest, 4096)), None, BUILD ^ 1), broker)
 }
 
 /// With a window.
 pub fn windowed(window: Box<dyn Window>, map: GuestWindow, register: bool) -> (RemoteDriver, Broker) {
     let (guest, host) = UnixStream::pair().unwrap();
     let broker = Broker::start(host, 4096, Some(map), register, Limits::default());
-    (RemoteDriver::open(Box::new(SocketLink::new(guest, 4096)), Some(window)).unwrap(), broker)
+    (RemoteDriver::open(Box::new(SocketLink::new(guest, 4096)), Some(window), BUILD).unwrap(), broker)
 }
 
 /// Runs cases of a kernel on a driver.
