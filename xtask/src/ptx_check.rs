@@ -31,7 +31,7 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     Ok(())
 }
 
-/// Compiles all tiers, then assembles them.
+/// Compiles all tiers, tests them as programs embed them, then assembles them.
 pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
     let (compiler, modules) = match modules(workspace, None, TIERS) {
         Err(TaskError::Ptx(error @ PtxError::NoCompiler { .. })) => {
@@ -42,6 +42,7 @@ pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
     for tier in TIERS {
         same_entries(tier, modules.iter().filter(|module| module.tier == *tier))?;
     }
+    embedded(workspace)?;
     let ptx_bytes: usize = modules.iter().map(|module| module.ptx.len()).sum();
     let n_kernels: usize = modules.iter().map(|module| module.kernels.len()).sum::<usize>() / TIERS.len();
     let tiers = TIERS.len();
@@ -49,7 +50,7 @@ pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
     let ptxas = match assembler(workspace) {
         Ok(ptxas) => ptxas,
         Err(error) => {
-            let counts = Counts { passed: 1, skipped: 1, ..Counts::default() };
+            let counts = Counts { passed: 2, skipped: 1, ..Counts::default() };
             return Ok(Outcome { counts, note: format!("{built}; not assembled: {error}") });
         }
     };
@@ -69,7 +70,15 @@ pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
         spilling.len(),
         table.display()
     );
-    Ok(Outcome { counts: Counts { passed: 2, ..Counts::default() }, note })
+    Ok(Outcome { counts: Counts { passed: 3, ..Counts::default() }, note })
+}
+
+/// The tests of what is embedded, which exist with the feature `ptx` alone: every entry for every tier, whole, and small.
+fn embedded(workspace: &Workspace) -> Result<(), TaskError> {
+    let mut command = workspace.cargo();
+    command.args(["test", "--quiet", "-p", "gpu-kernels", "--features", "ptx", "--lib", "modules"]);
+    // All tiers, whatever a developer builds otherwise.
+    process::run(command.env_remove("RUNIK_PTX_TIERS"))
 }
 
 /// What a launcher can name a driver finds, and nothing else is built: each entry of a file's module is one of the kernel
