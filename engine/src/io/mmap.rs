@@ -1,7 +1,9 @@
 //! A file as bytes through the page cache: nothing is read until it is used, nothing is copied.
+//!
+//! Who wants a copy all the same, in pinned memory say, reads the file instead: that takes no page fault per page.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
@@ -11,13 +13,21 @@ use crate::weights::ByteSource;
 /// A mapped file.
 pub struct Mapped {
     map: Mmap,
+    /// For reading beside the mapping.
+    file: File,
+    /// For messages.
+    path: PathBuf,
+}
+
+fn io_error(path: &Path, what: String) -> EngineError {
+    EngineError::Io { path: path.display().to_string(), what }
 }
 
 impl Mapped {
     /// Maps a whole regular file, read-only.
     #[allow(unsafe_code)]
     pub fn open(path: &Path) -> Result<Mapped, EngineError> {
-        let error = |what: String| EngineError::Io { path: path.display().to_string(), what };
+        let error = |what| io_error(path, what);
         let file = File::open(path).map_err(|e| error(e.to_string()))?;
         let metadata = file.metadata().map_err(|e| error(e.to_string()))?;
         if metadata.is_dir() {
@@ -36,7 +46,7 @@ impl Mapped {
         // bounded by the length mapped; truncation is a fault that ends the process (SIGBUS), as in every program
         // that maps model files.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| error(e.to_string()))?;
-        Ok(Mapped { map })
+        Ok(Mapped { map, file, path: path.to_owned() })
     }
 
     /// Asks the system to start reading the whole file ahead; a hint, so that its failure does not matter.
@@ -49,6 +59,15 @@ impl Mapped {
 impl ByteSource for Mapped {
     fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    #[cfg(unix)]
+    fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), EngineError> {
+        use std::os::unix::fs::FileExt;
+        let n = to.len();
+        let error =
+            |e: std::io::Error| io_error(&self.path, format!("reading {n} bytes at {offset}: {e}"));
+        self.file.read_exact_at(to, offset as u64).map_err(error)
     }
 }
 
@@ -66,10 +85,20 @@ mod tests {
         let mapped = Mapped::open(&full).unwrap();
         mapped.read_ahead();
         assert_eq!(mapped.bytes(), b"GGUF bytes");
+        let mut read = [0; 4];
+        mapped.read(5, &mut read).unwrap();
+        assert_eq!(&read, b"byte");
         let message = |p: &Path| Mapped::open(p).map(|_| ()).unwrap_err().to_string();
         assert!(message(&empty).contains("is empty"));
         assert!(message(&dir).contains("is a directory"));
         assert!(message(&dir.join("none")).contains("none"));
+        // A file that another process cuts short: through the mapping a signal, read a message.
+        #[cfg(unix)]
+        {
+            File::options().write(true).open(&full).unwrap().set_len(7).unwrap();
+            let cut = mapped.read(5, &mut read).unwrap_err().to_string();
+            assert!(cut.contains("full: reading 4 bytes at 5"), "{cut}");
+        }
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }
