@@ -66,10 +66,11 @@ impl Files {
         gguf::SplitSet::new(parsed).with_context(|| self.paths[0].display().to_string())
     }
 
-    /// Reads what is not in memory yet: ahead of its use, with a bar where there is a terminal to show it.
-    fn warm_up(&self) {
+    /// Reads what is not in memory yet: ahead of its use, with a bar where there is a terminal to show it, unless a GPU
+    /// has a bar of its own for it: it reads faster than the pages can be touched one by one.
+    fn warm_up(&self, on_gpu: bool) {
         const CHUNK: usize = 4 << 20;
-        if self.total_bytes() < BAR_FROM_BYTES || !ui::fancy() {
+        if self.total_bytes() < BAR_FROM_BYTES || !ui::fancy() || on_gpu {
             self.parts.iter().for_each(|p| p.read_ahead());
             return;
         }
@@ -82,9 +83,9 @@ impl Files {
         bar.finish_and_clear();
     }
 
-    /// The model in these files.
-    pub fn model(&self) -> Result<Model> {
-        self.warm_up();
+    /// The model in these files; whether a GPU has any of it.
+    pub fn model(&self, on_gpu: bool) -> Result<Model> {
+        self.warm_up(on_gpu);
         let sources = self.parts.iter().map(|p| p.clone() as Arc<dyn ByteSource>).collect();
         Model::load(sources).with_context(|| self.paths[0].display().to_string())
     }
@@ -141,7 +142,7 @@ impl EngineArgs {
     ) -> Result<Loaded> {
         let started = Instant::now();
         let compute = Compute::choose(&self.placement)?;
-        let model = Arc::new(Files::open(path)?.model()?);
+        let model = Arc::new(Files::open(path)?.model(compute.has_gpu())?);
         let threads = machine::threads(self.threads)?;
         let n_ctx = context_size(self.ctx_size.or(default_ctx), &model)?;
         let params = self.params(&model, n_ctx, base(&model));

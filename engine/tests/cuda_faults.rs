@@ -120,7 +120,7 @@ fn faults_while_weights_are_brought(pinned_bytes: u64) {
     let [allocations, launches, calls] = device.counts();
     assert!(allocations > 4 && launches > 20 && calls > 100, "{allocations} {launches} {calls}");
     let mut without = 0;
-    for n in 0..allocations {
+    for n in (0..allocations).step_by(2) {
         match with_fault(&model, kind, Fault::Allocation(n), &want) {
             Some(DriverError::OutOfMemory { .. }) => {}
             // Weights that cannot have a pinned copy are brought without.

@@ -108,7 +108,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if tests.is_empty() {
         return Err(usage("nothing to measure: -p and -n, or --parallel, are 0"));
     }
-    let model = Arc::new(Files::open(&args.model)?.model()?);
+    let model = Arc::new(Files::open(&args.model)?.model(compute.has_gpu())?);
     compute.check(&model)?;
     let most = threads.iter().copied().max().unwrap_or(1);
     let (peak, how) = match compute.peak_bytes_per_s()? {

@@ -1,9 +1,10 @@
 //! A file as bytes through the page cache: nothing is read until it is used, nothing is copied.
 //!
-//! Who wants a copy all the same, in pinned memory say, reads the file instead: that takes no page fault per page.
+//! Who wants a copy all the same, in pinned memory say, has the file read there: that takes no page faults.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::Mmap;
 
@@ -17,7 +18,13 @@ pub struct Mapped {
     file: File,
     /// For messages.
     path: PathBuf,
+    /// Whether the system once could not write where it was to read to.
+    cannot_read: AtomicBool,
 }
+
+/// `EFAULT`, the same number on every Unix.
+#[cfg(unix)]
+const BAD_ADDRESS: i32 = 14;
 
 fn io_error(path: &Path, what: String) -> EngineError {
     EngineError::Io { path: path.display().to_string(), what }
@@ -46,7 +53,7 @@ impl Mapped {
         // bounded by the length mapped; truncation is a fault that ends the process (SIGBUS), as in every program
         // that maps model files.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| error(e.to_string()))?;
-        Ok(Mapped { map, file, path: path.to_owned() })
+        Ok(Mapped { map, file, path: path.to_owned(), cannot_read: AtomicBool::new(false) })
     }
 
     /// Asks the system to start reading the whole file ahead; a hint, so that its failure does not matter.
@@ -64,10 +71,21 @@ impl ByteSource for Mapped {
     #[cfg(unix)]
     fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), EngineError> {
         use std::os::unix::fs::FileExt;
-        let n = to.len();
-        let error =
-            |e: std::io::Error| io_error(&self.path, format!("reading {n} bytes at {offset}: {e}"));
-        self.file.read_exact_at(to, offset as u64).map_err(error)
+        if !self.cannot_read.load(Ordering::Relaxed) {
+            match self.file.read_exact_at(to, offset as u64) {
+                Ok(()) => return Ok(()),
+                // Some systems (gVisor) cannot write to memory of a device's driver, though we can.
+                Err(e) if e.raw_os_error() == Some(BAD_ADDRESS) => {
+                    self.cannot_read.store(true, Ordering::Relaxed);
+                }
+                Err(e) => {
+                    let what = format!("reading {} bytes at {offset}: {e}", to.len());
+                    return Err(io_error(&self.path, what));
+                }
+            }
+        }
+        to.copy_from_slice(&self.map[offset..][..to.len()]);
+        Ok(())
     }
 }
 
@@ -98,6 +116,10 @@ mod tests {
             File::options().write(true).open(&full).unwrap().set_len(7).unwrap();
             let cut = mapped.read(5, &mut read).unwrap_err().to_string();
             assert!(cut.contains("full: reading 4 bytes at 5"), "{cut}");
+            // Where it cannot be read there is the mapping, of which the page is still there.
+            mapped.cannot_read.store(true, Ordering::Relaxed);
+            mapped.read(5, &mut read).unwrap();
+            assert_eq!(&read[..2], b"by");
         }
         std::fs::remove_dir_all(&dir).unwrap();
     }

@@ -142,6 +142,13 @@ impl Streaming {
         self.layers.iter().filter_map(|layer| layer.copy.as_ref()).map(Memory::bytes).sum()
     }
 
+    /// Bytes that are brought for a graph's nodes.
+    pub fn brought_bytes(&self, graph: &Graph) -> usize {
+        let mut keys = translate::weights_of(graph);
+        keys.retain(|key| self.layer_of.contains_key(key));
+        keys.iter().map(|key| DeviceWeights::device_bytes(self.cuda.weights.source(), *key)).sum()
+    }
+
     /// Makes pinned copies of layers, in order, as long as there is memory for them.
     fn copy_layers(&mut self, mut pinned_bytes: u64) -> Result<(), EngineError> {
         let device = self.cuda.device.clone();

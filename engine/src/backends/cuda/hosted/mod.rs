@@ -15,6 +15,7 @@ mod error;
 mod ffi;
 mod memory;
 mod module;
+mod registered;
 mod symbols;
 
 use std::borrow::ToOwned;
@@ -40,6 +41,7 @@ use error::{check, check_launch, describe};
 use ffi::Handle;
 use memory::Origin;
 use module::Module;
+pub use registered::Registered;
 
 /// One GPU.
 pub struct Hosted {
@@ -283,8 +285,8 @@ impl Hosted {
     /// Frees by origin; the memory is already out of the table.
     fn give_back(&self, at: DevicePtr, origin: Origin) -> Result<(), DriverError> {
         // SAFETY: addresses that the driver gave out for that kind of memory and that were not given back: they were in
-        // the table until now. Pinned memory goes once the work that may use it is done, as the driver does by itself
-        // for device memory.
+        // the table until now. The host's memory goes once the work that may use it is done, as the driver does by
+        // itself for device memory.
         let code = unsafe {
             match origin {
                 Origin::Allocated(MemKind::Device | MemKind::Managed) => ffi::cuMemFree_v2(at.0),
@@ -293,9 +295,10 @@ impl Hosted {
                     code => code,
                 },
                 Origin::Pool => ffi::cuMemFree_v2(at.0),
-                Origin::Registered { host } => {
-                    ffi::cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(host))
-                }
+                Origin::Registered { host } => match ffi::cuCtxSynchronize() {
+                    ffi::SUCCESS => ffi::cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(host)),
+                    code => code,
+                },
             }
         };
         check("free", code)
