@@ -54,7 +54,7 @@ struct Memory {
 
 /// Memory, or why the model cannot run.
 fn memory(files: &Files, args: &InspectArgs) -> Result<Memory> {
-    let model = Arc::new(files.model(false)?);
+    let model = Arc::new(files.model()?);
     let params = ContextParams {
         n_ctx: context_size(args.ctx_size, &model)?,
         type_k: args.cache_type_k,
