@@ -178,6 +178,10 @@ impl Driver for Faulty {
         self.call("wait")?;
         self.inner.wait(stream, event)
     }
+    fn synchronise_event(&self, event: EventId) -> Result<(), DriverError> {
+        self.call("synchronise_event")?;
+        self.inner.synchronise_event(event)
+    }
     fn elapsed_ns(&self, from: EventId, to: EventId) -> Result<u64, DriverError> {
         self.inner.elapsed_ns(from, to)
     }

@@ -2,12 +2,12 @@
 //! layer as they are needed ([`Offload`](crate::backends::split::Offload)).
 //!
 //! * There are two areas, which layers take in turns, so the next layer's weights are on their way while this one's
-//!   products run. A weight's place in its area is fixed: launches, and graphs of them, name it.
+//!   products run ([`Backend::prefetch`]). A weight's place in its area is fixed: launches, and graphs of them, name it.
 //! * Of as many layers as the caller allows there are tiled copies in pinned memory, made at the start by way of the
-//!   areas. Such a layer comes by plain copies, which the host only queues: all of it when its first part is asked for,
-//!   and the layer after it as well, so that the bus does not wait for the host.
-//! * The others come through the staging's buffers and are tiled on the way, as at load, part by part
-//!   ([`Backend::prefetch`]).
+//!   areas. Their weights come by plain copies, which the host only queues. The others come through the staging's buffers
+//!   and are tiled on the way, as at load.
+//! * Both come part by part, one part ahead, and not layer by layer: copies of one direction follow each other, so a
+//!   product's activations would wait for all weights that were queued before.
 //! * All this is on streams of its own. Events say when a part's weights are there, and when an area's readers are done.
 //! * What is there stays until another layer needs the area: one or two layers are brought once.
 
@@ -182,43 +182,42 @@ impl Streaming {
     fn bring(&mut self, plan: PlanId) -> Result<Option<usize>, EngineError> {
         let Some(keys) = self.plans.get(&plan.0) else { return Ok(None) };
         let layer = self.layer_of[&keys[0]];
+        let keys = keys.clone();
         if self.layers[layer].copy.is_some() {
-            self.fetch(layer)?;
-            // Ahead of its turn: the copies wait until nobody reads what was there before.
-            if self.layers.get(layer + 1).is_some_and(|next| next.copy.is_some()) {
-                self.fetch(layer + 1)?;
-            }
+            self.fetch(layer, &keys)?;
         } else {
-            let keys = keys.clone();
             self.stage(layer, &keys)?;
         }
         Ok(Some(layer % 2))
     }
 
-    /// Queues the copies of a layer from pinned memory.
-    fn fetch(&mut self, l: usize) -> Result<(), DriverError> {
+    /// Brings weights of a layer from pinned memory, those that are not there.
+    fn fetch(&mut self, l: usize, keys: &[WeightKey]) -> Result<(), DriverError> {
         let (device, stream) = (&self.cuda.device, self.copies.id);
         let (layer, area) = (&self.layers[l], &mut self.areas[l % 2]);
         let Some(copy) = &layer.copy else { return Ok(()) };
         area.turn_to(l, device, [stream].into_iter())?;
-        for part in &layer.weights {
-            if area.has(part.key) {
-                continue;
-            }
+        let is_missing = |part: &&Part| keys.contains(&part.key) && !area.has(part.key);
+        let missing: Vec<Part> = layer.weights.iter().filter(is_missing).copied().collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let copied = missing.iter().try_for_each(|part| {
             let (to, from) = (area.memory.at().offset(part.offset), copy.at().offset(part.offset));
-            let copied = device.copy(to, from, part.bytes, stream);
-            match copied.and_then(|()| Mark::on(device, stream)) {
-                Ok(mark) => {
-                    area.present.push(Present { keys: alloc::vec![part.key], filled: alloc::vec![mark] })
-                }
-                Err(error) => {
-                    // Nobody could wait for what is under way, so it ends here.
-                    let _ = device.synchronise(stream);
-                    return Err(error);
-                }
+            device.copy(to, from, part.bytes, stream)
+        });
+        match copied.and_then(|()| Mark::on(device, stream)) {
+            Ok(mark) => {
+                let keys = missing.iter().map(|part| part.key).collect();
+                area.present.push(Present { keys, filled: alloc::vec![mark] });
+                Ok(())
+            }
+            Err(error) => {
+                // Nobody could wait for what is under way, so it ends here.
+                let _ = device.synchronise(stream);
+                Err(error)
             }
         }
-        Ok(())
     }
 
     /// Brings weights of a layer from the file, those that are not there.
