@@ -274,8 +274,8 @@ mod tests {
             apart: alloc::vec![0, 7],
             brought: alloc::vec![[80, 0], [90, 0], [85, 5]],
         };
-        // Two layers on the host: the larger one's products, twice. None: what the last keeps there.
-        let share = Share { weights: 100, kv_cache: 10, activations: 50, brought: 180, pinned: 170 };
+        // Two layers on the host: the larger one's products, twice. None: what the last keeps there. Copies are of all.
+        let share = Share { weights: 100, kv_cache: 10, activations: 50, brought: 180, pinned: 175 };
         assert_eq!((needs.share(1), share.total()), (share, 340));
         assert_eq!(needs.share(4).brought, 10);
         assert_eq!(needs.share(0), Share::default(), "a device without anything brings nothing");
