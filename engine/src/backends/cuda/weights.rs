@@ -278,8 +278,10 @@ impl Staging {
         let slot = &mut self.slots[self.next];
         self.next = (self.next + 1) % SLOTS;
         device.synchronise(slot.queue.id)?;
-        slot.host.reserve(device, bytes)?;
-        slot.device.reserve(device, bytes)?;
+        // Pieces are all a little less than a chunk: none of them should make room anew, which takes milliseconds.
+        let room = bytes.next_power_of_two();
+        slot.host.reserve(device, room)?;
+        slot.device.reserve(device, room)?;
         Ok(slot)
     }
 
