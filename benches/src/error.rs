@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use engine::EngineError;
 use gpu_kernels::case::CaseError;
 use gpu_kernels::driver::DriverError;
 use gpu_kernels::launch::LaunchError;
@@ -18,6 +19,8 @@ pub enum BenchError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// The engine failed.
+    Engine(EngineError),
     /// The device failed, or there is none.
     Driver(DriverError),
     /// A launcher refused its arguments.
@@ -44,6 +47,7 @@ impl fmt::Display for BenchError {
         match self {
             BenchError::Usage(what) | BenchError::Peer(what) => f.write_str(what),
             BenchError::Io { what, source } => write!(f, "{what}: {source}"),
+            BenchError::Engine(error) => error.fmt(f),
             BenchError::Driver(error) => error.fmt(f),
             BenchError::Launch(error) => error.fmt(f),
             BenchError::Failed { failed } => write!(f, "{failed} failed"),
@@ -56,6 +60,12 @@ impl std::error::Error for BenchError {}
 impl From<DriverError> for BenchError {
     fn from(error: DriverError) -> BenchError {
         BenchError::Driver(error)
+    }
+}
+
+impl From<EngineError> for BenchError {
+    fn from(error: EngineError) -> BenchError {
+        BenchError::Engine(error)
     }
 }
 

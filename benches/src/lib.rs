@@ -1,8 +1,8 @@
 //! Every GPU kernel on a GPU: its cases against their references ([`conform`]), its shapes against the device's peaks and
-//! ggml ([`mod@bench`]), and how long its modules take to load ([`load`]).
+//! ggml ([`mod@bench`]), how long its modules take to load ([`load`]), and a model's weights to get there ([`transfer`]).
 //!
-//! The crate has no cases of its own: kernels declare them. Two programs: `kernels` measures, `gpu-test` checks and
-//! measures and needs nothing but a driver; `cargo xtask gpu-test` makes a folder of it.
+//! The crate has no cases of its own: kernels declare them. Three programs: `kernels` and `load` measure, `gpu-test` checks
+//! and measures, can do what `load` does, and needs nothing but a driver; `cargo xtask gpu-test` makes a folder of it.
 #![forbid(unsafe_code)]
 
 pub mod args;
@@ -15,5 +15,6 @@ pub mod peaks;
 pub mod peer;
 pub mod row;
 pub mod timing;
+pub mod transfer;
 
 pub use error::BenchError;

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::args::{Device, GpuLayers, PlacementArgs};
 use crate::exit::usage;
+use crate::machine;
 use crate::overrides::Overrides;
 use crate::ui;
 
@@ -60,6 +61,8 @@ pub struct Plan {
     on_host: (usize, u64),
     /// Whether products of prompts bring weights from the host.
     offload: bool,
+    /// Pinned memory that copies of these may take.
+    pinned_bytes: u64,
 }
 
 /// What a GPU has.
@@ -95,6 +98,11 @@ impl Compute {
     /// The devices' names, for reports; empty for the CPU.
     pub fn gpu_name(&self) -> String {
         self.gpus.iter().map(|gpu| gpu.device.info().name).collect::<Vec<_>>().join(" + ")
+    }
+
+    /// Whether a GPU computes some of it.
+    pub fn has_gpu(&self) -> bool {
+        !self.gpus.is_empty()
     }
 
     /// Whether what the user says of single weights fits a model, ahead of all else.
@@ -146,10 +154,12 @@ impl Compute {
                 parts(&needs.share(n)),
             );
         };
+        let pinned_bytes = machine::pinnable(model.weights().total_bytes() as u64);
         // A GPU without anything has nothing to do.
         let mut of_plan = vec![None; gpus.len()];
         let mut chosen = Vec::with_capacity(gpus.len());
-        for (i, (gpu, share)) in gpus.into_iter().zip(needs.shares(n, &ranges)).enumerate() {
+        for (i, (gpu, mut share)) in gpus.into_iter().zip(needs.shares(n, &ranges)).enumerate() {
+            share.pinned = share.pinned.min(pinned_bytes);
             if share != Share::default() {
                 of_plan[i] = Some(chosen.len());
                 chosen.push(Planned { gpu, layers: ranges[i].clone(), share, free_bytes: free[i] });
@@ -160,6 +170,7 @@ impl Compute {
         Ok(Some(Plan {
             on_host: on_host.fold((0, 0), |(n, bytes), of| (n + 1, bytes + of)),
             offload: chosen.iter().any(|planned| planned.share.brought > 0),
+            pinned_bytes,
             gpus: chosen,
             n_layer,
             n,
@@ -202,7 +213,7 @@ impl Compute {
             if placement.offload.is_some_and(|offload| offload.to == backends.len()) {
                 let prompt = model.graph(params.n_ctx, StepShape { prompt: true, ..shape });
                 let brought = placement.brought(&prompt, model.weights());
-                backends.push(Box::new(Streaming::new(backend, &brought)?));
+                backends.push(Box::new(Streaming::new(backend, &brought, plan.pinned_bytes)?));
             } else {
                 backends.push(Box::new(backend));
             }
@@ -262,6 +273,7 @@ impl Plan {
                 "kv_cache_bytes": share.kv_cache,
                 "activations_bytes": share.activations,
                 "brought_bytes": share.brought,
+                "pinned_host_bytes": share.pinned,
                 "free_bytes": free_bytes,
             })
         };
@@ -336,7 +348,11 @@ fn other_gpus() -> Vec<Gpu> {
 fn parts(share: &Share) -> String {
     let brought = match share.brought {
         0 => String::new(),
-        bytes => format!(", weights of the host in turns {}", ui::bytes(bytes)),
+        bytes => format!(
+            ", weights of the host in turns {} (up to {} of them pinned there)",
+            ui::bytes(bytes),
+            ui::bytes(share.pinned)
+        ),
     };
     format!(
         "weights {}, cache {}, activations {}{brought}",

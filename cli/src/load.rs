@@ -1,5 +1,6 @@
 //! Model files: opened in place through the page cache, parts of a split set found beside the first.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -66,11 +67,16 @@ impl Files {
         gguf::SplitSet::new(parsed).with_context(|| self.paths[0].display().to_string())
     }
 
-    /// Reads what is not in memory yet: ahead of its use, with a bar where there is a terminal to show it.
-    fn warm_up(&self) {
+    /// Asks the system to read ahead what is not in memory yet.
+    pub fn read_ahead(&self) {
+        self.parts.iter().for_each(|p| p.read_ahead());
+    }
+
+    /// Waits for what is not in memory yet, with a bar, where there is a terminal to show it. Not for a GPU, which has a bar
+    /// of its own and reads faster than the pages can be touched one by one.
+    pub fn warm_up(&self, compute: &Compute) {
         const CHUNK: usize = 4 << 20;
-        if self.total_bytes() < BAR_FROM_BYTES || !ui::fancy() {
-            self.parts.iter().for_each(|p| p.read_ahead());
+        if self.total_bytes() < BAR_FROM_BYTES || !ui::fancy() || compute.has_gpu() {
             return;
         }
         let bar = ui::bytes_bar(self.total_bytes() as u64, "loading");
@@ -84,7 +90,6 @@ impl Files {
 
     /// The model in these files.
     pub fn model(&self) -> Result<Model> {
-        self.warm_up();
         let sources = self.parts.iter().map(|p| p.clone() as Arc<dyn ByteSource>).collect();
         Model::load(sources).with_context(|| self.paths[0].display().to_string())
     }
@@ -140,8 +145,21 @@ impl EngineArgs {
         base: impl FnOnce(&Model) -> ContextParams,
     ) -> Result<Loaded> {
         let started = Instant::now();
-        let compute = Compute::choose(&self.placement)?;
-        let model = Arc::new(Files::open(path)?.model()?);
+        let open = || {
+            let files = Files::open(path)?;
+            files.read_ahead();
+            Ok::<_, anyhow::Error>((files.model()?, files))
+        };
+        // A GPU's driver takes longer to start than a vocabulary to read, and neither needs the other.
+        let (opened, compute) = std::thread::scope(|scope| {
+            let opened = scope.spawn(open);
+            let compute = Compute::choose(&self.placement);
+            (opened.join().unwrap_or_else(|panic| resume_unwind(panic)), compute)
+        });
+        let compute = compute?;
+        let (model, files) = opened?;
+        files.warm_up(&compute);
+        let model = Arc::new(model);
         let threads = machine::threads(self.threads)?;
         let n_ctx = context_size(self.ctx_size.or(default_ctx), &model)?;
         let params = self.params(&model, n_ctx, base(&model));

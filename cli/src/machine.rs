@@ -1,6 +1,7 @@
 //! What the machine offers: cores, memory, processor features, memory bandwidth.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -89,6 +90,30 @@ pub fn memory() -> Option<(u64, u64)> {
         line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
     };
     Some((field("MemTotal")?, field("MemAvailable")?))
+}
+
+/// Bytes of pinned memory that a model of so many bytes may take beside itself: pinned pages cannot be given to anybody
+/// else, so a quarter of what is free is left, and the pages of the model's file are not counted as free.
+pub fn pinnable(model_bytes: u64) -> u64 {
+    let Some((_, available)) = memory() else { return 0 };
+    let available = available.min(left_to_us().unwrap_or(u64::MAX));
+    available.saturating_sub(model_bytes) / 4 * 3
+}
+
+/// Bytes that this process's control group may still take (version 2), files' pages counted as free.
+fn left_to_us() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let root = Path::new("/sys/fs/cgroup");
+    let left = |group: &Path| {
+        let number = |file: &str| std::fs::read_to_string(group.join(file)).ok()?.trim().parse::<u64>().ok();
+        let stat = std::fs::read_to_string(group.join("memory.stat")).ok()?;
+        let of_files = stat.lines().find_map(|line| line.strip_prefix("file ")?.parse::<u64>().ok());
+        // Without a limit the file says "max", and the root has none.
+        let used = number("memory.current")?.saturating_sub(of_files.unwrap_or(0));
+        Some(number("memory.max")?.saturating_sub(used))
+    };
+    root.join(own).ancestors().take_while(|group| group.starts_with(root)).filter_map(left).min()
 }
 
 /// Measured read bandwidth of memory in bytes per second: the best of a few passes of `threads` threads over a buffer

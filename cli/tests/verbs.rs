@@ -126,6 +126,7 @@ fn tensors_have_devices_of_their_own() {
     let shown = json(&["inspect", MODEL, "--json", "--device", "emu", "-ot", "ffn=cpu"]);
     let gpu = &shown["memory"]["devices"][0];
     assert!(gpu["brought_bytes"].as_u64().unwrap() > 0 && gpu["layers"] == 1, "{gpu}");
+    assert!(gpu["pinned_host_bytes"].as_u64().unwrap() > 0, "{gpu}");
 }
 
 /// The answer to raw token text is the greedy continuation; the JSON holds what scripts read.

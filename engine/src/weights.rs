@@ -7,10 +7,18 @@ use alloc::vec::Vec;
 
 use quant::FormatId;
 
+use crate::error::EngineError;
+
 /// Bytes of a model file: a mapping, a boot module, a vector.
 pub trait ByteSource: Send + Sync {
     /// All bytes; the same slice at every call.
     fn bytes(&self) -> &[u8];
+
+    /// Copies bytes from `offset` on, all of them there: by a shorter way than through the slice, if there is one.
+    fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), EngineError> {
+        to.copy_from_slice(&self.bytes()[offset..][..to.len()]);
+        Ok(())
+    }
 }
 
 impl ByteSource for Vec<u8> {
@@ -111,6 +119,13 @@ impl Weights {
         let w = self.get(id);
         let row = w.row_bytes();
         &self.sources[w.source].bytes()[w.offset + first_row * row..][..rows * row]
+    }
+
+    /// Copies bytes of a weight from `offset` on, counted from the weight's start.
+    pub fn read(&self, id: u32, offset: usize, to: &mut [u8]) -> Result<(), EngineError> {
+        let w = self.get(id);
+        assert!(offset + to.len() <= w.len_bytes, "{}: outside the weight", w.name);
+        self.sources[w.source].read(w.offset + offset, to)
     }
 
     /// Where a weight starts: file and offset, for reading them in order.

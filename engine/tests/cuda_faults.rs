@@ -15,7 +15,7 @@ use engine::executor::Serial;
 use engine::models::StepShape;
 use engine::{Batch, Context, ContextParams, EngineError, Model};
 use faulty::{Fault, Faulty};
-use gpu_kernels::driver::DriverError;
+use gpu_kernels::driver::{DriverError, MemKind};
 
 const MODEL: &str = "tiny/quantmix-a.gguf";
 
@@ -24,14 +24,14 @@ fn context(model: &Arc<Model>, device: &Arc<Faulty>, kind: Kind) -> Result<Conte
     let params = ContextParams { n_ctx: 64, n_ubatch: 8, ..ContextParams::default() };
     let backend: Box<dyn Backend> = match kind {
         Kind::Alone => Box::new(cuda),
-        Kind::Brings => {
+        Kind::Brings { pinned_bytes } => {
             let offload = Some(Offload { from: 0, to: 1 });
             let n_layer = model.hparams().n_layer();
             let placement = Placement { offload, ..Placement::last_layers(n_layer, 0) };
             let shape = StepShape { prompt: true, n_outputs: 1, ..params.largest_step() };
             let brought = placement.brought(&model.graph(params.n_ctx, shape), model.weights());
             let cpu = Cpu::new(model.weights().clone(), Arc::new(Serial), Isa::detect());
-            let gpu = Streaming::new(cuda, &brought)?;
+            let gpu = Streaming::new(cuda, &brought, pinned_bytes)?;
             let backends: Vec<Box<dyn Backend>> = vec![Box::new(cpu), Box::new(gpu)];
             Box::new(Split::new(backends, placement, model.weights().clone()))
         }
@@ -44,8 +44,8 @@ fn context(model: &Arc<Model>, device: &Arc<Faulty>, kind: Kind) -> Result<Conte
 enum Kind {
     /// It has all of the model.
     Alone,
-    /// It has nothing, and brings the host's weights for products.
-    Brings,
+    /// It has nothing, and brings the host's weights for products, from pinned copies as far as these go.
+    Brings { pinned_bytes: u64 },
 }
 
 /// A prompt and three tokens more: the last steps are captured and replayed.
@@ -76,6 +76,10 @@ fn with_fault(model: &Arc<Model>, kind: Kind, fault: Fault, want: &[f32]) -> Opt
     };
     let alive = device.alive.load(Ordering::Relaxed);
     assert_eq!(alive, 0, "{fault:?}: {alive} things were not given back");
+    if error.is_none() && matches!(fault, Fault::Allocation(_)) {
+        let refused = *device.refused.lock().unwrap();
+        assert_eq!(refused, Some(MemKind::Host), "{fault:?}: an error that nobody heard of");
+    }
     error.map(|error| match error {
         EngineError::Device(error) => error,
         other => panic!("{fault:?}: {other}"),
@@ -107,19 +111,24 @@ fn faults_are_errors_and_leak_nothing() {
 }
 
 /// The same where weights come and go: what was under way when something failed is not taken for what should be there.
-#[test]
-fn faults_while_weights_are_brought() {
+fn faults_while_weights_are_brought(pinned_bytes: u64) {
     let Some(dir) = common::goldens() else { return };
     let model = common::model(&dir.join(MODEL));
     let device = Arc::new(Faulty::new(None));
-    let kind = Kind::Brings;
+    let kind = Kind::Brings { pinned_bytes };
     let want = talk(&mut context(&model, &device, kind).unwrap()).unwrap();
     let [allocations, launches, calls] = device.counts();
     assert!(allocations > 4 && launches > 20 && calls > 100, "{allocations} {launches} {calls}");
+    let mut without = 0;
     for n in (0..allocations).step_by(2) {
-        let error = with_fault(&model, kind, Fault::Allocation(n), &want);
-        assert!(matches!(error, Some(DriverError::OutOfMemory { .. })), "allocation {n}: {error:?}");
+        match with_fault(&model, kind, Fault::Allocation(n), &want) {
+            Some(DriverError::OutOfMemory { .. }) => {}
+            // Weights that cannot have a pinned copy are brought without.
+            None => without += 1,
+            Some(error) => panic!("allocation {n}: {error}"),
+        }
     }
+    assert_eq!(without > 0, pinned_bytes > 0, "{without} of {allocations} refused without an error");
     for n in (0..launches).step_by(launches as usize / 8) {
         let error = with_fault(&model, kind, Fault::Launch(n), &want);
         assert!(matches!(error, Some(DriverError::Launch { .. })), "launch {n}: {error:?}");
@@ -129,4 +138,14 @@ fn faults_while_weights_are_brought() {
         let error = with_fault(&model, kind, Fault::Lost(n), &want);
         assert!(matches!(error, Some(DriverError::Lost { .. })), "lost at call {n}: {error:?}");
     }
+}
+
+#[test]
+fn faults_while_weights_are_brought_from_the_file() {
+    faults_while_weights_are_brought(0);
+}
+
+#[test]
+fn faults_while_weights_are_brought_from_pinned_copies() {
+    faults_while_weights_are_brought(u64::MAX);
 }

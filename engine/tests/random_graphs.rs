@@ -248,7 +248,8 @@ fn cpu_and_gpu_share_any_graph() {
             let placement = placement(&mut rng, &g.weights, 2, offload);
             let graph = Graph { prompt: true, ..g.graph.clone() };
             let brought = placement.brought(&graph, &g.weights);
-            let gpu = Streaming::new(cuda(&g, &device), &brought).unwrap();
+            let gpu = Streaming::new(cuda(&g, &device), &brought, 0).unwrap();
+            assert_eq!(gpu.pinned_bytes(), 0);
             assert_eq!(gpu.area_bytes() > 0, !brought.is_empty());
             let prompt = offload.is_some();
             let got = run_split(&g, vec![cpu(&g), Box::new(gpu)], &placement, prompt);
@@ -267,8 +268,16 @@ fn weights_that_are_brought_give_the_same_bits() {
         let graph = Graph { prompt: true, ..g.graph.clone() };
         let alone = run(&mut cuda(&g, &device), g.graph.clone(), g.n, &g.kv);
         let placement = placement(&mut rng, &g.weights, 2, Some(Offload { from: 0, to: 1 }));
-        let gpu = Streaming::new(cuda(&g, &device), &placement.brought(&graph, &g.weights)).unwrap();
-        let got = run_split(&g, vec![Box::new(cuda(&g, &device)), Box::new(gpu)], &placement, true);
-        assert!(got == alone, "seed {seed}, {placement:?}: other bits");
+        let brought = placement.brought(&graph, &g.weights);
+        // No pinned copy, one of each layer, and those of some layers.
+        let mut all = 0;
+        for share in [0.0, 1.0, 0.6] {
+            let pinned = if share == 1.0 { u64::MAX } else { (all as f64 * share) as u64 };
+            let gpu = Streaming::new(cuda(&g, &device), &brought, pinned).unwrap();
+            assert!(gpu.pinned_bytes() as u64 <= pinned);
+            all = all.max(gpu.pinned_bytes());
+            let got = run_split(&g, vec![Box::new(cuda(&g, &device)), Box::new(gpu)], &placement, true);
+            assert!(got == alone, "seed {seed}, {placement:?}, {pinned} bytes pinned: other bits");
+        }
     }
 }

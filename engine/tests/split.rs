@@ -29,7 +29,8 @@ fn cpu_and_gpu(model: &Model, device: &Device, placement: &Placement) -> Box<dyn
         StepShape { n_tokens: 1, n_outputs: 1, embeddings: false, greedy: false, taps: false, prompt: true };
     let brought = placement.brought(&model.graph(256, shape), model.weights());
     assert_eq!(brought.is_empty(), placement.offload.is_none());
-    let gpu = Streaming::new(gpu, &brought).unwrap();
+    let gpu = Streaming::new(gpu, &brought, u64::MAX).unwrap();
+    assert_eq!(gpu.pinned_bytes() > 0, !brought.is_empty());
     Box::new(Split::new(vec![cpu(model), Box::new(gpu)], placement.clone(), model.weights().clone()))
 }
 

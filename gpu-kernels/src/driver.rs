@@ -265,6 +265,18 @@ pub trait Driver {
         let _ = (to, from);
         Err(DriverError::Unsupported { op: "write_host" })
     }
+    /// Lends pinned or managed memory to be filled in place, at once, as [`Driver::write_host`] does. Several threads may
+    /// fill parts of one allocation side by side. What `fill` finds there is anything; it asks nothing of the driver that
+    /// concerns the range.
+    fn fill_host(
+        &self,
+        to: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), DriverError> {
+        let _ = (to, bytes, fill);
+        Err(DriverError::Unsupported { op: "fill_host" })
+    }
     /// Reads pinned or managed memory at once, whatever streams do.
     fn read_host(&self, to: &mut [u8], from: DevicePtr) -> Result<(), DriverError> {
         let _ = (to, from);

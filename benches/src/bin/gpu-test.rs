@@ -1,6 +1,7 @@
 //! `gpu-test`: every case of every kernel at every tier on the GPU, then, if asked, the benchmarks.
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use benches::args::Args;
@@ -10,6 +11,7 @@ use engine::backends::cuda::hosted::Hosted;
 
 const USAGE: &str = "usage: gpu-test [--only KERNEL] [--tier T] [--jobs N] [--device I] [--json FILE]\n\
     \x20      gpu-test --load FORMAT,FORMAT [--tier T] [--jobs N] [--device I]\n\
+    \x20      gpu-test --transfer FILE.gguf [--device I]\n\
     \x20      gpu-test --bench [FILTER] [--only KERNEL] [--tier T] [--device I] [--warm] [--peer TEST_BACKEND_OPS] \
     [--json FILE] [--record DIR]";
 
@@ -22,6 +24,10 @@ fn run() -> Result<(), BenchError> {
     }
     let benches = args.flag("--bench");
     let load = args.value("--load")?;
+    if let Some(file) = args.value("--transfer")? {
+        args.finish(USAGE)?;
+        return benches::transfer::run(Path::new(&file), device);
+    }
     let mut options = Options::take(&mut args)?;
     if let Some(formats) = load {
         args.finish(USAGE)?;

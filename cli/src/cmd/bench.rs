@@ -108,7 +108,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if tests.is_empty() {
         return Err(usage("nothing to measure: -p and -n, or --parallel, are 0"));
     }
-    let model = Arc::new(Files::open(&args.model)?.model()?);
+    let files = Files::open(&args.model)?;
+    files.read_ahead();
+    files.warm_up(&compute);
+    let model = Arc::new(files.model()?);
     compute.check(&model)?;
     let most = threads.iter().copied().max().unwrap_or(1);
     let (peak, how) = match compute.peak_bytes_per_s()? {

@@ -1,7 +1,10 @@
 //! A file as bytes through the page cache: nothing is read until it is used, nothing is copied.
+//!
+//! Who wants a copy all the same, in pinned memory say, has the file read there: that takes no page faults.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::Mmap;
 
@@ -11,13 +14,27 @@ use crate::weights::ByteSource;
 /// A mapped file.
 pub struct Mapped {
     map: Mmap,
+    /// For reading beside the mapping.
+    file: File,
+    /// For messages.
+    path: PathBuf,
+    /// Whether the system once could not write where it was to read to.
+    cannot_read: AtomicBool,
+}
+
+/// `EFAULT`, the same number on every Unix.
+#[cfg(unix)]
+const BAD_ADDRESS: i32 = 14;
+
+fn io_error(path: &Path, what: String) -> EngineError {
+    EngineError::Io { path: path.display().to_string(), what }
 }
 
 impl Mapped {
     /// Maps a whole regular file, read-only.
     #[allow(unsafe_code)]
     pub fn open(path: &Path) -> Result<Mapped, EngineError> {
-        let error = |what: String| EngineError::Io { path: path.display().to_string(), what };
+        let error = |what| io_error(path, what);
         let file = File::open(path).map_err(|e| error(e.to_string()))?;
         let metadata = file.metadata().map_err(|e| error(e.to_string()))?;
         if metadata.is_dir() {
@@ -36,7 +53,7 @@ impl Mapped {
         // bounded by the length mapped; truncation is a fault that ends the process (SIGBUS), as in every program
         // that maps model files.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| error(e.to_string()))?;
-        Ok(Mapped { map })
+        Ok(Mapped { map, file, path: path.to_owned(), cannot_read: AtomicBool::new(false) })
     }
 
     /// Asks the system to start reading the whole file ahead; a hint, so that its failure does not matter.
@@ -49,6 +66,26 @@ impl Mapped {
 impl ByteSource for Mapped {
     fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    #[cfg(unix)]
+    fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), EngineError> {
+        use std::os::unix::fs::FileExt;
+        if !self.cannot_read.load(Ordering::Relaxed) {
+            match self.file.read_exact_at(to, offset as u64) {
+                Ok(()) => return Ok(()),
+                // Some systems (gVisor) cannot write to memory of a device's driver, though we can.
+                Err(e) if e.raw_os_error() == Some(BAD_ADDRESS) => {
+                    self.cannot_read.store(true, Ordering::Relaxed);
+                }
+                Err(e) => {
+                    let what = format!("reading {} bytes at {offset}: {e}", to.len());
+                    return Err(io_error(&self.path, what));
+                }
+            }
+        }
+        to.copy_from_slice(&self.map[offset..][..to.len()]);
+        Ok(())
     }
 }
 
@@ -66,10 +103,24 @@ mod tests {
         let mapped = Mapped::open(&full).unwrap();
         mapped.read_ahead();
         assert_eq!(mapped.bytes(), b"GGUF bytes");
+        let mut read = [0; 4];
+        mapped.read(5, &mut read).unwrap();
+        assert_eq!(&read, b"byte");
         let message = |p: &Path| Mapped::open(p).map(|_| ()).unwrap_err().to_string();
         assert!(message(&empty).contains("is empty"));
         assert!(message(&dir).contains("is a directory"));
         assert!(message(&dir.join("none")).contains("none"));
+        // A file that another process cuts short: through the mapping a signal, read a message.
+        #[cfg(unix)]
+        {
+            File::options().write(true).open(&full).unwrap().set_len(7).unwrap();
+            let cut = mapped.read(5, &mut read).unwrap_err().to_string();
+            assert!(cut.contains("full: reading 4 bytes at 5"), "{cut}");
+            // Where it cannot be read there is the mapping, of which the page is still there.
+            mapped.cannot_read.store(true, Ordering::Relaxed);
+            mapped.read(5, &mut read).unwrap();
+            assert_eq!(&read[..2], b"by");
+        }
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

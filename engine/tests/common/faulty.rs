@@ -29,6 +29,8 @@ pub struct Faulty {
     allocations: AtomicU64,
     launches: AtomicU64,
     calls: AtomicU64,
+    /// Where the allocation that failed would have been.
+    pub refused: Mutex<Option<MemKind>>,
     /// Memory, streams, graphs and events given out and not returned.
     pub alive: AtomicI64,
 }
@@ -41,6 +43,7 @@ impl Faulty {
             allocations: AtomicU64::new(0),
             launches: AtomicU64::new(0),
             calls: AtomicU64::new(0),
+            refused: Mutex::new(None),
             alive: AtomicI64::new(0),
         }
     }
@@ -89,6 +92,7 @@ impl Driver for Faulty {
         self.call("alloc")?;
         let n = self.allocations.fetch_add(1, Ordering::Relaxed);
         if *self.fault.lock().unwrap() == Some(Fault::Allocation(n)) {
+            *self.refused.lock().unwrap() = Some(kind);
             return Err(DriverError::OutOfMemory { kind, bytes });
         }
         self.given(self.inner.alloc(kind, bytes))
@@ -108,6 +112,15 @@ impl Driver for Faulty {
     fn write_host(&self, to: DevicePtr, from: &[u8]) -> Result<(), DriverError> {
         self.call("write_host")?;
         self.inner.write_host(to, from)
+    }
+    fn fill_host(
+        &self,
+        to: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), DriverError> {
+        self.call("fill_host")?;
+        self.inner.fill_host(to, bytes, fill)
     }
     fn read_host(&self, to: &mut [u8], from: DevicePtr) -> Result<(), DriverError> {
         self.call("read_host")?;
@@ -164,6 +177,10 @@ impl Driver for Faulty {
     fn wait(&self, stream: StreamId, event: EventId) -> Result<(), DriverError> {
         self.call("wait")?;
         self.inner.wait(stream, event)
+    }
+    fn synchronise_event(&self, event: EventId) -> Result<(), DriverError> {
+        self.call("synchronise_event")?;
+        self.inner.synchronise_event(event)
     }
     fn elapsed_ns(&self, from: EventId, to: EventId) -> Result<u64, DriverError> {
         self.inner.elapsed_ns(from, to)

@@ -266,6 +266,19 @@ impl Driver for Emulator {
         Ok(())
     }
 
+    fn fill_host(
+        &self,
+        to: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), DriverError> {
+        let place = self.host_place("fill_host", to, bytes as u64)?;
+        let mut data = std::vec![0; bytes];
+        fill(&mut data);
+        place.allocation.store(place.offset, &data);
+        Ok(())
+    }
+
     fn read_host(&self, to: &mut [u8], from: DevicePtr) -> Result<(), DriverError> {
         let place = self.host_place("read_host", from, to.len() as u64)?;
         place.allocation.load(place.offset, to);

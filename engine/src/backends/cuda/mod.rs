@@ -25,6 +25,7 @@ use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::RefCell;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use gpu_kernels::driver::{DeviceInfo, DriverError, GraphId, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch};
@@ -72,6 +73,7 @@ pub struct Cuda {
     inputs: Growing,
     /// Pinned, for what is read back.
     outputs: Growing,
+    given: Given,
     sampling: Sampling,
     kv: Option<Kv>,
     kv_generation: u64,
@@ -178,6 +180,52 @@ impl Ready {
     }
 }
 
+/// Tensors that other devices made, pinned on their way here.
+struct Given {
+    host: Growing,
+    /// The last ones have left.
+    copied: Option<Mark>,
+}
+
+/// Bytes of them that one thread copies at a time: it copies a few a nanosecond, the bus some fifty.
+const GIVEN_PART_BYTES: usize = 512 << 10;
+
+impl Given {
+    /// Queues their copies to these places.
+    fn send(
+        &mut self,
+        device: &Device,
+        executor: &dyn Executor,
+        given: &[(DevicePtr, &[u8])],
+    ) -> Result<(), DriverError> {
+        if given.is_empty() {
+            return Ok(());
+        }
+        if let Some(copied) = self.copied.take() {
+            device.synchronise_event(copied.id)?;
+        }
+        self.host.reserve(device, given.iter().map(|(_, bytes)| bytes.len()).sum())?;
+        let mut at = self.host.at();
+        for &(to, bytes) in given {
+            let parts: Vec<&[u8]> = bytes.chunks(GIVEN_PART_BYTES).collect();
+            let failed = AtomicBool::new(false);
+            executor.run(parts.len(), &|i| {
+                if device.write_host(at.offset((i * GIVEN_PART_BYTES) as u64), parts[i]).is_err() {
+                    failed.store(true, Ordering::Relaxed);
+                }
+            });
+            if failed.into_inner() {
+                // Once more in one piece, for the error, or for good.
+                device.write_host(at, bytes)?;
+            }
+            device.copy(to, at, bytes.len() as u64, StreamId::DEFAULT)?;
+            at = at.offset(bytes.len() as u64);
+        }
+        self.copied = Some(Mark::new(device)?);
+        Ok(())
+    }
+}
+
 /// Values that the translation computes and kernels read, each kept once.
 struct Constants {
     device: Device,
@@ -238,6 +286,7 @@ impl Cuda {
             arena: Growing::new(MemKind::Device),
             inputs: Growing::new(MemKind::Device),
             outputs: Growing::new(MemKind::Host),
+            given: Given { host: Growing::new(MemKind::Host), copied: None },
             sampling: Sampling::new(),
             kv: None,
             kv_generation: 0,
@@ -433,10 +482,10 @@ impl Backend for Cuda {
         let ready = prepared.ready.get_mut(&class).expect("made above if it was not there");
         ready.layout.fill(step, &mut self.block);
         self.device.write(self.inputs.at(), &self.block, StreamId::DEFAULT)?;
-        for (tensor, given) in step.given {
-            let at = self.arena.at().offset(ready.slots[tensor].offset as u64);
-            self.device.write(at, bytemuck::cast_slice(given), StreamId::DEFAULT)?;
-        }
+        let at = |tensor: TensorId| self.arena.at().offset(ready.slots[&tensor].offset as u64);
+        let given = step.given.iter().map(|&(tensor, values)| (at(tensor), bytemuck::cast_slice(values)));
+        let given: Vec<(DevicePtr, &[u8])> = given.collect();
+        self.given.send(&self.device, self.weights.executor(), &given)?;
         ready.submit(&self.device, StreamId::DEFAULT)?;
         Ok(())
     }

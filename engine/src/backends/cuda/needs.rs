@@ -64,10 +64,12 @@ pub struct Share {
     pub activations: u64,
     /// Room for weights that products of prompts bring from the host.
     pub brought: u64,
+    /// Pinned memory of the host for copies of all these weights, of which fewer do: no memory of the device.
+    pub pinned: u64,
 }
 
 impl Share {
-    /// All of it.
+    /// All of it that is on the device.
     pub fn total(&self) -> u64 {
         self.weights + self.kv_cache + self.activations + self.brought
     }
@@ -158,13 +160,15 @@ impl Needs {
         // The first device that has anything brings weights, and has room for two layers.
         let brings = layers.start == first && (0..device.start).all(|before| apart(before) == 0);
         let of_layer = self.brought.iter().enumerate().map(|(il, of)| of[usize::from(il >= first)] as u64);
+        let of_layer = of_layer.filter(|_| brings);
         Share {
             weights: sum(&self.layer_weights)
                 + apart(device.start)
                 + if others { self.other_weights as u64 } else { 0 },
             kv_cache: sum(&self.layer_kv),
             activations: self.activations as u64,
-            brought: if brings { 2 * of_layer.max().unwrap_or(0) } else { 0 },
+            brought: 2 * of_layer.clone().max().unwrap_or(0),
+            pinned: of_layer.sum(),
         }
     }
 
@@ -232,7 +236,7 @@ mod tests {
             activations: 50,
             ..Needs::default()
         };
-        assert_eq!(needs.share(1), Share { weights: 300, kv_cache: 10, activations: 50, brought: 0 });
+        assert_eq!(needs.share(1), Share { weights: 300, kv_cache: 10, activations: 50, ..Share::default() });
         assert_eq!(needs.share(4).total(), 1680);
         let most = |free: u64| needs.most_layers(&[RESERVE_BYTES + free]);
         assert_eq!([most(359), most(360), most(569), most(570), most(1679), most(1680)], [0, 1, 1, 2, 3, 4]);
@@ -270,13 +274,14 @@ mod tests {
             apart: alloc::vec![0, 7],
             brought: alloc::vec![[80, 0], [90, 0], [85, 5]],
         };
-        // Two layers on the host: the larger one's products, twice. None: what the last keeps there.
-        assert_eq!(needs.share(1), Share { weights: 100, kv_cache: 10, activations: 50, brought: 180 });
+        // Two layers on the host: the larger one's products, twice. None: what the last keeps there. Copies are of all.
+        let share = Share { weights: 100, kv_cache: 10, activations: 50, brought: 180, pinned: 175 };
+        assert_eq!((needs.share(1), share.total()), (share, 340));
         assert_eq!(needs.share(4).brought, 10);
         assert_eq!(needs.share(0), Share::default(), "a device without anything brings nothing");
         let [first, second] = needs.shares(1, &[2..3, 3..3])[..] else { panic!("two devices") };
         assert_eq!((first.brought, second.brought), (180, 0));
-        assert_eq!(second, Share { weights: 7, kv_cache: 0, activations: 50, brought: 0 });
+        assert_eq!(second, Share { weights: 7, activations: 50, ..Share::default() });
         let [first, second] = needs.shares(1, &[2..2, 2..3])[..] else { panic!("two devices") };
         assert_eq!((first, second.brought, second.weights), (Share::default(), 180, 107));
         // 340 bytes for one layer, 390 for three: two, which leave one on the host, would take more.

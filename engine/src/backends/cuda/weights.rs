@@ -8,6 +8,7 @@ use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use gpu_kernels::driver::{DriverError, MemKind, StreamId};
@@ -25,8 +26,15 @@ use crate::weights::Weights;
 /// Alignment of a weight: what the widest bulk copies of tiles ask for, with room to spare.
 const ALIGN: usize = 256;
 
-/// Bytes of the file that are copied at once: long enough that launches and waits do not count.
-const CHUNK_BYTES: usize = 16 << 20;
+/// Bytes of the file that are copied at once: long enough that launches and waits do not count, short enough that all
+/// slots stay in the last cache between the cores that write them and the bus that reads them.
+const CHUNK_BYTES: usize = 8 << 20;
+
+/// Bytes that one thread reads at a time.
+const PART_BYTES: usize = 256 << 10;
+
+/// Pieces under way. With two, a piece that was late would be waited for.
+const SLOTS: usize = 4;
 
 /// Weights on a device.
 pub struct DeviceWeights {
@@ -102,8 +110,8 @@ impl DeviceWeights {
         let memory = Memory::new(&self.device, MemKind::Device, bytes)?;
         let mut at = memory.at();
         let mut placed = Vec::with_capacity(missing.len());
-        let file_bytes = |key: &WeightKey| self.source.get(key.weight).row_bytes() * key.rows;
-        let mut state = Progress { done_bytes: 0, total_bytes: missing.iter().map(file_bytes).sum() };
+        let total_bytes = missing.iter().map(|key| self.file_bytes(*key).len()).sum();
+        let mut state = Progress { done_bytes: 0, total_bytes };
         let mut staging = Staging::new(&self.device)?;
         let result = missing.into_iter().try_for_each(|key| {
             placed.push((key, at));
@@ -138,10 +146,17 @@ impl DeviceWeights {
         if key.form != WeightForm::Plain {
             return self.upload(key, at, staging, modules, &mut |_| {});
         }
-        let raw = self.source.row_range(key.weight, key.first_row, key.rows);
-        let (on_device, stream) = staging.copy(&self.device, &*self.executor, raw)?;
-        self.device.copy(at, on_device, raw.len() as u64, stream)?;
+        let bytes = self.file_bytes(key);
+        let n = bytes.len();
+        let (on_device, stream) = self.stage(key.weight, bytes, staging)?;
+        self.device.copy(at, on_device, n as u64, stream)?;
         Ok(())
+    }
+
+    /// A weight's bytes in the file, counted from the start of the tensor that it is, or is part of.
+    fn file_bytes(&self, key: WeightKey) -> Range<usize> {
+        let row_bytes = self.source.get(key.weight).row_bytes();
+        key.first_row * row_bytes..(key.first_row + key.rows) * row_bytes
     }
 
     /// Copies a weight to where it belongs, tiled on the way. Returns when its bytes in the file are no longer needed.
@@ -154,21 +169,26 @@ impl DeviceWeights {
         read: &mut dyn FnMut(usize),
     ) -> Result<(), EngineError> {
         let w = self.source.get(key.weight);
-        let raw = self.source.row_range(key.weight, key.first_row, key.rows);
         let WeightForm::Tiled { n_expert } = key.form else {
+            let raw = self.source.row_range(key.weight, key.first_row, key.rows);
             self.device.write(at, raw, StreamId::DEFAULT)?;
             read(raw.len());
             return Ok(());
         };
-        let (n_rows, k, row_bytes) = (key.rows / n_expert, w.cols(), w.row_bytes());
+        // Matrices without padding lie as one, which takes fewer pieces than many small experts.
+        let one = (key.rows / n_expert).is_multiple_of(tile::ROWS);
+        let n_matrices = if one { 1 } else { n_expert };
+        let (n_rows, k, row_bytes) = (key.rows / n_matrices, w.cols(), w.row_bytes());
         let matrix_bytes = tile::matrix_bytes(w.format, n_rows, k);
         let rows_per_chunk = (CHUNK_BYTES / row_bytes / tile::ROWS * tile::ROWS).max(tile::ROWS);
-        for (e, raw) in raw.chunks_exact(n_rows * row_bytes).enumerate() {
+        for e in 0..n_matrices {
             let tiles = at.offset((e * matrix_bytes) as u64);
-            for (i, piece) in raw.chunks(rows_per_chunk * row_bytes).enumerate() {
-                let start = i * rows_per_chunk;
+            for start in (0..n_rows).step_by(rows_per_chunk) {
                 let rows = start..(start + rows_per_chunk).min(n_rows);
-                let (on_device, stream) = staging.copy(&self.device, &*self.executor, piece)?;
+                let first = key.first_row + e * n_rows;
+                let bytes = (first + rows.start) * row_bytes..(first + rows.end) * row_bytes;
+                let n = bytes.len();
+                let (on_device, stream) = self.stage(key.weight, bytes, staging)?;
                 let launch = repack::launch(&repack::Args {
                     format: w.format,
                     raw: on_device,
@@ -179,14 +199,57 @@ impl DeviceWeights {
                 })
                 .map_err(|e| EngineError::Unsupported { what: format!("weight {}: {e}", w.name) })?;
                 modules.launch(&*self.device, &launch, stream)?;
-                read(piece.len());
+                read(n);
             }
         }
         Ok(())
     }
+
+    /// Queues the copy of some bytes of a weight to the device: where they will be, and the stream on which they are there.
+    fn stage(
+        &self,
+        weight: u32,
+        bytes: Range<usize>,
+        staging: &mut Staging,
+    ) -> Result<(DevicePtr, StreamId), EngineError> {
+        let device = &self.device;
+        let slot = staging.next(device, bytes.len())?;
+        let (host, on_device) = (slot.host.at(), slot.device.at());
+        // One core does not read memory as fast as the bus takes it. More parts than threads, since threads are late.
+        let n_parts = bytes.len().div_ceil(PART_BYTES);
+        let failed = AtomicBool::new(false);
+        self.executor.run(n_parts, &|i| {
+            let from = i * PART_BYTES;
+            let part = PART_BYTES.min(bytes.len() - from);
+            if self.read(weight, bytes.start + from, host.offset(from as u64), part).is_err() {
+                failed.store(true, Ordering::Relaxed);
+            }
+        });
+        if failed.into_inner() {
+            // Once more by one thread: for the error, or for good.
+            match self.read(weight, bytes.start, host, bytes.len()) {
+                // A driver that lends no memory, such as a remote one, takes the bytes from where they are.
+                Err(EngineError::Device(DriverError::Unsupported { .. })) => {
+                    let w = self.source.get(weight);
+                    let (first, rows) = (bytes.start / w.row_bytes(), bytes.len() / w.row_bytes());
+                    device.write_host(host, self.source.row_range(weight, first, rows))?;
+                }
+                result => result?,
+            }
+        }
+        device.copy(on_device, host, bytes.len() as u64, slot.queue.id)?;
+        Ok((on_device, slot.queue.id))
+    }
+
+    /// Reads bytes of a weight straight into pinned memory.
+    fn read(&self, weight: u32, offset: usize, host: DevicePtr, bytes: usize) -> Result<(), EngineError> {
+        let mut result = Ok(());
+        self.device.fill_host(host, bytes, &mut |to| result = self.source.read(weight, offset, to))?;
+        result
+    }
 }
 
-/// Two pieces on their way to the device: while one is copied and tiled, the host fills the other.
+/// Pieces on their way to the device: while some are copied and tiled, the host fills another.
 pub struct Staging {
     slots: Vec<StagingSlot>,
     next: usize,
@@ -203,43 +266,23 @@ impl Staging {
     /// Nothing under way.
     pub fn new(device: &Device) -> Result<Staging, DriverError> {
         let mut staging = Staging { slots: Vec::new(), next: 0 };
-        for _ in 0..2 {
+        for _ in 0..SLOTS {
             let (host, on_device) = (Growing::new(MemKind::Host), Growing::new(MemKind::Device));
             staging.slots.push(StagingSlot { queue: Queue::new(device)?, host, device: on_device });
         }
         Ok(staging)
     }
 
-    /// Queues a piece's copy to the device: where it will be, and the stream on which it is there.
-    fn copy(
-        &mut self,
-        device: &Device,
-        executor: &dyn Executor,
-        piece: &[u8],
-    ) -> Result<(DevicePtr, StreamId), DriverError> {
+    /// The slot whose turn it is, with room for a piece, once what used it before is done with it.
+    fn next(&mut self, device: &Device, bytes: usize) -> Result<&StagingSlot, DriverError> {
         let slot = &mut self.slots[self.next];
-        self.next = (self.next + 1) % 2;
-        // What used the slot before is done with it.
+        self.next = (self.next + 1) % SLOTS;
         device.synchronise(slot.queue.id)?;
-        slot.host.reserve(device, piece.len())?;
-        slot.device.reserve(device, piece.len())?;
-        let (host, on_device) = (slot.host.at(), slot.device.at());
-        // One core does not read memory as fast as the bus takes it.
-        let parts = executor.n_threads().clamp(1, piece.len().div_ceil(1 << 20).max(1));
-        let part = piece.len().div_ceil(parts);
-        let failed = AtomicBool::new(false);
-        executor.run(parts, &|i| {
-            let from = &piece[(i * part).min(piece.len())..((i + 1) * part).min(piece.len())];
-            if device.write_host(host.offset((i * part) as u64), from).is_err() {
-                failed.store(true, Ordering::Relaxed);
-            }
-        });
-        if failed.into_inner() {
-            // Once more in one piece, for the error, or for good.
-            device.write_host(host, piece)?;
-        }
-        device.copy(on_device, host, piece.len() as u64, slot.queue.id)?;
-        Ok((on_device, slot.queue.id))
+        // Pieces are all a little less than a chunk: none of them should make room anew, which takes milliseconds.
+        let room = bytes.next_power_of_two();
+        slot.host.reserve(device, room)?;
+        slot.device.reserve(device, room)?;
+        Ok(slot)
     }
 
     /// The streams that pieces take in turns.

@@ -4,7 +4,9 @@
 //! from one device's memory to another's. It is what makes copies safe calls: a range outside of it is refused.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::vec::Vec;
 
 use gpu_kernels::driver::{DriverError, MemKind};
 use gpu_kernels::launch::DevicePtr;
@@ -28,19 +30,60 @@ pub(super) struct Piece {
     pub(super) origin: Origin,
     /// The `Hosted` that made it.
     pub(super) owner: u64,
-    /// Held while the host reads or writes the memory.
-    pub(super) host_access: Arc<Mutex<()>>,
+    pub(super) in_use: Arc<InUse>,
+}
+
+/// The ranges of a piece that the host's threads read or write now. Of two that overlap one waits; others go on side by
+/// side, since one thread copies a tenth of what the bus takes.
+#[derive(Debug, Default)]
+pub(super) struct InUse {
+    ranges: Mutex<Vec<Range<u64>>>,
+    left: Condvar,
+}
+
+/// A range while it is in use.
+pub(super) struct Use {
+    of: Arc<InUse>,
+    range: Range<u64>,
+}
+
+impl InUse {
+    fn is_none(&self) -> bool {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    fn enter(self: &Arc<InUse>, range: Range<u64>) -> Use {
+        let overlaps = |ranges: &mut Vec<Range<u64>>| {
+            ranges.iter().any(|other| other.start < range.end && range.start < other.end)
+        };
+        let ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = self.left.wait_while(ranges, overlaps).unwrap_or_else(PoisonError::into_inner);
+        ranges.push(range.clone());
+        drop(ranges);
+        Use { of: self.clone(), range }
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        let mut ranges = self.of.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(i) = ranges.iter().position(|range| *range == self.range) {
+            ranges.swap_remove(i);
+        }
+        drop(ranges);
+        self.of.left.notify_all();
+    }
 }
 
 static PIECES: RwLock<BTreeMap<u64, Piece>> = RwLock::new(BTreeMap::new());
 
 /// Enters new memory.
 pub(super) fn insert(at: u64, bytes: u64, origin: Origin, owner: u64) {
-    let piece = Piece { bytes, origin, owner, host_access: Arc::default() };
+    let piece = Piece { bytes, origin, owner, in_use: Arc::default() };
     PIECES.write().unwrap_or_else(PoisonError::into_inner).insert(at, piece);
 }
 
-/// Takes memory out that the owner made and that came about so.
+/// Takes memory out that the owner made, that came about so, and that no thread of the host uses.
 pub(super) fn remove(
     op: &'static str,
     at: DevicePtr,
@@ -49,7 +92,7 @@ pub(super) fn remove(
 ) -> Result<Origin, DriverError> {
     let mut pieces = PIECES.write().unwrap_or_else(PoisonError::into_inner);
     match pieces.get(&at.0) {
-        Some(piece) if piece.owner == owner && is_right(piece.origin) => {
+        Some(piece) if piece.owner == owner && is_right(piece.origin) && piece.in_use.is_none() => {
             let origin = piece.origin;
             pieces.remove(&at.0);
             Ok(origin)
@@ -75,6 +118,20 @@ pub(super) fn find(op: &'static str, at: DevicePtr, bytes: u64) -> Result<(Piece
     found.ok_or(DriverError::Address { op, at, bytes })
 }
 
+/// The piece that a range lies in, for the host to use: nobody else does, and nobody takes it out, as long as the [`Use`]
+/// lives.
+pub(super) fn enter(op: &'static str, at: DevicePtr, bytes: u64) -> Result<(Piece, u64, Use), DriverError> {
+    let (piece, offset) = find(op, at, bytes)?;
+    let held = piece.in_use.enter(offset..offset + bytes);
+    // It may have gone while we waited.
+    let (again, _) = find(op, at, bytes)?;
+    if Arc::ptr_eq(&again.in_use, &piece.in_use) {
+        Ok((piece, offset, held))
+    } else {
+        Err(DriverError::Address { op, at, bytes })
+    }
+}
+
 /// Whether the host's range touches memory that the device reads at any time: pinned, managed or registered.
 pub(super) fn is_pinned(host: *const u8, bytes: usize) -> bool {
     let (start, end) = (host.addr() as u64, host.addr() as u64 + bytes as u64);
@@ -92,6 +149,33 @@ pub(super) fn is_pinned(host: *const u8, bytes: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_host_uses_ranges_side_by_side_and_no_range_twice() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        // Addresses that no host memory has, nor another test.
+        const AT: u64 = 3 << 59;
+        insert(AT, 64, Origin::Allocated(MemKind::Host), 8);
+        let first = enter("op", DevicePtr(AT), 32).unwrap();
+        // Would wait forever if the two were kept apart.
+        let second = enter("op", DevicePtr(AT + 32), 32).unwrap();
+        let left = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let overlapping = scope.spawn(|| {
+                let _use = enter("op", DevicePtr(AT + 16), 1).unwrap();
+                assert!(left.load(Ordering::SeqCst), "in use by two");
+            });
+            // In its favour: it has the time to go wrong.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            left.store(true, Ordering::SeqCst);
+            drop(first);
+            overlapping.join().unwrap();
+        });
+        assert!(remove("free", DevicePtr(AT), 8, |_| true).is_err(), "freed while in use");
+        drop(second);
+        remove("free", DevicePtr(AT), 8, |_| true).unwrap();
+        assert!(enter("op", DevicePtr(AT), 1).is_err());
+    }
 
     #[test]
     fn only_ranges_within_one_piece_are_found_and_only_owners_take_them_out() {

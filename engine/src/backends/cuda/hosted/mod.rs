@@ -15,6 +15,7 @@ mod error;
 mod ffi;
 mod memory;
 mod module;
+mod registered;
 mod symbols;
 
 use std::borrow::ToOwned;
@@ -40,6 +41,7 @@ use error::{check, check_launch, describe};
 use ffi::Handle;
 use memory::Origin;
 use module::Module;
+pub use registered::Registered;
 
 /// One GPU.
 pub struct Hosted {
@@ -191,8 +193,8 @@ impl Hosted {
         op: &'static str,
         at: DevicePtr,
         bytes: usize,
-    ) -> Result<(*mut u8, Arc<std::sync::Mutex<()>>), DriverError> {
-        let (piece, offset) = memory::find(op, at, bytes as u64)?;
+    ) -> Result<(*mut u8, memory::Use), DriverError> {
+        let (piece, offset, held) = memory::enter(op, at, bytes as u64)?;
         let host = match piece.origin {
             // Unified addressing: both see it at the same place.
             Origin::Allocated(MemKind::Host | MemKind::Managed) => at.0 as usize,
@@ -201,7 +203,7 @@ impl Hosted {
                 return Err(DriverError::Address { op, at, bytes: bytes as u64 });
             }
         };
-        Ok((std::ptr::with_exposed_provenance_mut(host), piece.host_access))
+        Ok((std::ptr::with_exposed_provenance_mut(host), held))
     }
 
     fn submit(
@@ -283,8 +285,8 @@ impl Hosted {
     /// Frees by origin; the memory is already out of the table.
     fn give_back(&self, at: DevicePtr, origin: Origin) -> Result<(), DriverError> {
         // SAFETY: addresses that the driver gave out for that kind of memory and that were not given back: they were in
-        // the table until now. Pinned memory goes once the work that may use it is done, as the driver does by itself
-        // for device memory.
+        // the table until now. The host's memory goes once the work that may use it is done, as the driver does by
+        // itself for device memory.
         let code = unsafe {
             match origin {
                 Origin::Allocated(MemKind::Device | MemKind::Managed) => ffi::cuMemFree_v2(at.0),
@@ -293,9 +295,10 @@ impl Hosted {
                     code => code,
                 },
                 Origin::Pool => ffi::cuMemFree_v2(at.0),
-                Origin::Registered { host } => {
-                    ffi::cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(host))
-                }
+                Origin::Registered { host } => match ffi::cuCtxSynchronize() {
+                    ffi::SUCCESS => ffi::cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(host)),
+                    code => code,
+                },
             }
         };
         check("free", code)
@@ -460,17 +463,33 @@ impl Driver for Hosted {
     }
 
     fn write_host(&self, to: DevicePtr, from: &[u8]) -> Result<(), DriverError> {
-        let (host, access) = self.host_memory("write_host", to, from.len())?;
-        let _alone = access.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: within a piece that the host reaches, which only its owner's caller frees, and no other thread of the
-        // host is in here with it. `from` is a Rust slice: it cannot be the driver's memory, which is in none.
+        let (host, _alone) = self.host_memory("write_host", to, from.len())?;
+        // SAFETY: within a piece that the host reaches, which is not freed while the range is in use, and no other thread
+        // of the host uses it. `from` is a Rust slice: of the driver's memory it could only be one of `fill_host`'s, which
+        // is another range in use.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), host, from.len()) };
         Ok(())
     }
 
+    fn fill_host(
+        &self,
+        to: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), DriverError> {
+        let (piece, _) = memory::find("fill_host", to, bytes as u64)?;
+        if !matches!(piece.origin, Origin::Allocated(MemKind::Host | MemKind::Managed)) {
+            // Registered memory is the caller's own, who may have slices of it.
+            return Err(DriverError::Address { op: "fill_host", at: to, bytes: bytes as u64 });
+        }
+        let (host, _alone) = self.host_memory("fill_host", to, bytes)?;
+        // SAFETY: as in `write_host`; what the driver allocated for the host has contents, if only old ones.
+        fill(unsafe { std::slice::from_raw_parts_mut(host, bytes) });
+        Ok(())
+    }
+
     fn read_host(&self, to: &mut [u8], from: DevicePtr) -> Result<(), DriverError> {
-        let (host, access) = self.host_memory("read_host", from, to.len())?;
-        let _alone = access.lock().unwrap_or_else(PoisonError::into_inner);
+        let (host, _alone) = self.host_memory("read_host", from, to.len())?;
         // SAFETY: as in `write_host`.
         unsafe { std::ptr::copy_nonoverlapping(host, to.as_mut_ptr(), to.len()) };
         Ok(())
