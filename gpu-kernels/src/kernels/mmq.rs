@@ -20,8 +20,9 @@
 //!   the present one, the other half after, so that a scheduler has both kinds of work at any time; one barrier per span.
 //!   A warp's tile is 64 × 32: two sets of 64 accumulators, the span's and the total, stay in registers.
 //! * *Narrow*, 32 or 64 rows × 16, 32 or 64 columns a CTA, where that would leave SMs idle, as for 9 to 64 columns:
-//!   each of up to sixteen warps multiplies a span of its own straight from registers, with no barrier of the CTA but one
-//!   pair for every round of spans, when their partial sums are added in order (`mmq_narrow.rs`).
+//!   teams of one to four of up to sixteen warps multiply a span of their own, with no barrier of the CTA but one pair for
+//!   every round of spans, when their partial sums are added in order (`mmq_narrow.rs`). Where there are CTAs enough, two
+//!   of half the warps share an SM.
 //!
 //! Prompts on Hopper have a kernel of their own, with bits of its own: `mmd_hopper.rs`.
 
@@ -178,7 +179,7 @@ mod gpu {
             while piece.columns.n != 0 {
                 let left = piece.columns.n;
                 piece.columns.n = if left < 16 { left } else { 16 };
-                narrow::<F, Dp4a, 16, 2>(&piece, row_tile, false);
+                narrow::<F, Dp4a, 16, 2, 1>(&piece, row_tile, false);
                 piece.columns.first += piece.columns.n;
                 piece.columns.n = left - piece.columns.n;
             }
@@ -215,18 +216,18 @@ mod gpu {
         };
     }
 
-    /// The narrow cut of `COLS` (8 · `NT`) columns.
+    /// The narrow cut of `COLS` (8 · `NT` · `HALVES`) columns.
     #[inline(always)]
     #[track_caller]
-    fn rows<F: BlockFormat + Tiled, const COLS: usize, const NT: usize>(work: &Work) {
-        narrow::<F, Native, COLS, NT>(work, work.cta * work.row_tiles, work.row_tiles == 2);
+    fn rows<F: BlockFormat + Tiled, const COLS: usize, const NT: usize, const HALVES: usize>(work: &Work) {
+        narrow::<F, Native, COLS, NT, HALVES>(work, work.cta * work.row_tiles, work.row_tiles == 2);
     }
 
-    cut!(n16, 16, |work| rows::<F, 16, 2>(work));
+    cut!(n16, 16, |work| rows::<F, 16, 2, 1>(work));
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
-    cut!(n32, 32, |work| rows::<F, 32, 4>(work));
+    cut!(n32, 32, |work| rows::<F, 32, 2, 2>(work));
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
-    cut!(n64, 64, |work| rows::<F, 64, 8>(work));
+    cut!(n64, 64, |work| rows::<F, 64, 4, 2>(work));
     #[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
     cut!(n128, 128, |work| wide::<F>(work));
 
@@ -246,23 +247,13 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmq";
-            FEW: threads(512, 1), early;
-            fn (
-                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
-                gate: Gate, shape: gpu::Shape,
-            );
-            $(concat!("mmq_", stringify!($id), "_n16") => gpu::n16::<formats::$module::Block>;)*
-        }
-
-        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-        kernels! {
-            in "mmq";
-            MORE: threads(256, 1), early;
+            NARROW: threads(512, 1), early;
             fn (
                 p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
                 gate: Gate, shape: gpu::Shape,
             );
             $(
+                concat!("mmq_", stringify!($id), "_n16") => gpu::n16::<formats::$module::Block>;
                 concat!("mmq_", stringify!($id), "_n32") => gpu::n32::<formats::$module::Block>;
                 concat!("mmq_", stringify!($id), "_n64") => gpu::n64::<formats::$module::Block>;
             )*
@@ -333,7 +324,7 @@ mod tests {
     // What GPUs without int8 tensor cores run under these names.
     kernels! {
         in "mmq";
-        BY_DP4A: threads(256);
+        BY_DP4A: threads(512);
         fn (
             p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
             gate: Gate, shape: gpu::Shape,
@@ -379,11 +370,12 @@ mod tests {
                 (Cut::NARROW_16.of_warps(8), ks[0]),
                 (Cut::NARROW_16.of_warps(4).paired(), ks[1]),
                 (Cut::NARROW_32, ks[1]),
-                (Cut::NARROW_64, ks[1]),
+                (Cut::NARROW_64.of_warps(12), ks[1]),
+                (Cut::NARROW_64.of_warps(8).paired(), ks[0]),
                 (Cut::Wide, ks[1]),
             ];
             for (cut, k) in of_cuts {
-                let tables = [FEW, MORE, WIDE];
+                let tables = [NARROW, WIDE];
                 let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &tables);
                 assert_eq!(expected, got, "{format} {cut:?}");
             }
@@ -408,22 +400,27 @@ mod tests {
         let device =
             |sm: u32, smem_per_cta_bytes: u32| DeviceInfo { sm, smem_per_cta_bytes, ..DeviceInfo::default() };
         let (h100, turing) = (device(90, 227 << 10), device(75, 64 << 10));
-        let choose = |rows, cols, device: &DeviceInfo| Cut::choose(FormatId::Q8_0, rows, cols, device);
+        let choose = |rows, cols, device: &DeviceInfo| Cut::choose(FormatId::Q8_0, rows, cols, false, device);
         assert_eq!(choose(4096, 512, &h100), Cut::Wide);
         assert_eq!(choose(4096, 64, &h100), Cut::NARROW_64);
         assert_eq!(choose(128_256, 64, &h100), Cut::NARROW_64.paired());
         assert_eq!(choose(2 * 14336, 64, &h100).cols(), 64);
+        // Two CTAs an SM, where one knows how much an SM has.
+        let whole = DeviceInfo { smem_per_sm_bytes: 228 << 10, ..h100.clone() };
+        assert_eq!(Cut::choose(FormatId::Q8_0, 2 * 14336, 64, true, &whole), Cut::NARROW_64.of_warps(8));
+        assert_eq!(choose(4096, 64, &whole), Cut::NARROW_64);
         assert_eq!(choose(2 * 14336, 512, &h100), Cut::Wide);
         assert_eq!(choose(4096, 9, &h100), Cut::NARROW_16);
         // Neither would fit with all its warps.
-        assert_eq!(choose(4096, 512, &turing), Cut::NARROW_32.of_warps(6).paired());
+        assert_eq!(choose(4096, 512, &turing), Cut::NARROW_16.of_warps(14).paired());
         assert_eq!(choose(4096, 512, &device(61, 48 << 10)), Cut::NARROW_16.of_warps(10).paired());
         for format in FORMATS {
             let most = [
                 (Cut::NARROW_16.of_warps(4), 48 << 10),
                 (Cut::NARROW_16.paired(), 227 << 10),
                 (Cut::NARROW_32, 227 << 10),
-                (Cut::NARROW_64, 227 << 10),
+                (Cut::NARROW_64.of_warps(12), 227 << 10),
+                (Cut::NARROW_64.paired(), 227 << 10),
                 (Cut::Wide, 227 << 10),
             ];
             for (cut, most) in most {

@@ -99,7 +99,8 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
             let w = p.parts[0].w;
             let (ids, n_pairs, n_expert) = (p.ids, p.n * p.n_used, w.n_expert);
             let rows = p.parts.iter().map(|part| part.w.rows).sum();
-            let tile_cols = Cut::choose_mixture(w.format, rows, n_expert, n_pairs, device).cols();
+            let tile_cols =
+                Cut::choose_mixture(w.format, rows, n_expert, n_pairs, p.glu.is_some(), device).cols();
             let of = match found.iter().find(|(place, s)| *place == ids && s.tile_cols == tile_cols) {
                 Some((_, sorted)) => *sorted,
                 None => {
@@ -479,7 +480,7 @@ impl Emit<'_> {
                     let besides = mmvq::Besides { norm, acts: acts.map(|acts| acts.kind) };
                     return Ok(mmvq::launch_with(&product, besides)?);
                 }
-                let cut = Cut::choose(format, rows, n, self.device);
+                let cut = Cut::choose(format, rows, n, glu.is_some(), self.device);
                 Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
             }
             None => self.float_product(&matrices, glu, x, n, k, format),
@@ -590,7 +591,7 @@ impl Emit<'_> {
             let n_expert = p.parts[0].w.n_expert;
             let rows = parts.iter().map(|part| part.n_rows).sum();
             // As when the tiles were sorted.
-            let cut = Cut::choose_mixture(format, rows, n_expert, n_pairs, self.device);
+            let cut = Cut::choose_mixture(format, rows, n_expert, n_pairs, glu.is_some(), self.device);
             let sorted = mmq::Sorted { order: self.value(order), tiles: self.value(tiles), n_expert };
             return one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }));
         }

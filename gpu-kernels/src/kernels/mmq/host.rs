@@ -8,7 +8,7 @@ use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_fo
 use super::{FORMATS, THREADS, entry};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::driver::DeviceInfo;
-use crate::kernels::mmq_narrow::narrow_bytes;
+use crate::kernels::mmq_narrow::{halves, narrow_bytes};
 use crate::kernels::mmq_wide::WIDE;
 #[cfg(all(test, feature = "emu"))]
 use crate::kernels::mmvq::reference_bits;
@@ -32,7 +32,7 @@ pub enum Cut {
 pub struct Narrow {
     /// Columns of a CTA: 16, 32 or 64.
     pub cols: usize,
-    /// Warps of a CTA: an even number, at most 16 with 16 columns, else 8.
+    /// Warps of a CTA: at most 16, a multiple of a team's (`mmq_narrow.rs`): 2, with more than 16 columns 4.
     pub warps: u32,
     /// Row tiles of a CTA, 1 or 2. With two, as with a gated pair of one, two warps share a span's activations.
     pub row_tiles: usize,
@@ -59,16 +59,18 @@ const WIDE_CYCLES: usize = 9000;
 const NARROW_CYCLES: [(usize, usize); 3] = [(16, 830), (32, 1230), (64, 1930)];
 /// What a row tile that shares its activations takes of that, in percent.
 const PAIRED_PERCENT: usize = 95;
-/// Most warps of a narrow cut of 16 columns, and of the others: registers are 128 and 255 a thread.
-const MOST_WARPS: [u32; 2] = [16, 8];
+/// Most warps of a narrow cut: registers are 128 a thread.
+const MOST_WARPS: u32 = 16;
+/// Shared memory that a CTA takes besides its own.
+const CTA_BYTES: u32 = 1024;
 
 impl Cut {
     /// Narrow cuts of one row tile with as many warps as registers allow.
     pub const NARROW_16: Cut = Cut::Narrow(Narrow { cols: 16, warps: 16, row_tiles: 1 });
     /// As above.
-    pub const NARROW_32: Cut = Cut::Narrow(Narrow { cols: 32, warps: 8, row_tiles: 1 });
+    pub const NARROW_32: Cut = Cut::Narrow(Narrow { cols: 32, warps: 16, row_tiles: 1 });
     /// As above.
-    pub const NARROW_64: Cut = Cut::Narrow(Narrow { cols: 64, warps: 8, row_tiles: 1 });
+    pub const NARROW_64: Cut = Cut::Narrow(Narrow { cols: 64, warps: 16, row_tiles: 1 });
 
     /// A narrow cut with this many warps.
     pub const fn of_warps(self, warps: u32) -> Cut {
@@ -102,23 +104,31 @@ impl Cut {
         }
     }
 
-    /// The fastest cut for `n_rows` rows, of all parts together, and `n_cols` columns, on a device.
-    pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, device: &DeviceInfo) -> Cut {
-        let fits =
-            |cut| entry(format, cut, false).is_some_and(|(_, bytes)| bytes <= device.smem_per_cta_bytes);
-        let waves = |rows: usize, cols: usize| (n_rows.div_ceil(rows) * n_cols.div_ceil(cols)).div_ceil(N_SM);
-        let wide = Some((waves(WIDE, WIDE) * WIDE_CYCLES, Cut::Wide)).filter(|&(_, cut)| fits(cut));
+    /// The fastest cut for `n_rows` rows, of all parts together or of a gated pair, and `n_cols` columns, on a device.
+    pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, gated: bool, device: &DeviceInfo) -> Cut {
+        let bytes = move |cut| entry(format, cut, gated).map_or(u32::MAX, |(_, bytes)| bytes);
+        let fits = move |cut| bytes(cut) <= device.smem_per_cta_bytes;
+        let ctas = move |rows: usize, cols: usize| n_rows.div_ceil(rows) * n_cols.div_ceil(cols);
+        let wide =
+            Some((ctas(WIDE, WIDE).div_ceil(N_SM) * WIDE_CYCLES, Cut::Wide)).filter(|&(_, cut)| fits(cut));
 
         let narrow = NARROW_CYCLES.iter().flat_map(|&(cols, cycles)| {
-            let most = MOST_WARPS[usize::from(cols > 16)];
-            [1, 2].into_iter().filter_map(move |row_tiles| {
+            let team = 2 * halves(cols) as u32;
+            let paired = if gated { &[true][..] } else { &[false, true] };
+            paired.iter().filter_map(move |&paired| {
+                let row_tiles = if paired && !gated { 2 } else { 1 };
                 let of_warps = |warps| Cut::Narrow(Narrow { cols, warps, row_tiles });
                 // As many as shared memory allows.
-                let warps =
-                    (1..=most / 2).rev().map(|pairs| 2 * pairs).find(|&warps| fits(of_warps(warps)))?;
-                let percent = if row_tiles == 2 { 2 * PAIRED_PERCENT } else { 100 };
-                let of_span = cycles * percent / 100 * 8 / warps.min(8) as usize;
-                Some((waves(row_tiles * ROWS, cols) * of_span, of_warps(warps)))
+                let mut of_teams = (1..=MOST_WARPS / team).rev().map(|teams| teams * team);
+                let warps = of_teams.find(|&warps| fits(of_warps(warps)))?;
+                let (tiles, percent) = if paired { (2, PAIRED_PERCENT) } else { (1, 100) };
+                let of_span = tiles * cycles * percent / 100 * MOST_WARPS as usize / warps as usize;
+                let ctas = ctas(tiles * ROWS, cols);
+                // Where there are CTAs for it two on an SM, so that one multiplies while the other begins or ends.
+                let two = warps == MOST_WARPS
+                    && ctas > N_SM
+                    && 2 * (bytes(of_warps(warps / 2)) + CTA_BYTES) <= device.smem_per_sm_bytes;
+                Some((ctas.div_ceil(N_SM) * of_span, of_warps(if two { warps / 2 } else { warps })))
             })
         });
         // More columns at a time pay by sharing what is unpacked: on tensor cores.
@@ -133,10 +143,11 @@ impl Cut {
         n_rows: usize,
         n_expert: usize,
         n_pairs: usize,
+        gated: bool,
         device: &DeviceInfo,
     ) -> Cut {
         // As if all experts had equally many pairs: their rows are then rows of one matrix.
-        Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), device)
+        Cut::choose(format, n_rows * n_expert, n_pairs.div_ceil(n_expert), gated, device)
     }
 }
 
@@ -267,7 +278,7 @@ const CASES: &[Case] = &{
         plain(FormatId::IQ3_XXS, Cut::Wide, &[97], 512, 65),
         Case { added: true, ..plain(FormatId::Q4_0, Cut::NARROW_16, &[37, 8], 288, 12) },
         plain(FormatId::Q4_0, Cut::NARROW_64, &[33], 4640, 65),
-        plain(FormatId::Q6_K, Cut::NARROW_64, &[64], 512, 47),
+        plain(FormatId::Q6_K, Cut::NARROW_64.of_warps(12), &[64], 512, 47),
         plain(FormatId::Q4_K, Cut::NARROW_64.paired(), &[65, 3], 2304, 34),
         plain(FormatId::Q8_0, Cut::NARROW_32.paired(), &[32, 50], 1344, 32),
         plain(FormatId::Q5_0, Cut::NARROW_16.paired(), &[97], 2336, 17),
@@ -348,8 +359,8 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q4_K, Cut::NARROW_64, &[4096], 14336, 128),
     plain(FormatId::Q6_K, Cut::NARROW_16, &[4096], 14336, 16),
     plain(FormatId::Q6_K, Cut::NARROW_32, &[4096], 14336, 32),
-    plain(FormatId::Q6_K, Cut::NARROW_64, &[4096], 14336, 64),
-    plain(FormatId::Q6_K, Cut::NARROW_64, &[4096], 14336, 128),
+    plain(FormatId::Q6_K, Cut::NARROW_64.of_warps(12), &[4096], 14336, 64),
+    plain(FormatId::Q6_K, Cut::NARROW_64.of_warps(12), &[4096], 14336, 128),
     // Where a model has row tiles enough: alone and in pairs.
     plain(FormatId::Q4_0, Cut::NARROW_16, &[4096, 1024, 1024], 4096, 16),
     plain(FormatId::Q4_0, Cut::NARROW_16.paired(), &[4096, 1024, 1024], 4096, 16),
@@ -357,7 +368,7 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q4_0, Cut::NARROW_64, &[4096, 1024, 1024], 4096, 64),
     plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[4096, 1024, 1024], 4096, 64),
     plain(FormatId::Q6_K, Cut::NARROW_16, &[128_256], 4096, 16),
-    plain(FormatId::Q6_K, Cut::NARROW_64, &[128_256], 4096, 64),
+    plain(FormatId::Q6_K, Cut::NARROW_64.of_warps(12), &[128_256], 4096, 64),
     plain(FormatId::Q6_K, Cut::NARROW_64.paired(), &[128_256], 4096, 64),
     Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::Wide, &[14336; 2], 4096, 512) },
     Case { mixture: Some((128, 8, false)), ..plain(FormatId::Q4_0, Cut::NARROW_32, &[768], 2048, 512) },
@@ -555,7 +566,7 @@ impl Kernel for Mmq {
     const BENCH: &'static [Case] = BENCH;
     const NMSE_MAX: f64 = 1e-11;
     #[cfg(feature = "emu")]
-    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::FEW, super::MORE, super::WIDE];
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::NARROW, super::WIDE];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         let case = *case;
