@@ -1,5 +1,5 @@
-//! Embeds the kernels as PTX: a row for each module that is loaded at a time, and the text of each for all tiers in one
-//! file, packed and deflated. Tiers differ little, and much of a tier's text is another's.
+//! Embeds the kernels as PTX: a row for each entry and tier, which is what is loaded at a time, and an entry's text for all
+//! tiers in one file, packed and deflated. Tiers differ little, and much of a tier's text is another's.
 //!
 //! With the feature `ptx` and a device compiler; else the table is empty, and with the feature one warning names the
 //! command that installs a compiler. The compiler's own files live in `target/ptx`, shared with xtask.
@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use ptx_build::{CHECKS, Compiler, INSTALL_COMMAND, Kernels, Module, Part, PtxError, TIERS, Tier};
+use ptx_build::{CHECKS, Compiler, Entry, INSTALL_COMMAND, Kernels, Module, PtxError, TIERS, Tier};
 use ptx_pack::Book;
 
 /// Names of tiers, separated by commas.
@@ -93,7 +93,7 @@ fn tiers() -> Vec<Tier> {
     }
 }
 
-/// The texts of one module's name, of all tiers, packed one after the other.
+/// The texts of one entry, of all tiers, packed one after the other.
 struct File<'a> {
     packed: Vec<u8>,
     /// Where each declaration and entry is.
@@ -131,15 +131,15 @@ fn table(out_dir: &Path, modules: &[Module]) -> Result<String, PtxError> {
     if modules.is_empty() {
         return Ok("&[]".into());
     }
-    let parts: Vec<(&Module, Part)> = modules
+    let entries: Vec<(&Module, Entry)> = modules
         .iter()
-        .flat_map(|module| module.parts().into_iter().map(move |part| (module, part)))
+        .flat_map(|module| module.entries().into_iter().map(move |entry| (module, entry)))
         .collect();
     let mut by_name: BTreeMap<&str, BTreeSet<(&str, &str)>> = BTreeMap::new();
-    for (module, part) in &parts {
-        let texts = by_name.entry(&part.name).or_default();
+    for (_, entry) in &entries {
         // By first line: the tiers of an entry side by side, within what deflate remembers.
-        texts.extend(texts_of(module, part).map(|text| (text.lines().next().unwrap_or_default(), text)));
+        let texts = entry.texts.iter().map(|text| (text.lines().next().unwrap_or_default(), *text));
+        by_name.entry(entry.kernel).or_default().extend(texts);
     }
     let texts: BTreeSet<&str> = by_name.values().flatten().map(|&(_, text)| text).collect();
     let book = Book::new(&texts.into_iter().collect::<Vec<_>>());
@@ -165,20 +165,15 @@ fn table(out_dir: &Path, modules: &[Module]) -> Result<String, PtxError> {
             "#[allow(non_upper_case_globals)]\nconst FILE_{name}: &[u8] = include_bytes!({path});"
         );
     }
-    for (module, part) in &parts {
-        let (Tier { name: tier, sm, exact, .. }, file) = (module.tier, &module.name);
-        let (Part { name, kernels, .. }, packed) = (part, files[part.name.as_str()]);
-        let (packed_bytes, ranges) = (packed.packed.len(), packed.ranges(texts_of(module, part)));
+    for (module, Entry { kernel, texts }) in &entries {
+        let Tier { name: tier, sm, exact, .. } = module.tier;
+        let (file, packed) = (&module.name, files[kernel]);
+        let (packed_bytes, ranges) = (packed.packed.len(), packed.ranges(texts.iter().copied()));
         let _ = writeln!(
             rows,
-            "PtxModule {{ file: {file:?}, name: {name:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, kernels: &{kernels:?}, \
-             packed_bytes: {packed_bytes}, ranges: &{ranges:?}, deflated: FILE_{name}, words: &WORDS }},",
+            "PtxModule {{ file: {file:?}, entry: {kernel:?}, tier: {tier:?}, sm: {sm}, exact: {exact}, \
+             packed_bytes: {packed_bytes}, ranges: &{ranges:?}, deflated: FILE_{kernel}, words: &WORDS }},",
         );
     }
     Ok(format!("{{\n{consts}&[\n{rows}]\n}}"))
-}
-
-/// The declarations and entries of a part.
-fn texts_of<'a>(module: &'a Module, part: &'a Part) -> impl Iterator<Item = &'a str> {
-    part.ranges.iter().map(|range| &module.ptx[range.clone()])
 }

@@ -1,7 +1,7 @@
-//! Modules loaded when their first kernel is asked for.
+//! Modules, one for each kernel entry, loaded when their kernel is asked for.
 //!
 //! A plan asks once for each of its launches and keeps the answer; so nothing is loaded while tokens are generated, and
-//! what a model does not use is never compiled.
+//! what a plan does not launch is never compiled.
 
 use alloc::collections::BTreeMap;
 use alloc::string::ToString;
@@ -33,9 +33,8 @@ impl FindModule for ModuleId {
 pub struct Modules {
     /// The one tier to take; else the best that the driver compiles.
     tier: Option<&'static str>,
-    /// By name and tier.
-    loaded: BTreeMap<(&'static str, &'static str), ModuleId>,
-    by_entry: BTreeMap<&'static str, ModuleId>,
+    /// By entry.
+    loaded: BTreeMap<&'static str, (&'static PtxModule, ModuleId)>,
 }
 
 impl Modules {
@@ -60,9 +59,9 @@ impl Modules {
         driver.launch(module, launch, stream)
     }
 
-    /// Loads side by side the modules that these kernels need and that are not there: a driver compiles each on one
-    /// core, for a second or more the first time. `run` runs that many tasks. What does not load is left to
-    /// [`FindModule::find_module`], which says why or takes another tier.
+    /// Loads side by side the modules of these kernels that are not there: unpacking is work for many cores, and a
+    /// driver takes up to some 0.4 s to compile one the first time. `run` runs that many tasks. What does not load is
+    /// left to [`FindModule::find_module`], which says why or takes another tier.
     pub fn load_ahead<'a>(
         &mut self,
         driver: &(dyn Driver + Send + Sync),
@@ -74,10 +73,10 @@ impl Modules {
             return;
         }
         let sm = driver.info().sm;
-        let mut missing: BTreeMap<_, (&'static PtxModule, AtomicU32)> = BTreeMap::new();
-        for entry in entries.filter(|entry| !self.by_entry.contains_key(entry)) {
+        let mut missing: BTreeMap<&str, (&'static PtxModule, AtomicU32)> = BTreeMap::new();
+        for entry in entries.filter(|entry| !self.loaded.contains_key(entry)) {
             if let Some(module) = self.candidates(sm, entry).next() {
-                missing.insert((module.name, module.tier), (module, AtomicU32::new(NOT_LOADED)));
+                missing.insert(module.entry, (module, AtomicU32::new(NOT_LOADED)));
             }
         }
         let missing: Vec<_> = missing.into_values().collect();
@@ -95,7 +94,7 @@ impl Modules {
         }
     }
 
-    /// The modules with an entry that may serve, best first.
+    /// The modules of an entry that may serve, best first.
     fn candidates(&self, sm: u32, entry: &str) -> impl Iterator<Item = &'static PtxModule> + use<> {
         let only = self.tier;
         ptx::modules_for(sm, entry)
@@ -103,20 +102,18 @@ impl Modules {
             .filter(move |module| only.is_none_or(|tier| tier == module.tier))
     }
 
-    /// The whole module is loaded, so none of its entries needs another search.
     fn insert(&mut self, module: &'static PtxModule, id: ModuleId) {
-        self.loaded.insert((module.name, module.tier), id);
-        self.by_entry.extend(module.kernels.iter().map(|&name| (name, id)));
+        self.loaded.insert(module.entry, (module, id));
     }
 
-    /// Name and tier of the modules loaded so far.
-    pub fn loaded(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
-        self.loaded.keys().copied()
+    /// The modules loaded so far.
+    pub fn loaded(&self) -> impl Iterator<Item = &'static PtxModule> {
+        self.loaded.values().map(|&(module, _)| module)
     }
 
     /// Unloads all modules; those of a driver that is gone may just be dropped.
     pub fn unload(self, driver: &dyn Driver) -> Result<(), DriverError> {
-        self.loaded.into_values().map(|module| driver.unload(module)).fold(Ok(()), Result::and)
+        self.loaded.into_values().map(|(_, id)| driver.unload(id)).fold(Ok(()), Result::and)
     }
 }
 
@@ -125,8 +122,8 @@ impl FindModule for Modules {
         if let Some(module) = driver.builtin() {
             return Ok(module);
         }
-        if let Some(&module) = self.by_entry.get(entry) {
-            return Ok(module);
+        if let Some(&(_, id)) = self.loaded.get(entry) {
+            return Ok(id);
         }
         let mut refused = None;
         for module in self.candidates(driver.info().sm, entry) {
@@ -153,32 +150,67 @@ impl FindModule for &mut Modules {
 
 #[cfg(all(test, feature = "ptx"))]
 mod tests {
-    use alloc::string::String;
+    use alloc::collections::BTreeSet;
 
     use super::*;
     use crate::emu::{Emulator, Options};
     use crate::registry::KERNELS;
 
     #[test]
-    fn every_entry_is_embedded_for_every_tier_and_its_module_is_whole() {
-        let tiers: alloc::collections::BTreeSet<_> = ptx::MODULES.iter().map(|module| module.tier).collect();
+    fn every_entry_is_embedded_for_every_tier() {
+        let tiers: BTreeSet<_> = ptx::MODULES.iter().map(|module| module.tier).collect();
         assert!(!tiers.is_empty());
+        let mut n_entries = 0;
         for kernel in KERNELS {
-            let with: alloc::collections::BTreeSet<_> = ptx::MODULES
+            let with: BTreeSet<_> = ptx::MODULES
                 .iter()
                 .filter(|module| kernel.tiers().has(module.tier, module.sm))
                 .map(|module| module.tier)
                 .collect();
             for entry in kernel.entries().iter().flat_map(|table| table.iter()) {
-                let modules = ptx::MODULES.iter().filter(|module| module.has(entry.name));
+                let modules = ptx::MODULES.iter().filter(|module| module.entry == entry.name);
+                assert!(modules.clone().all(|module| module.file == kernel.name()), "{}", entry.name);
                 assert!(modules.map(|module| module.tier).eq(with.iter().copied()), "{}", entry.name);
+                n_entries += with.len();
             }
         }
+        assert_eq!(n_entries, ptx::MODULES.len());
+    }
+
+    /// Names of the file's tables, functions and shared memory, as rustc writes them. (What else an entry may name it
+    /// declares itself; ptxas tells, to which `cargo xtask ptx-check` gives every entry by itself.)
+    fn symbols(text: &str) -> impl Iterator<Item = &str> {
+        let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '$' | '%' | '.');
+        let words = text.split(move |c| !is_word(c));
+        words.filter(|word| ["anon_", "_R", "dyn_smem"].iter().any(|start| word.starts_with(start)))
+    }
+
+    #[test]
+    fn a_module_is_one_entry_and_all_that_it_names() {
+        let mut n_tables = 0;
         for module in ptx::MODULES {
-            let text: String = module.text();
-            assert!(text.starts_with(".version ") && text.contains(module.tier), "{}", module.name);
-            assert_eq!(text.matches(".visible .entry ").count(), module.kernels.len(), "{}", module.name);
+            let text = module.text();
+            let name = module.entry;
+            assert!(text.starts_with(".version ") && text.contains(module.tier), "{name}");
+            let (before, entry) = text.split_once(".visible .entry ").expect(name);
+            assert!(entry.starts_with(&alloc::format!("{name}(\n")) && !entry.contains(".visible"), "{name}");
+            assert!(!text.contains(".func") && !text.contains("call."), "{name}");
+            for used in symbols(entry) {
+                let there = before.contains(&alloc::format!(" {used}["));
+                assert!(there, "{name}, {}: {used} is missing", module.tier);
+            }
+            for table in before.lines().filter(|line| line.starts_with(".global")) {
+                let table = table.split('[').next().and_then(|start| start.rsplit(' ').next()).expect(name);
+                assert!(
+                    symbols(entry).any(|used| used == table),
+                    "{name}, {}: {table} is not used",
+                    module.tier
+                );
+                n_tables += 1;
+            }
         }
+        // There are some to forget.
+        assert!(n_tables > 0);
     }
 
     #[test]
@@ -190,12 +222,8 @@ mod tests {
 
     #[test]
     fn a_gpu_gets_the_best_tier_that_it_runs() {
-        let tiers = |sm| {
-            ptx::modules_for(sm, "rms_norm_f32")
-                .iter()
-                .map(|module| module.tier)
-                .collect::<alloc::vec::Vec<_>>()
-        };
+        let tiers =
+            |sm| ptx::modules_for(sm, "rms_norm_f32").iter().map(|module| module.tier).collect::<Vec<_>>();
         assert_eq!(tiers(90), ["sm_90a", "sm_89", "sm_80", "sm_75", "sm_70", "sm_61", "sm_50"]);
         assert_eq!(tiers(120).first(), Some(&"sm_89"));
         assert_eq!(tiers(60), ["sm_50"]);

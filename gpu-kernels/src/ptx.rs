@@ -1,7 +1,8 @@
-//! The embedded kernels: PTX modules, each a part of one kernel file for one GPU generation.
+//! The embedded kernels: PTX modules, each one entry of a kernel file for one GPU generation.
 //!
-//! A module is what a driver compiles at a time, so it is small: a kernel file's entries for one weight format, or all
-//! that name none. Empty when the crate was built without the feature `ptx` or without a device compiler.
+//! A module is what a driver compiles at a time, and it compiles one after the other, all that is in them: so a module
+//! has one entry, with the tables that it names. Empty when the crate was built without the feature `ptx` or without a
+//! device compiler.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -15,17 +16,15 @@ use crate::driver::DeviceInfo;
 pub struct PtxModule {
     /// The kernel file.
     pub file: &'static str,
-    /// The kernel file, and the weight format if it is one format's part: `mmvq_Q4_0`.
-    pub name: &'static str,
+    /// The entry, by which it is launched.
+    pub entry: &'static str,
     /// The tier, as PTX spells it: `sm_80`.
     pub tier: &'static str,
     /// The oldest compute capability it runs on, times ten.
     pub sm: u32,
     /// Runs on that architecture only, not on later ones.
     pub exact: bool,
-    /// Names of the entries, sorted.
-    pub kernels: &'static [&'static str],
-    /// The packed text of all tiers' modules of this name (`ptx-pack`), deflated, and its length before.
+    /// The packed text of all tiers' modules of this entry (`ptx-pack`), deflated, and its length before.
     deflated: &'static [u8],
     packed_bytes: usize,
     /// Which packed bytes are the module's.
@@ -53,16 +52,11 @@ impl PtxModule {
     pub fn runs_on(&self, sm: u32) -> bool {
         if self.exact { self.sm == sm } else { self.sm <= sm }
     }
-
-    /// Whether the module has this entry.
-    pub fn has(&self, entry: &str) -> bool {
-        self.kernels.binary_search(&entry).is_ok()
-    }
 }
 
-/// The modules with this entry that a GPU of this compute capability (times ten) runs, best tier first.
+/// The modules of this entry that a GPU of this compute capability (times ten) runs, best tier first.
 pub fn modules_for(sm: u32, entry: &str) -> Vec<&'static PtxModule> {
-    MODULES.iter().rev().filter(|module| module.runs_on(sm) && module.has(entry)).collect()
+    MODULES.iter().rev().filter(|module| module.runs_on(sm) && module.entry == entry).collect()
 }
 
 /// Whether a GPU of this compute capability (times ten) runs the embedded modules of a tier; if there are none, it does not.
@@ -82,7 +76,7 @@ pub fn runs_hopper(device: &DeviceInfo) -> bool {
 
 /// Bytes of all embedded text, with what it takes to unpack it.
 pub fn embedded_bytes() -> usize {
-    // Modules of one name share a text.
+    // The tiers of an entry share a text.
     let mut texts: Vec<(*const u8, usize)> =
         MODULES.iter().map(|module| (module.deflated.as_ptr(), module.deflated.len())).collect();
     texts.sort_unstable();

@@ -20,7 +20,7 @@ mod tier;
 pub use compiler::{Compiler, DEBIAN_PACKAGES, INSTALL_COMMAND};
 pub use error::PtxError;
 pub use kernels::{CHECKS, Kernels, in_parallel};
-pub use module::{Module, Part};
+pub use module::{Entry, Module};
 pub use tier::{TIERS, Tier};
 
 /// The target of all device code.

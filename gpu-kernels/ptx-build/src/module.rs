@@ -6,25 +6,25 @@
 //! they appear, and parameters lose the entry's name: LLVM's numbers depend on the whole file, and equal code with equal
 //! names is small once packed (`ptx-pack`).
 //!
-//! Rules: no external function (code of another crate that was not inlined), no local memory, from sm_90 on a wait for
-//! earlier launches in every entry, and each canary kernel (`device/canary.rs`) holds exactly one barrier: LLVM or rustc
-//! copying it means that convergence is broken.
+//! Rules: no call (of code that was not inlined), no local memory, no variable but constant tables, from sm_90 on a wait
+//! for earlier launches in every entry, and each canary kernel (`device/canary.rs`) holds exactly one barrier: LLVM or
+//! rustc copying it means that convergence is broken.
 //!
-//! A driver compiles a whole module when it loads it, so a file's text is cut into parts that are loaded apart: one per
-//! weight format named in the entries, one for all others. A part has the tables its entries use, and no other.
+//! A driver compiles all that it is given, so it is given one entry at a time: the header, the tables that the entry
+//! names, and the entry. Functions that rustc emits beside the entries are left out, since nothing calls them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::ops::Range;
 
 use crate::error::PtxError;
 use crate::tier::Tier;
 
-/// Functions that the driver's linker provides.
-const DRIVER_FUNCTIONS: [&str; 4] = ["vprintf", "malloc", "free", "__assertfail"];
 const ENTRY: &str = ".visible .entry ";
 /// Kernels whose name starts so are there for the barrier rule alone.
 const CANARY: &str = "canary_";
+/// Tables whose name starts so are constants of the source, which rustc gives no other name. A `static` keeps its own: it
+/// could be written to, and each entry that is loaded would have one of its own.
+const CONSTANT: &str = "anon_";
 
 /// PTX of one kernel file for one tier, ready for a driver.
 #[derive(Clone, Debug)]
@@ -41,13 +41,11 @@ pub struct Module {
 
 /// What a driver loads at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// `mmvq_Q4_0`, or the file's name for the entries that name no format.
-    pub name: String,
-    /// Its text: the ranges of the module's that hold a declaration or an entry each, in order.
-    pub ranges: Vec<Range<usize>>,
-    /// Names of its entries, sorted.
-    pub kernels: Vec<String>,
+pub struct Entry<'a> {
+    /// The kernel's name.
+    pub kernel: &'a str,
+    /// Its text, in pieces: the declarations it needs, then the entry itself.
+    pub texts: Vec<&'a str>,
 }
 
 impl Module {
@@ -59,20 +57,25 @@ impl Module {
             kernel: kernel.into(),
             what,
         };
-        let mut parts = split_at_entries(raw).into_iter();
+        let raw = without_functions(raw);
+        let mut parts = split_at_entries(&raw).into_iter();
         let mut ptx = String::with_capacity(raw.len());
         push_code(&mut ptx, parts.next().unwrap_or_default());
-        for line in raw.lines().filter(|line| line.starts_with(".extern .func")) {
-            if !DRIVER_FUNCTIONS.iter().any(|name| line.contains(name)) {
-                let what = format!("calls a function of another crate that was not inlined: {line}");
-                return Err(lint("module", what));
-            }
+        let mut tables = ptx.lines().filter_map(table_name);
+        if let Some(table) = tables.find(|table| !table.starts_with(CONSTANT)) {
+            return Err(lint(
+                "module",
+                format!("has a static, {table}, of which each entry would have its own"),
+            ));
         }
         let mut kernels = Vec::new();
         for entry in parts {
             let name = entry_name(entry).ok_or_else(|| lint("module", "an entry without a name".into()))?;
             if entry.contains("__local_depot") {
                 return Err(lint(name, "uses local memory (an array indexed at run time?)".into()));
+            }
+            if let Some(line) = entry.lines().find(|line| is_call(line)) {
+                return Err(lint(name, format!("calls a function that was not inlined: {}", line.trim())));
             }
             let barriers = entry.lines().filter(|line| is_barrier(line)).count();
             // What a kernel does before is its own affair, but without it a step's later launches would not know when
@@ -98,42 +101,49 @@ impl Module {
         Ok(Module { tier, name: file.into(), ptx, kernels })
     }
 
-    /// The parts, sorted by name.
-    pub fn parts(&self) -> Vec<Part> {
-        let at = |text: &str| text.as_ptr() as usize - self.ptx.as_ptr() as usize;
-        let range = |text: &str| at(text)..at(text) + text.len();
+    /// What a driver loads, entry by entry.
+    pub fn entries(&self) -> Vec<Entry<'_>> {
         let mut pieces = split_at_entries(&self.ptx).into_iter();
-        // One line per declaration, as LLVM prints them; those that name no table belong to every part.
+        // One line per declaration, as LLVM prints them; those that name no table belong to every entry.
         let declarations: Vec<&str> = pieces.next().unwrap_or_default().split_inclusive('\n').collect();
-        let mut entries: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
-        for entry in pieces {
-            let kernel = entry_name(entry).unwrap_or_default();
-            entries.entry(format_prefix(kernel).unwrap_or(&self.name)).or_default().push((kernel, entry));
-        }
-        let part = |(name, entries): (&str, Vec<(&str, &str)>)| {
-            let used = |declaration: &&&str| {
-                table_name(declaration)
-                    .is_none_or(|table| entries.iter().any(|(_, text)| text.contains(table)))
-            };
-            let texts =
-                declarations.iter().filter(used).copied().chain(entries.iter().map(|&(_, text)| text));
-            let ranges = texts.map(range).collect();
-            let mut kernels: Vec<String> = entries.iter().map(|(kernel, _)| kernel.to_string()).collect();
-            kernels.sort();
-            Part { name: name.into(), ranges, kernels }
+        let entry = |text| {
+            let used = |line: &&str| table_name(line).is_none_or(|table| names(text, table));
+            let texts = declarations.iter().copied().filter(used).chain([text]).collect();
+            Some(Entry { kernel: entry_name(text)?, texts })
         };
-        entries.into_iter().map(part).collect()
-    }
-
-    /// The text of one entry.
-    pub fn entry(&self, kernel: &str) -> Option<&str> {
-        split_at_entries(&self.ptx).into_iter().skip(1).find(|entry| entry_name(entry) == Some(kernel))
+        pieces.filter_map(entry).collect()
     }
 }
 
 fn is_barrier(line: &str) -> bool {
     let line = line.trim_start();
     line.starts_with("bar.sync") || line.starts_with("barrier.sync") || line.starts_with("barrier.cta.sync")
+}
+
+fn is_call(line: &str) -> bool {
+    line.split_whitespace().any(|word| word == "call" || word.starts_with("call."))
+}
+
+/// Whether a text has this name, and not as the start of a longer one.
+fn names(text: &str, name: &str) -> bool {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.match_indices(name).any(|(at, _)| !text[at + name.len()..].starts_with(is_word))
+}
+
+/// The text without functions and their declarations.
+fn without_functions(text: &str) -> String {
+    let mut kept = String::with_capacity(text.len());
+    let mut in_function = false;
+    for line in text.lines() {
+        in_function |= line.starts_with('.') && line.contains(".func ");
+        if !in_function {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+        // As LLVM ends a body and a declaration.
+        in_function &= !matches!(line, "}" | ";");
+    }
+    kept
 }
 
 /// The text before the first entry, then one part per entry.
@@ -148,31 +158,10 @@ fn entry_name(entry: &str) -> Option<&str> {
     entry.strip_prefix(ENTRY)?.split(['(', '\n']).next().map(str::trim).filter(|name| !name.is_empty())
 }
 
-/// `mmvq_IQ2_XXS` of `mmvq_IQ2_XXS_n4`: up to the end of the first run of words in capitals and digits, as formats are
-/// written.
-fn format_prefix(kernel: &str) -> Option<&str> {
-    let (mut at, mut end) = (0, None);
-    for word in kernel.split('_') {
-        let first = if end.is_none() {
-            char::is_ascii_uppercase
-        } else {
-            |c: &char| c.is_ascii_uppercase() || c.is_ascii_digit()
-        };
-        let is_format = word.chars().next().is_some_and(|c| first(&c))
-            && !word.contains(|c: char| c.is_ascii_lowercase());
-        match (is_format, end) {
-            (true, _) => end = Some(at + word.len()),
-            (false, Some(_)) => break,
-            (false, None) => {}
-        }
-        at += word.len() + 1;
-    }
-    end.map(|end| &kernel[..end])
-}
-
 /// The name of the table that a line declares.
 fn table_name(line: &str) -> Option<&str> {
-    line.starts_with(".global ").then(|| line.split('[').next()?.rsplit(' ').next())?
+    let is_table = line.starts_with('.') && [".global ", ".const "].iter().any(|space| line.contains(space));
+    is_table.then(|| line.split(['[', ';', '=']).next()?.split_whitespace().last())?
 }
 
 /// Moves what the `@` comments say to where PTX wants it.
@@ -263,8 +252,6 @@ mod tests {
         assert!(module.ptx.contains(".align 64 .b8 param_0[128]"));
         assert!(!module.ptx.contains("//"));
         assert_eq!(module.kernels, ["k"]);
-        assert!(module.entry("k").is_some_and(|text| text.contains(".maxntid")));
-        assert_eq!(module.entry("other"), None);
     }
 
     #[test]
@@ -283,7 +270,8 @@ mod tests {
     #[test]
     fn every_rule_can_fail() {
         let broken = [
-            (".extern .func (.param .b32 r) fmaf\n".to_string() + &entry("k", ""), "not inlined"),
+            (entry("k", "\t{ // callseq 0, 0\n\tcall.uni (retval0), fmaf, (param0);\n\t}"), "not inlined"),
+            (".global .align 4 .u32 _RNvC_5COUNT;\n".to_string() + &entry("k", ""), "_RNvC_5COUNT"),
             (entry("k", "\t.local .align 4 .b8 __local_depot0[64];"), "local memory"),
             (entry("canary_branch", "\tbarrier.sync 0;\n\tbarrier.sync 0;"), "2 barriers"),
             (entry("k", "\t// @unknown 1"), "malformed"),
@@ -296,39 +284,35 @@ mod tests {
         on_last("\tgriddepcontrol.wait;").unwrap();
         assert!(on_last("").unwrap_err().to_string().contains("does not wait"));
         finish(&entry("canary_branch", "\tbar.sync 0;")).unwrap();
-        finish(&(".extern .func (.param .b32 r) vprintf\n".to_string() + &entry("k", ""))).unwrap();
-    }
-    #[test]
-    fn parts_are_loaded_apart_with_the_tables_they_use() {
-        let names = ["k_Q4_0_n1", "k_plain", "k_IQ2_XXS_f16", "k_Q4_0_n2"];
-        let bodies = ["", "", "\tld.global.b32 r, [grid_1];", "\tld.global.b32 r, [grid_2];"];
-        let entries: String = names.iter().zip(bodies).map(|(name, body)| entry(name, body)).collect();
-        let tables = ".global .align 4 .b8 grid_1[8] = {1, 2};\n.global .align 4 .b8 grid_2[8];\n";
-        let module = finish(&format!("{tables}{entries}")).unwrap();
-        let parts = module.parts();
-        let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
-        assert_eq!(names, ["k", "k_IQ2_XXS", "k_Q4_0"]);
-        assert_eq!(parts[2].kernels, ["k_Q4_0_n1", "k_Q4_0_n2"]);
-        let text =
-            |part: &Part| part.ranges.iter().map(|range| &module.ptx[range.clone()]).collect::<String>();
-        for (part, tables) in parts.iter().zip([[false, false], [true, false], [false, true]]) {
-            let text = text(part);
-            assert!(text.starts_with(".version"));
-            assert_eq!([text.contains("grid_1"), text.contains("grid_2")], tables, "{text}");
-            assert_eq!(text.matches(ENTRY).count(), part.kernels.len());
-        }
     }
 
     #[test]
-    fn formats_are_found_in_names() {
-        for (kernel, part) in [
-            ("mmvq_Q4_K_n1", Some("mmvq_Q4_K")),
-            ("dequantise_BF16_f32", Some("dequantise_BF16")),
-            ("mmq_MXFP4_moe_64", Some("mmq_MXFP4")),
-            ("rms_norm_4", None),
-            ("softmax", None),
-        ] {
-            assert_eq!(format_prefix(kernel), part, "{kernel}");
+    fn functions_are_left_out() {
+        let declared = ".extern .func (.param .b32 r) fmaf\n(\n\t.param .b32 fmaf_param_0\n)\n;\n";
+        let defined = ".visible .func  (.param .b64 r) bytes(\n\t.param .b64 bytes_param_0\n)\n{\n\t{\n\tret;\n\t}\n}\n";
+        let table = ".global .align 4 .b8 anon_1[8];\n";
+        let [first, second] = ["a", "b"].map(|name| entry(name, "\tld.global.b32 r, [anon_1];"));
+        let whole = |functions: [&str; 2]| {
+            let [before, between] = functions;
+            finish(&format!("{before}{table}{before}{first}{between}{second}")).unwrap().ptx
+        };
+        assert_eq!(whole([&format!("{declared}{defined}"), defined]), whole(["", ""]));
+    }
+
+    #[test]
+    fn entries_are_loaded_apart_with_the_tables_they_name() {
+        let names = ["k_plain", "k_f16", "k_n2"];
+        let bodies = ["", "\tld.global.b32 r, [anon_1];", "\tld.global.b32 r, [anon_12+4];"];
+        let texts: String = names.iter().zip(bodies).map(|(name, body)| entry(name, body)).collect();
+        let tables = ".global .align 4 .b8 anon_1[8] = {1, 2};\n.global .align 4 .b8 anon_12[8];\n";
+        let module = finish(&format!(".extern .shared .b8 smem[];\n{tables}{texts}")).unwrap();
+        let entries = module.entries();
+        assert_eq!(entries.iter().map(|entry| entry.kernel).collect::<Vec<_>>(), names);
+        for (entry, tables) in entries.iter().zip([[false, false], [true, false], [false, true]]) {
+            let text = entry.texts.concat();
+            assert!(text.starts_with(".version") && text.contains("smem[]"));
+            assert_eq!([text.contains("anon_1["), text.contains("anon_12[")], tables, "{text}");
+            assert_eq!(text.matches(ENTRY).count(), 1);
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::cache;
 use crate::compiler::run;
 use crate::elf;
 use crate::error::PtxError;
-use crate::module::{Module, Part};
+use crate::module::{Entry, Module};
 use crate::tier::Tier;
 
 /// An assembler.
@@ -51,7 +51,7 @@ pub struct Resources {
     pub instructions: usize,
 }
 
-/// Assembles a module's parts below `build_dir`; a kernel with a stack or spills is an error. A module that was
+/// Assembles a module's entries below `build_dir`, each by itself as a driver gets it; a kernel with a stack or spills is an error. A module that was
 /// assembled before is not assembled again.
 pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<Resources>, PtxError> {
     let folder = build_dir.join(module.tier.name);
@@ -63,11 +63,8 @@ pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<
     {
         return Ok(rows);
     }
-    let mut rows = Vec::new();
-    for part in module.parts() {
-        let text: String = part.ranges.iter().map(|range| &module.ptx[range.clone()]).collect();
-        rows.extend(assemble_part(ptxas, module.tier, &part, &text, &folder)?);
-    }
+    let rows = module.entries().into_iter().map(|entry| assemble_entry(ptxas, module.tier, &entry, &folder));
+    let mut rows = rows.collect::<Result<Vec<_>, _>>()?;
     rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
     let mut spilling = rows
         .iter()
@@ -86,38 +83,36 @@ pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<
     Ok(rows)
 }
 
-fn assemble_part(
+fn assemble_entry(
     ptxas: &Ptxas,
     tier: Tier,
-    part: &Part,
-    text: &str,
+    entry: &Entry<'_>,
     folder: &Path,
-) -> Result<Vec<Resources>, PtxError> {
-    let ptx = folder.join(format!("{}.ptx", part.name));
-    let cubin = folder.join(format!("{}.cubin", part.name));
-    std::fs::write(&ptx, text).map_err(PtxError::path("write", &ptx))?;
+) -> Result<Resources, PtxError> {
+    let ptx = folder.join(format!("{}.ptx", entry.kernel));
+    let cubin = folder.join(format!("{}.cubin", entry.kernel));
+    std::fs::write(&ptx, entry.texts.concat()).map_err(PtxError::path("write", &ptx))?;
     let mut command = Command::new(&ptxas.program);
     command.args(["-v", "-arch", tier.name]).arg(&ptx).arg("-o").arg(&cubin);
     // The report of -v is on stderr.
     let output = command.output().map_err(PtxError::path("start", &ptxas.program))?;
     let report = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
-        let purpose = format!("assemble {} for {}", part.name, tier.name);
+        let purpose = format!("assemble {} for {}", entry.kernel, tier.name);
         return Err(PtxError::Command { program: "ptxas".into(), purpose, stderr: report });
     }
     let bytes = std::fs::read(&cubin).map_err(PtxError::path("read", &cubin))?;
     let sizes = elf::code_sizes(&cubin, &bytes)?;
-    let mut rows = parse(&report);
-    for row in &mut rows {
-        let size = sizes.iter().find(|(kernel, _)| *kernel == row.kernel).map_or(0, |(_, size)| *size);
-        row.instructions = instructions(tier, size);
+    let (mut rows, size) = (parse(&report), sizes.iter().find(|(kernel, _)| kernel == entry.kernel));
+    match (&mut rows[..], size) {
+        ([row], Some((_, size))) if row.kernel == entry.kernel => {
+            Ok(Resources { instructions: instructions(tier, *size), ..std::mem::take(row) })
+        }
+        _ => {
+            let what = format!("{} kernels reported for {}", rows.len(), entry.kernel);
+            Err(PtxError::Output { program: "ptxas -v".into(), what })
+        }
     }
-    rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
-    if rows.iter().map(|row| &row.kernel).ne(&part.kernels) {
-        let what = format!("{} kernels reported, {} in the PTX", rows.len(), part.kernels.len());
-        return Err(PtxError::Output { program: "ptxas -v".into(), what });
-    }
-    Ok(rows)
 }
 
 /// What a kept record holds, so that an older one is not read.

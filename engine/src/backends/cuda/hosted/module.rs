@@ -1,4 +1,4 @@
-//! Modules as the driver compiled them, and their functions.
+//! Modules as the driver compiled them, and the function of each.
 
 use std::borrow::ToOwned;
 use std::ffi::{CStr, CString, c_int, c_void};
@@ -21,12 +21,13 @@ const SHORT_LAUNCH_CTAS: u32 = 4;
 /// Room for the messages of the driver's compiler.
 const JIT_LOG_BYTES: usize = 8 << 10;
 
-/// A loaded module and its functions, sorted by name.
+/// A loaded module and its one function.
 pub(super) struct Module {
     raw: Handle,
-    /// Whether its kernels wait for earlier launches themselves: all of a module do or none.
+    entry: &'static str,
+    /// Whether its kernel waits for earlier launches itself.
     pub(super) waits: bool,
-    functions: Vec<(&'static str, Function)>,
+    function: Function,
 }
 
 pub(super) struct Function {
@@ -52,7 +53,7 @@ impl Module {
             let log = log.trim();
             let what =
                 if log.is_empty() { describe(code) } else { std::format!("{}: {log}", describe(code)) };
-            DriverError::Module { name: module.name, tier: module.tier, too_new, what }
+            DriverError::Module { name: module.entry, tier: module.tier, too_new, what }
         };
         let text = module.text();
         let waits = text.contains("griddepcontrol.wait");
@@ -82,25 +83,20 @@ impl Module {
             let text = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
             return Err(refuse(code, &text));
         }
-        // From here on the module is unloaded if a function is missing.
-        let mut loaded = Module { raw, waits, functions: Vec::with_capacity(module.kernels.len()) };
-        for &name in module.kernels {
-            let (mut function, text) = (std::ptr::null_mut(), CString::new(name).unwrap_or_default());
-            // SAFETY: the module just loaded, a C string, a valid place.
-            let code = unsafe { ffi::cuModuleGetFunction(&mut function, loaded.raw, text.as_ptr()) };
-            if code != ffi::SUCCESS {
-                return Err(refuse(code, name));
-            }
-            loaded.functions.push((name, Function::new(function)));
-        }
-        Ok(loaded)
+        // From here on the module is unloaded if the function is missing.
+        let mut loaded =
+            Module { raw, entry: module.entry, waits, function: Function::new(std::ptr::null_mut()) };
+        let name = CString::new(module.entry).unwrap_or_default();
+        // SAFETY: the module just loaded, a C string, a valid place.
+        let code = unsafe { ffi::cuModuleGetFunction(&mut loaded.function.raw, raw, name.as_ptr()) };
+        if code == ffi::SUCCESS { Ok(loaded) } else { Err(refuse(code, module.entry)) }
     }
 
     pub(super) fn function(&self, launch: &Launch) -> Result<&Function, DriverError> {
-        // Sorted, as the module's list of kernels is.
-        match self.functions.binary_search_by_key(&launch.entry, |&(name, _)| name) {
-            Ok(at) => Ok(&self.functions[at].1),
-            Err(_) => Err(DriverError::NoKernel { entry: launch.entry.to_owned() }),
+        if self.entry == launch.entry {
+            Ok(&self.function)
+        } else {
+            Err(DriverError::NoKernel { entry: launch.entry.to_owned() })
         }
     }
 }
