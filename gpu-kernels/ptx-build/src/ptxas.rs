@@ -31,7 +31,7 @@ impl Ptxas {
 /// Most that an entry may spill on a tier, stores and loads together: what launch bounds for full occupancy cost some
 /// entries for dear formats. An array that went to memory takes more, and is an error of its own (`module`).
 fn most_spilled(tier: Tier) -> u32 {
-    if tier.sm >= 89 { 32 } else { 160 }
+    if tier.sm >= 89 { 88 } else { 168 }
 }
 
 /// What one kernel takes on one tier.

@@ -510,7 +510,7 @@ fn fill_pieces(
 
 /// Our own spelling of a kernel's name: of an embedded module, or of the kernels' source.
 fn own_name(name: &str) -> Option<&'static str> {
-    let embedded = ptx::MODULES.iter().flat_map(|module| module.kernels).copied();
+    let embedded = ptx::MODULES.iter().map(|module| module.entry);
     let tables = registry::KERNELS.iter().flat_map(|kernel| kernel.entries());
     let source = tables.flat_map(|table| table.iter()).map(|entry| entry.name);
     embedded.chain(source).find(|own| *own == name)

@@ -313,7 +313,7 @@ pub unsafe extern "C" fn cuda_uk_memcpy_dtoh(
 pub extern "C" fn cuda_uk_kernels() -> KernelTable {
     static TABLE: std::sync::OnceLock<(Vec<CString>, Vec<usize>)> = std::sync::OnceLock::new();
     let (_, table) = TABLE.get_or_init(|| {
-        let mut names: Vec<&str> = ptx::MODULES.iter().flat_map(|module| module.kernels).copied().collect();
+        let mut names: Vec<&str> = ptx::MODULES.iter().map(|module| module.entry).collect();
         names.sort_unstable();
         names.dedup();
         let names: Vec<CString> =

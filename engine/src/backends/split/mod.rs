@@ -24,6 +24,7 @@ use crate::tensor::{Storage, TensorId};
 use crate::weights::Weights;
 
 use placement::Section;
+#[cfg(feature = "gpu")]
 pub(crate) use placement::layer_of;
 pub use placement::{Offload, Placement};
 
