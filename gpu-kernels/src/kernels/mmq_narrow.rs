@@ -5,8 +5,8 @@
 //!   tiles where those share activations, gate and up, or neighbours where there are row tiles enough.
 //! * A row tile is one warp's, or with more than 16 columns that of two *halves*, which multiply half of the columns each
 //!   and so have registers for sixteen warps an SM. A *step* is a chunk of two groups for each half: the half unpacks its
-//!   chunk, lane = row, from words in registers through shared memory; then both multiply all of the step's chunks. The
-//!   next span's words are under way while the last step is multiplied, and L2 has been asked for them a span earlier.
+//!   chunk, lane = row, through shared memory; then both multiply all of the step's chunks. L2 has been asked for a span's
+//!   words a span or two earlier; with 16 columns a chunk's are under way while the one before it is multiplied.
 //! * A team meets once per step, at a barrier of its own.
 //! * As many spans as slots make a round. Then all warps leave their sums in shared memory, as their registers lie, and the
 //!   CTA's threads add them to the totals in order: the only barriers of the CTA.
@@ -25,7 +25,7 @@ pub const fn halves(cols: usize) -> usize {
     if cols > 16 { 2 } else { 1 }
 }
 
-/// Steps of activations that a slot holds: the present one, and as many chunks under way as there are registers to unpack.
+/// Steps of activations that a slot holds: the present one, and two chunks under way.
 const fn stages(halves: usize) -> usize {
     if halves == 1 { 3 } else { 2 }
 }
@@ -104,16 +104,11 @@ mod device {
         words
     }
 
-    /// Whether a chunk's words are loaded when they are needed, since registers are short: without tensor cores, with halves,
-    /// and where (Q6_K) a chunk's words do not fit into the 128 registers of a thread.
+    /// Whether a chunk's words are loaded when they are needed, since registers are short: without tensor cores, with two
+    /// halves, and where (Q6_K) a chunk's words do not fit into the 128 registers of a thread. Else a chunk ahead, which takes
+    /// code for every chunk.
     const fn late<F: Tiled, P: Product>(cols: usize) -> bool {
         P::ONE_AT_A_TIME || halves(cols) != 1 || (F::LAYOUT.span_bytes > 4 * 48 && F::LAYOUT.unit_bytes == 4)
-    }
-
-    /// Whether a warp holds what a chunk needs, loaded a chunk ahead, instead of a span's words: with 16 columns. It takes
-    /// code for every chunk, of which there is little then.
-    const fn by_chunk<F: Tiled, P: Product>(cols: usize) -> bool {
-        halves(cols) == 1 && !late::<F, P>(cols)
     }
 
     /// Whether tensor cores multiply the scales.
@@ -401,10 +396,8 @@ mod device {
         }
 
         let mut span = slot;
-        if const { by_chunk::<F, P>(COLS) || late::<F, P>(COLS) } {
-            // The rest of what the loads below take a part of.
-            prefetch(span);
-        }
+        // Loads take what a chunk needs: this is the rest.
+        prefetch(span);
         // A warp without a span loads one all the same: nothing of it is used.
         let mut words = load(if span < n_spans { span } else { 0 });
         prefetch(span + per_round);
@@ -500,7 +493,7 @@ mod device {
                 };
                 // Unknown to the compiler.
                 let n_steps = opaque(steps(HALVES));
-                if const { by_chunk::<F, P>(COLS) } {
+                if const { !late::<F, P>(COLS) } {
                     'span: {
                         unroll!(C in 0..4 {
                             if (CHUNK * C) as u32 >= there {
@@ -532,18 +525,11 @@ mod device {
                         let chunk = step * HALVES as u32 + half;
                         unroll!(C in 0..4 {
                             if chunk == C as u32 && there > (CHUNK * C) as u32 {
-                                // Where registers are short, what the chunk needs is loaded here, and the loads of whole
-                                // spans vanish.
-                                if const { late::<F, P>(COLS) } {
-                                    unpack!(C, load(span));
-                                } else {
-                                    unpack!(C, words);
-                                }
+                                // Of a span's loads those that the chunk does not need vanish.
+                                unpack!(C, load(span));
                             }
                         });
-                        // The registers are free: the next span's words are under way during this step's product.
-                        if step == steps(HALVES) - 1 && span + per_round < n_spans {
-                            words = load(span + per_round);
+                        if step == steps(HALVES) - 1 {
                             prefetch(span + 2 * per_round);
                         }
                         acts = multiply(step);
