@@ -35,7 +35,7 @@ fn most_spilled(tier: Tier) -> u32 {
     match tier.sm {
         ..75 => 240,
         75..89 => 160,
-        _ => 88,
+        _ => 128,
     }
 }
 
