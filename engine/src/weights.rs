@@ -4,6 +4,7 @@ use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use quant::FormatId;
 
@@ -119,6 +120,13 @@ impl Weights {
         let w = self.get(id);
         let row = w.row_bytes();
         &self.sources[w.source].bytes()[w.offset + first_row * row..][..rows * row]
+    }
+
+    /// Bytes of a weight, counted from its start.
+    pub fn bytes(&self, id: u32, bytes: Range<usize>) -> &[u8] {
+        let w = self.get(id);
+        assert!(bytes.end <= w.len_bytes, "{}: outside the weight", w.name);
+        &self.sources[w.source].bytes()[w.offset..][bytes]
     }
 
     /// Copies bytes of a weight from `offset` on, counted from the weight's start.

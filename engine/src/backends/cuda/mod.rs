@@ -303,7 +303,11 @@ impl Cuda {
     }
 
     /// Copies the weights of a graph to the device ahead of its first run.
-    pub fn load(&mut self, graph: &Graph, progress: &mut dyn FnMut(Progress)) -> Result<(), EngineError> {
+    pub fn load(
+        &mut self,
+        graph: &Graph,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<(), EngineError> {
         self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
     }
 

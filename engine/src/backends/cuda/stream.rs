@@ -78,19 +78,14 @@ struct Present {
 }
 
 impl Area {
-    /// Makes it a layer's. What these streams do from now on comes after all that read or filled it for another.
-    fn turn_to(
-        &mut self,
-        layer: usize,
-        device: &Device,
-        streams: impl Iterator<Item = StreamId> + Clone,
-    ) -> Result<(), DriverError> {
+    /// Makes it a layer's. What this stream does from now on comes after all that read or filled it for another.
+    fn turn_to(&mut self, layer: usize, device: &Device, stream: StreamId) -> Result<(), DriverError> {
         if self.layer == Some(layer) {
             return Ok(());
         }
         self.layer = None;
         for mark in self.read.iter().chain(self.present.iter().flat_map(|present| &present.filled)) {
-            streams.clone().try_for_each(|stream| device.wait(stream, mark.id))?;
+            device.wait(stream, mark.id)?;
         }
         self.present.clear();
         self.layer = Some(layer);
@@ -125,7 +120,8 @@ impl Streaming {
             // One that two layers have is the last one's.
             layer.weights.retain(|part| layer_of[&part.key] == l);
         }
-        let (staging, copies) = (Staging::new(&cuda.device)?, Queue::new(&cuda.device)?);
+        let brought: Vec<WeightKey> = layer_of.keys().copied().collect();
+        let (staging, copies) = (cuda.weights.staging(&brought), Queue::new(&cuda.device)?);
         let mut streaming =
             Streaming { staging, copies, cuda, layers, layer_of, areas, plans: BTreeMap::new() };
         streaming.copy_layers(pinned_bytes)?;
@@ -196,7 +192,7 @@ impl Streaming {
         let (device, stream) = (&self.cuda.device, self.copies.id);
         let (layer, area) = (&self.layers[l], &mut self.areas[l % 2]);
         let Some(copy) = &layer.copy else { return Ok(()) };
-        area.turn_to(l, device, [stream].into_iter())?;
+        area.turn_to(l, device, stream)?;
         let is_missing = |part: &&Part| keys.contains(&part.key) && !area.has(part.key);
         let missing: Vec<Part> = layer.weights.iter().filter(is_missing).copied().collect();
         if missing.is_empty() {
@@ -224,22 +220,19 @@ impl Streaming {
     fn stage(&mut self, l: usize, keys: &[WeightKey]) -> Result<(), EngineError> {
         let device = self.cuda.device.clone();
         let area = &mut self.areas[l % 2];
-        let streams: Vec<StreamId> = self.staging.streams().collect();
-        area.turn_to(l, &device, streams.iter().copied())?;
+        area.turn_to(l, &device, self.copies.id)?;
         let missing: Vec<WeightKey> = keys.iter().copied().filter(|key| !area.has(*key)).collect();
         if missing.is_empty() {
             return Ok(());
         }
-        let (weights, modules) = (&self.cuda.weights, &mut self.cuda.modules);
-        let copied = missing
-            .iter()
-            .try_for_each(|key| weights.bring(*key, weights.at(*key), &mut self.staging, modules));
-        let marks = streams.iter().map(|stream| Mark::on(&device, *stream));
-        match copied.and_then(|()| Ok(marks.collect::<Result<_, _>>()?)) {
+        // One stream has waited for the area, the staging's wait for it.
+        self.staging.after(Mark::on(&device, self.copies.id)?);
+        let copied = self.cuda.weights.bring(&missing, &self.staging, &mut self.cuda.modules);
+        match copied.and_then(|()| Ok(self.staging.marks()?)) {
             Ok(filled) => area.present.push(Present { keys: missing, filled }),
             Err(error) => {
                 // As in `fetch`.
-                let _ = self.staging.finish(&device);
+                let _ = self.staging.finish();
                 return Err(error);
             }
         }

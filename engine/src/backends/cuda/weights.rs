@@ -1,23 +1,28 @@
-//! The model's weights on the device: read once from the mapped file, tiled for the kernels, at fixed addresses.
+//! The model's weights on the device: read once from the file, tiled for the kernels, at fixed addresses.
 //!
 //! A weight is placed in the form in which graphs use it ([`WeightKey`]): matrices tiled, vectors as they are. Tied
 //! embeddings are one matrix, since rows are taken from tiles too. Placing is asked for per graph and does nothing for
 //! what is there already.
+//!
+//! All weights are cut into pieces, in the order of the file, each tiled by itself ([`Piece`]). Every thread takes the next
+//! piece, reads it into pinned memory of its own, and queues its copy and its tiling ([`Staging`]): no thread waits for
+//! another, and none for a weight's end.
 
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicUsize, Ordering};
 
-use gpu_kernels::driver::{DriverError, MemKind, StreamId};
+use gpu_kernels::driver::{DriverError, MemKind, ModuleId};
 use gpu_kernels::kernels::repack;
-use gpu_kernels::launch::DevicePtr;
-use gpu_kernels::modules::Modules;
+use gpu_kernels::launch::{DevicePtr, Launch};
+use gpu_kernels::modules::{FindModule, Modules};
 use gpu_kernels::tile;
+use spinning_top::Spinlock;
 
-use super::memory::{Device, Growing, Memory, Queue};
+use super::memory::{Device, Growing, Mark, Memory, Queue};
 use super::translate::{WeightForm, WeightKey};
 use crate::error::EngineError;
 use crate::executor::Executor;
@@ -26,14 +31,12 @@ use crate::weights::Weights;
 /// Alignment of a weight: what the widest bulk copies of tiles ask for, with room to spare.
 const ALIGN: usize = 256;
 
-/// Bytes of the file that are copied at once: long enough that launches, waits and the start of all threads do not count.
-/// Measured on an H100 host with 16 threads: pieces of 8 MiB 28 GB/s, of 16 MiB 50, of a bus of 55.
-const CHUNK_BYTES: usize = 16 << 20;
+/// Bytes of a piece with many threads: long enough that calls of the driver do not count.
+const MIN_PIECE_BYTES: usize = 2 << 20;
+/// With few of them, which are slower than the bus: pieces need not be short.
+const MAX_PIECE_BYTES: usize = 16 << 20;
 
-/// Bytes that one thread reads at a time.
-const PART_BYTES: usize = 256 << 10;
-
-/// Pieces under way: one is copied while threads fill the other. With four of them it was not faster.
+/// Pieces of one thread that are under way: one is copied while it reads the other.
 const SLOTS: usize = 2;
 
 /// Weights on a device.
@@ -97,7 +100,7 @@ impl DeviceWeights {
         &mut self,
         keys: &[WeightKey],
         modules: &mut Modules,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<(), EngineError> {
         let mut missing: Vec<WeightKey> =
             keys.iter().copied().filter(|key| !self.placed.contains_key(key)).collect();
@@ -108,23 +111,17 @@ impl DeviceWeights {
         missing.sort_by_key(|key| (self.source.position(key.weight), key.first_row));
         let bytes = missing.iter().map(|key| Self::device_bytes(&self.source, *key)).sum();
         let memory = Memory::new(&self.device, MemKind::Device, bytes)?;
+        let staging = self.staging(&missing);
+        let mut pieces = Vec::new();
         let mut at = memory.at();
         let mut placed = Vec::with_capacity(missing.len());
-        let total_bytes = missing.iter().map(|key| self.file_bytes(*key).len()).sum();
-        let mut state = Progress { done_bytes: 0, total_bytes };
-        let mut staging = Staging::new(&self.device)?;
-        let result = missing.into_iter().try_for_each(|key| {
+        for key in missing {
+            self.cut(key, at, &staging, modules, &mut pieces)?;
             placed.push((key, at));
-            let here = at;
             at = at.offset(Self::device_bytes(&self.source, key) as u64);
-            self.upload(key, here, &mut staging, modules, &mut |bytes| {
-                state.done_bytes += bytes;
-                progress(state);
-            })
-        });
-        result?;
-        staging.finish(&self.device)?;
-        self.device.synchronise(StreamId::DEFAULT)?;
+        }
+        self.send(&pieces, &staging, progress)?;
+        staging.finish()?;
         self.placed.extend(placed);
         self.memory.push(memory);
         Ok(())
@@ -135,22 +132,25 @@ impl DeviceWeights {
         self.placed.insert(key, at);
     }
 
-    /// Queues the copy of a weight to a place on the staging's streams; nothing else is waited for.
+    /// Buffers for these weights on their way.
+    pub fn staging(&self, keys: &[WeightKey]) -> Staging {
+        let bytes = keys.iter().map(|key| self.file_bytes(*key).len());
+        Staging::new(&self.device, self.executor.n_threads(), bytes)
+    }
+
+    /// Queues the copies of weights that have a place; nothing else is waited for. [`Staging::marks`] says when they are
+    /// there, [`Staging::finish`] ends what is under way after a failure.
     pub fn bring(
         &self,
-        key: WeightKey,
-        at: DevicePtr,
-        staging: &mut Staging,
+        keys: &[WeightKey],
+        staging: &Staging,
         modules: &mut Modules,
     ) -> Result<(), EngineError> {
-        if key.form != WeightForm::Plain {
-            return self.upload(key, at, staging, modules, &mut |_| {});
+        let mut pieces = Vec::new();
+        for &key in keys {
+            self.cut(key, self.at(key), staging, modules, &mut pieces)?;
         }
-        let bytes = self.file_bytes(key);
-        let n = bytes.len();
-        let (on_device, stream) = self.stage(key.weight, bytes, staging)?;
-        self.device.copy(at, on_device, n as u64, stream)?;
-        Ok(())
+        self.send(&pieces, staging, &mut |_| {})
     }
 
     /// A weight's bytes in the file, counted from the start of the tensor that it is, or is part of.
@@ -159,20 +159,23 @@ impl DeviceWeights {
         key.first_row * row_bytes..(key.first_row + key.rows) * row_bytes
     }
 
-    /// Copies a weight to where it belongs, tiled on the way. Returns when its bytes in the file are no longer needed.
-    fn upload(
+    /// Cuts a weight that goes to `at` into pieces: equal ones, since with a short one at the end as much is to be done.
+    fn cut(
         &self,
         key: WeightKey,
         at: DevicePtr,
-        staging: &mut Staging,
+        staging: &Staging,
         modules: &mut Modules,
-        read: &mut dyn FnMut(usize),
+        pieces: &mut Vec<Piece>,
     ) -> Result<(), EngineError> {
         let w = self.source.get(key.weight);
         let WeightForm::Tiled { n_expert } = key.form else {
-            let raw = self.source.row_range(key.weight, key.first_row, key.rows);
-            self.device.write(at, raw, StreamId::DEFAULT)?;
-            read(raw.len());
+            let all = self.file_bytes(key);
+            for start in all.clone().step_by(staging.piece_bytes) {
+                let bytes = start..(start + staging.piece_bytes).min(all.end);
+                let to = at.offset((start - all.start) as u64);
+                pieces.push(Piece { weight: key.weight, bytes, to: Target::Plain(to) });
+            }
             return Ok(());
         };
         // Matrices without padding lie as one, which takes fewer pieces than many small experts.
@@ -180,120 +183,212 @@ impl DeviceWeights {
         let n_matrices = if one { 1 } else { n_expert };
         let (n_rows, k, row_bytes) = (key.rows / n_matrices, w.cols(), w.row_bytes());
         let matrix_bytes = tile::matrix_bytes(w.format, n_rows, k);
-        // Equal pieces: a short one at the end would take as long to start as the others.
-        let n_chunks = (n_rows * row_bytes).div_ceil(CHUNK_BYTES);
-        let rows_per_chunk = n_rows.div_ceil(n_chunks).next_multiple_of(tile::ROWS);
+        let most_rows = (staging.piece_bytes / (tile::ROWS * row_bytes)).max(1) * tile::ROWS;
+        let rows_per_piece = n_rows.div_ceil(n_rows.div_ceil(most_rows)).next_multiple_of(tile::ROWS);
+        let mut module = None;
         for e in 0..n_matrices {
             let tiles = at.offset((e * matrix_bytes) as u64);
-            for start in (0..n_rows).step_by(rows_per_chunk) {
-                let rows = start..(start + rows_per_chunk).min(n_rows);
+            for start in (0..n_rows).step_by(rows_per_piece) {
+                let rows = start..(start + rows_per_piece).min(n_rows);
                 let first = key.first_row + e * n_rows;
                 let bytes = (first + rows.start) * row_bytes..(first + rows.end) * row_bytes;
-                let n = bytes.len();
-                let (on_device, stream) = self.stage(key.weight, bytes, staging)?;
-                let launch = repack::launch(&repack::Args {
-                    format: w.format,
-                    raw: on_device,
-                    tiles,
-                    n_rows,
-                    k,
-                    rows,
-                })
-                .map_err(|e| EngineError::Unsupported { what: format!("weight {}: {e}", w.name) })?;
-                modules.launch(&*self.device, &launch, stream)?;
-                read(n);
+                let args = repack::Args { format: w.format, raw: DevicePtr::NULL, tiles, n_rows, k, rows };
+                let module = match module {
+                    Some(module) => module,
+                    None => {
+                        let entry = self.repack(key.weight, &args)?.entry;
+                        *module.insert(modules.find_module(&*self.device, entry)?)
+                    }
+                };
+                pieces.push(Piece { weight: key.weight, bytes, to: Target::Tiles(module, args) });
             }
         }
         Ok(())
     }
 
-    /// Queues the copy of some bytes of a weight to the device: where they will be, and the stream on which they are there.
-    fn stage(
-        &self,
-        weight: u32,
-        bytes: Range<usize>,
-        staging: &mut Staging,
-    ) -> Result<(DevicePtr, StreamId), EngineError> {
-        let device = &self.device;
-        let slot = staging.next(device, bytes.len())?;
-        let (host, on_device) = (slot.host.at(), slot.device.at());
-        // One core does not read memory as fast as the bus takes it. More parts than threads, since threads are late.
-        let n_parts = bytes.len().div_ceil(PART_BYTES);
-        let failed = AtomicBool::new(false);
-        self.executor.run(n_parts, &|i| {
-            let from = i * PART_BYTES;
-            let part = PART_BYTES.min(bytes.len() - from);
-            if self.read(weight, bytes.start + from, host.offset(from as u64), part).is_err() {
-                failed.store(true, Ordering::Relaxed);
-            }
-        });
-        if failed.into_inner() {
-            // Once more by one thread: for the error, or for good.
-            match self.read(weight, bytes.start, host, bytes.len()) {
-                // A driver that lends no memory, such as a remote one, takes the bytes from where they are.
-                Err(EngineError::Device(DriverError::Unsupported { .. })) => {
-                    let w = self.source.get(weight);
-                    let (first, rows) = (bytes.start / w.row_bytes(), bytes.len() / w.row_bytes());
-                    device.write_host(host, self.source.row_range(weight, first, rows))?;
-                }
-                result => result?,
-            }
-        }
-        device.copy(on_device, host, bytes.len() as u64, slot.queue.id)?;
-        Ok((on_device, slot.queue.id))
+    /// The launch that tiles a piece.
+    fn repack(&self, weight: u32, args: &repack::Args) -> Result<Launch, EngineError> {
+        let name = || &self.source.get(weight).name;
+        repack::launch(args).map_err(|e| EngineError::Unsupported { what: format!("weight {}: {e}", name()) })
     }
 
-    /// Reads bytes of a weight straight into pinned memory.
-    fn read(&self, weight: u32, offset: usize, host: DevicePtr, bytes: usize) -> Result<(), EngineError> {
+    /// Has all threads send pieces, which they take as they come. Returns when the file is no longer needed. After a failure
+    /// no thread begins another piece.
+    fn send(
+        &self,
+        pieces: &[Piece],
+        staging: &Staging,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<(), EngineError> {
+        let total_bytes = pieces.iter().map(|piece| piece.bytes.len()).sum();
+        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let failure = Spinlock::new(None);
+        let progress = Spinlock::new(progress);
+        self.executor.run(staging.lanes.len().min(pieces.len()), &|lane| {
+            let mut lane = staging.lanes[lane].lock();
+            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Err(error) = self.send_piece(piece, &mut lane, staging) {
+                    next.store(pieces.len(), Ordering::Relaxed);
+                    failure.lock().get_or_insert(error);
+                    break;
+                }
+                done.fetch_add(piece.bytes.len(), Ordering::Relaxed);
+                // Who comes while another tells is told of by the next.
+                if let Some(mut progress) = progress.try_lock() {
+                    progress(Progress { done_bytes: done.load(Ordering::Relaxed), total_bytes });
+                }
+            }
+        });
+        match failure.into_inner() {
+            Some(error) => Err(error),
+            None => {
+                (progress.into_inner())(Progress { done_bytes: total_bytes, total_bytes });
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads a piece and queues the rest of its way.
+    fn send_piece(&self, piece: &Piece, lane: &mut Lane, staging: &Staging) -> Result<(), EngineError> {
+        let (device, n) = (&self.device, piece.bytes.len());
+        let slot = lane.next(staging, n)?;
+        let (host, stream) = (slot.host.at(), slot.queue.id);
+        self.read(piece, host)?;
+        match &piece.to {
+            Target::Plain(to) => device.copy(*to, host, n as u64, stream)?,
+            Target::Tiles(module, args) => {
+                slot.device.reserve(device, staging.piece_bytes.max(n))?;
+                let raw = slot.device.at();
+                device.copy(raw, host, n as u64, stream)?;
+                let launch = self.repack(piece.weight, &repack::Args { raw, ..args.clone() })?;
+                device.launch(*module, &launch, stream)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a piece straight into pinned memory.
+    fn read(&self, piece: &Piece, host: DevicePtr) -> Result<(), EngineError> {
+        let Piece { weight, bytes, .. } = piece;
         let mut result = Ok(());
-        self.device.fill_host(host, bytes, &mut |to| result = self.source.read(weight, offset, to))?;
+        match self.device.fill_host(host, bytes.len(), &mut |to| {
+            result = self.source.read(*weight, bytes.start, to);
+        }) {
+            // A driver that lends no memory, such as a remote one, takes the bytes from where they are.
+            Err(DriverError::Unsupported { .. }) => {
+                self.device.write_host(host, self.source.bytes(*weight, bytes.clone()))?;
+            }
+            filled => filled?,
+        }
         result
     }
 }
 
-/// Pieces on their way to the device: while some are copied and tiled, the host fills another.
+/// A part of a weight that goes to the device by itself, in any order with the others.
+struct Piece {
+    weight: u32,
+    /// Bytes of the weight.
+    bytes: Range<usize>,
+    to: Target,
+}
+
+/// What becomes of a piece on the device.
+enum Target {
+    /// It lies there as in the file.
+    Plain(DevicePtr),
+    /// Whole row tiles, which this module's kernel makes of it; where it lies before is known once it is sent.
+    Tiles(ModuleId, repack::Args),
+}
+
+/// Pieces on their way to the device: each thread has a lane of its own.
 pub struct Staging {
-    slots: Vec<StagingSlot>,
+    device: Device,
+    lanes: Vec<Spinlock<Lane>>,
+    piece_bytes: usize,
+    /// What is staged comes after this.
+    start: Option<Mark>,
+    /// Counts these.
+    turn: u64,
+}
+
+/// What a thread has under way. Slots are made as they are needed: pinning memory takes long, and whoever has a slot works
+/// meanwhile.
+#[derive(Default)]
+struct Lane {
+    slots: [Option<Slot>; SLOTS],
     next: usize,
 }
 
-struct StagingSlot {
+struct Slot {
     /// First, so that it goes first: it waits for the work that uses the rest.
     queue: Queue,
     host: Growing,
     device: Growing,
+    /// [`Staging::turn`] that the stream has waited for.
+    turn: u64,
+    /// Used since its last mark.
+    used: bool,
 }
 
 impl Staging {
-    /// Nothing under way.
-    pub fn new(device: &Device) -> Result<Staging, DriverError> {
-        let mut staging = Staging { slots: Vec::new(), next: 0 };
-        for _ in 0..SLOTS {
-            let (host, on_device) = (Growing::new(MemKind::Host), Growing::new(MemKind::Device));
-            staging.slots.push(StagingSlot { queue: Queue::new(device)?, host, device: on_device });
-        }
-        Ok(staging)
+    /// Nothing under way; for weights of so many bytes each, read by so many threads.
+    fn new(device: &Device, n_threads: usize, bytes: impl Iterator<Item = usize>) -> Staging {
+        let (mut total, mut longest) = (0, 1);
+        bytes.for_each(|bytes| (total, longest) = (total + bytes, longest.max(bytes)));
+        let piece_bytes =
+            (2 * MAX_PIECE_BYTES / n_threads).clamp(MIN_PIECE_BYTES, MAX_PIECE_BYTES).min(longest);
+        // A thread more takes its share of the reading, and its slots must be pinned first, one after the other at 3 GB/s
+        // where a thread reads 5: with total / (5 n) + 2 n piece / 3 to wait, this many are best.
+        let n_lanes = (total / (4 * piece_bytes)).isqrt().clamp(1, n_threads);
+        let lanes = (0..n_lanes).map(|_| Spinlock::default()).collect();
+        Staging { device: device.clone(), lanes, piece_bytes, start: None, turn: 0 }
     }
 
-    /// The slot whose turn it is, with room for a piece, once what used it before is done with it.
-    fn next(&mut self, device: &Device, bytes: usize) -> Result<&StagingSlot, DriverError> {
-        let slot = &mut self.slots[self.next];
-        self.next = (self.next + 1) % SLOTS;
-        device.synchronise(slot.queue.id)?;
-        // Pieces are all a little less than a chunk: none of them should make room anew, which takes milliseconds.
-        let room = bytes.next_power_of_two();
-        slot.host.reserve(device, room)?;
-        slot.device.reserve(device, room)?;
-        Ok(slot)
+    /// Has what is staged from now on come after this.
+    pub fn after(&mut self, start: Mark) {
+        self.start = Some(start);
+        self.turn += 1;
     }
 
-    /// The streams that pieces take in turns.
-    pub fn streams(&self) -> impl Iterator<Item = StreamId> + '_ {
-        self.slots.iter().map(|slot| slot.queue.id)
+    /// The ends of all that was staged since they were last asked for.
+    pub fn marks(&mut self) -> Result<Vec<Mark>, DriverError> {
+        let lanes = self.lanes.iter_mut().flat_map(|lane| &mut lane.get_mut().slots);
+        let used = lanes.flatten().filter_map(|slot| core::mem::take(&mut slot.used).then_some(&slot.queue));
+        used.map(|queue| Mark::on(&self.device, queue.id)).collect()
     }
 
     /// Waits for everything, and says what went wrong in it.
-    pub fn finish(&self, device: &Device) -> Result<(), DriverError> {
-        self.slots.iter().try_for_each(|slot| device.synchronise(slot.queue.id))
+    pub fn finish(&self) -> Result<(), DriverError> {
+        self.lanes.iter().try_for_each(|lane| {
+            lane.lock().slots.iter().flatten().try_for_each(|slot| self.device.synchronise(slot.queue.id))
+        })
+    }
+}
+
+impl Lane {
+    /// The slot whose turn it is, with pinned room for a piece, once what used it before is done with it.
+    fn next(&mut self, staging: &Staging, bytes: usize) -> Result<&mut Slot, DriverError> {
+        let device = &staging.device;
+        let slot = &mut self.slots[self.next];
+        self.next = (self.next + 1) % SLOTS;
+        let slot = match slot {
+            Some(slot) => {
+                device.synchronise(slot.queue.id)?;
+                slot
+            }
+            None => {
+                let (host, on_device) = (Growing::new(MemKind::Host), Growing::new(MemKind::Device));
+                let queue = Queue::new(device)?;
+                slot.insert(Slot { queue, host, device: on_device, turn: 0, used: false })
+            }
+        };
+        // All pieces but those of very long rows fit, so that none has to make room anew.
+        slot.host.reserve(device, staging.piece_bytes.max(bytes))?;
+        if let Some(start) = staging.start.as_ref().filter(|_| slot.turn != staging.turn) {
+            device.wait(slot.queue.id, start.id)?;
+            slot.turn = staging.turn;
+        }
+        slot.used = true;
+        Ok(slot)
     }
 }
