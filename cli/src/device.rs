@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
@@ -12,6 +13,7 @@ use engine::backends::cpu::{Cpu, Isa};
 use engine::backends::cuda::needs::Share;
 use engine::backends::cuda::{self, Cuda, Needs, Site, Streaming};
 use engine::backends::split::{Offload, Placement, Split};
+use engine::graph::Graph;
 use engine::models::StepShape;
 use engine::pool::Pool;
 use engine::{ContextParams, Executor, Model};
@@ -22,6 +24,9 @@ use crate::exit::usage;
 use crate::machine;
 use crate::overrides::Overrides;
 use crate::ui;
+
+/// Tokens of a first prompt, of which kernels are loaded before anyone asks: a question in a chat's template.
+const FIRST_PROMPT: usize = 64;
 
 /// A GPU, real or emulated.
 #[derive(Clone)]
@@ -76,9 +81,11 @@ struct Planned {
 impl Compute {
     /// The devices that the arguments come to.
     pub fn choose(args: &PlacementArgs) -> Result<Compute> {
-        let no_layer = args.gpu_layers == Some(GpuLayers::Last(0)) && !args.require_gpu;
+        // Who names no GPU and leaves none anything to do is not told of it.
+        let no_layer = args.gpu_layers == Some(GpuLayers::Last(0)) && args.weights.no_op_offload;
         let only_host = args.weights.override_tensor.iter().all(|(_, device)| *device == Device::Cpu);
-        let gpus = if no_layer && only_host { Vec::new() } else { gpus(args)? };
+        let unasked = args.device == [Device::Auto] && !args.require_gpu;
+        let gpus = if no_layer && only_host && unasked { Vec::new() } else { gpus(args)? };
         let names: Vec<&str> = gpus.iter().map(|gpu| gpu.name.as_str()).collect();
         Ok(Compute {
             overrides: Overrides::new(&args.weights, &names)?,
@@ -135,9 +142,17 @@ impl Compute {
         };
         let names = gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>().join(", ");
         let free_text = free.iter().map(|&free| ui::bytes(free)).collect::<Vec<_>>().join(" + ");
-        if n == 0 && needs.apart.is_empty() {
+        // Without a layer it may still multiply prompts with the host's weights.
+        let ranges = needs.spread(n, &free);
+        if n == 0 && needs.apart.is_empty() && (!self.offload || ranges.is_none()) {
             let why = match self.layers {
-                GpuLayers::Last(_) => "-ngl 0 leaves it no layer".to_owned(),
+                GpuLayers::Last(_) if !self.offload => "-ngl 0 leaves it no layer".to_owned(),
+                GpuLayers::Last(_) => {
+                    format!(
+                        "products of prompts need {}, {free_text} free",
+                        ui::bytes(needs.share(0).total())
+                    )
+                }
                 _ => format!("not even one layer fits into {free_text} free"),
             };
             if self.required {
@@ -146,7 +161,7 @@ impl Compute {
             ui::say(format!("{names}: {why}; all are on the CPU"));
             return Ok(None);
         }
-        let Some(ranges) = needs.spread(n, &free) else {
+        let Some(ranges) = ranges else {
             bail!(
                 "{} do not fit on {names}: {}, {free_text} free; -ngl {fits} does, a shorter context (-c) or a smaller \
                  cache type (-ctk, -ctv) may",
@@ -192,26 +207,34 @@ impl Compute {
         plan.lines().for_each(|line| if plan.has_host() { ui::say(line) } else { ui::detail(line) });
         let placement = plan.placement();
         let mut backends = if plan.has_host() { vec![cpu(model, pool.clone())?] } else { Vec::new() };
-        let shape = StepShape {
-            n_tokens: 1,
-            n_outputs: 1,
-            embeddings: params.embeddings,
-            greedy: false,
-            taps: false,
-            prompt: false,
-        };
-        let graph = model.graph(params.n_ctx, shape);
+        let graph = model.graph(params.n_ctx, first_shape(params, 1, false));
+        let kv = params.kv_layout(model)?;
         for Planned { gpu, .. } in &plan.gpus {
             let mut backend = Cuda::new(gpu.device.clone(), pool.clone(), model.weights().clone());
             let bar = ui::bytes_bar(0, &format!("to {}", gpu.name));
-            let part = placement.part(&graph, model.weights(), backends.len());
-            backend.load(&part, &mut |progress| {
-                bar.set_length(progress.total_bytes as u64);
-                bar.set_position(progress.done_bytes as u64);
-            })?;
+            let device = backends.len();
+            let part = |graph: &Graph| placement.part(graph, model.weights(), device);
+            // The driver compiles kernels the first time, on one core, and meanwhile the others bring the weights.
+            let (ahead, apart) =
+                (backend.ahead(), backend.runs_prompts_apart() || placement.offload.is_some());
+            let kernels = || {
+                let steps = first_steps(model, params, apart).into_iter();
+                ahead.load(&steps.map(|(graph, at)| (part(&graph), at)).collect::<Vec<_>>(), &kv)
+            };
+            let (loaded, kernels) = std::thread::scope(|scope| {
+                let kernels = scope.spawn(kernels);
+                let loaded = backend.load(&part(&graph), &mut |progress| {
+                    bar.set_length(progress.total_bytes as u64);
+                    bar.set_position(progress.done_bytes as u64);
+                });
+                ahead.stop();
+                (loaded, kernels.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            });
+            loaded?;
+            backend.keep(kernels)?;
             bar.finish_and_clear();
-            if placement.offload.is_some_and(|offload| offload.to == backends.len()) {
-                let prompt = model.graph(params.n_ctx, StepShape { prompt: true, ..shape });
+            if placement.offload.is_some_and(|offload| offload.to == device) {
+                let prompt = model.graph(params.n_ctx, first_shape(params, 1, true));
                 let brought = placement.brought(&prompt, model.weights());
                 backends.push(Box::new(Streaming::new(backend, &brought, plan.pinned_bytes)?));
             } else {
@@ -223,6 +246,31 @@ impl Compute {
             _ => Ok(Box::new(Split::new(backends, placement, model.weights().clone()))),
         }
     }
+}
+
+/// A step of so many tokens of one sequence, of which the last one's logits are wanted, or all hidden states.
+fn first_shape(params: &ContextParams, n_tokens: usize, prompt: bool) -> StepShape {
+    StepShape {
+        n_tokens,
+        n_outputs: if params.embeddings { n_tokens } else { 1 },
+        embeddings: params.embeddings,
+        greedy: false,
+        taps: false,
+        prompt,
+    }
+}
+
+/// The steps that come first in most cases, with the positions of their tokens: a prompt, then an answer's token.
+fn first_steps(model: &Model, params: &ContextParams, apart: bool) -> Vec<(Graph, Range<usize>)> {
+    let n_prompt = FIRST_PROMPT.min(params.n_ubatch).min(params.n_ctx);
+    let step = |positions: Range<usize>, prompt| {
+        (model.graph(params.n_ctx, first_shape(params, positions.len(), prompt)), positions)
+    };
+    let mut steps = vec![step(0..n_prompt, apart)];
+    if !params.embeddings {
+        steps.push(step(n_prompt..n_prompt + 1, false));
+    }
+    steps
 }
 
 impl Plan {
@@ -311,7 +359,8 @@ fn gpus(args: &PlacementArgs) -> Result<Vec<Gpu>> {
             Err(why) if require_gpu => bail!("--require-gpu: {why}"),
             Err(why) => {
                 // Who asked for a GPU is told; who did not gets what there is.
-                if *device != Device::Auto || args.gpu_layers.is_some() {
+                let wanted = args.gpu_layers.is_some_and(|layers| layers != GpuLayers::Last(0));
+                if *device != Device::Auto || wanted {
                     let instead = if devices.len() == 1 {
                         "all layers are on the CPU"
                     } else {

@@ -17,7 +17,7 @@ use crate::backend::{Backend, PlanId, Step, StepSequence};
 use crate::error::EngineError;
 use crate::graph::Output;
 use crate::hparams::Pooling;
-use crate::kv_cache::{KvCache, KvLayout};
+use crate::kv_cache::{KvCache, KvLayout, PAGE};
 use crate::model::Model;
 use crate::models::StepShape;
 use crate::plan::Plan;
@@ -74,6 +74,12 @@ impl ContextParams {
             taps: self.taps,
             prompt: false,
         }
+    }
+
+    /// The cache for all sequences.
+    pub fn kv_layout(&self, model: &Model) -> Result<KvLayout, EngineError> {
+        let pages_per_seq = self.n_ctx.div_ceil(PAGE);
+        KvLayout::new(model.hparams(), pages_per_seq * PAGE * self.n_seq, self.type_k, self.type_v)
     }
 }
 
@@ -230,9 +236,7 @@ impl Context {
         if params.n_ubatch == 0 || params.n_ubatch > 1 << 16 {
             return bad("batch size", params.n_ubatch, "1..=65536");
         }
-        let pages_per_seq = params.n_ctx.div_ceil(crate::kv_cache::PAGE);
-        let n_cells = pages_per_seq * crate::kv_cache::PAGE * params.n_seq;
-        let layout = KvLayout::new(model.hparams(), n_cells, params.type_k, params.type_v)?;
+        let layout = params.kv_layout(&model)?;
         backend.create_kv(&layout)?;
         let kv = KvCache::new(layout.n_pages, params.n_seq, params.n_ctx);
         let n = params.n_ubatch;

@@ -59,39 +59,37 @@ impl Modules {
         driver.launch(module, launch, stream)
     }
 
-    /// Loads side by side the modules of these kernels that are not there: unpacking is work for many cores, and a
-    /// driver takes up to some 0.4 s to compile one the first time. `run` runs that many tasks. What does not load is
-    /// left to [`FindModule::find_module`], which says why or takes another tier.
-    pub fn load_ahead<'a>(
-        &mut self,
-        driver: &(dyn Driver + Send + Sync),
-        entries: impl Iterator<Item = &'a str>,
-        run: impl FnOnce(usize, &(dyn Fn(usize) + Sync)),
-    ) {
+    /// The modules of these kernels that are not there, in this order, to be loaded by whoever has the time.
+    pub fn missing<'a>(&self, driver: &dyn Driver, entries: impl Iterator<Item = &'a str>) -> Missing {
+        let mut missing = Missing(Vec::new());
         // Known to the compiler: a program without modules has nothing of this.
         if ptx::MODULES.is_empty() || driver.builtin().is_some() {
-            return;
+            return missing;
         }
         let sm = driver.info().sm;
-        let mut missing: BTreeMap<&str, (&'static PtxModule, AtomicU32)> = BTreeMap::new();
-        for entry in entries.filter(|entry| !self.loaded.contains_key(entry)) {
+        for entry in entries {
+            let known = missing.0.iter().any(|(module, _)| module.entry == entry);
+            if known || self.loaded.contains_key(entry) {
+                continue;
+            }
             if let Some(module) = self.candidates(sm, entry).next() {
-                missing.insert(module.entry, (module, AtomicU32::new(NOT_LOADED)));
+                missing.0.push((module, AtomicU32::new(NOT_LOADED)));
             }
         }
-        let missing: Vec<_> = missing.into_values().collect();
-        run(missing.len(), &|i| {
-            let (module, id) = &missing[i];
-            if let Ok(loaded) = driver.load(module) {
-                id.store(loaded.0, Ordering::Release);
-            }
-        });
-        for (module, id) in missing {
-            match id.into_inner() {
-                NOT_LOADED => {}
-                id => self.insert(module, ModuleId(id)),
+        missing
+    }
+
+    /// Takes over what was loaded of them; a module that is there by now stays, and the other is unloaded.
+    pub fn keep(&mut self, missing: Missing, driver: &dyn Driver) -> Result<(), DriverError> {
+        let mut result = Ok(());
+        for (module, id) in missing.0 {
+            match (id.into_inner(), self.loaded.contains_key(module.entry)) {
+                (NOT_LOADED, _) => {}
+                (id, true) => result = result.and(driver.unload(ModuleId(id))),
+                (id, false) => self.insert(module, ModuleId(id)),
             }
         }
+        result
     }
 
     /// The modules of an entry that may serve, best first.
@@ -114,6 +112,34 @@ impl Modules {
     /// Unloads all modules; those of a driver that is gone may just be dropped.
     pub fn unload(self, driver: &dyn Driver) -> Result<(), DriverError> {
         self.loaded.into_values().map(|(_, id)| driver.unload(id)).fold(Ok(()), Result::and)
+    }
+}
+
+/// Modules that were not loaded when they were asked for. Unpacking them is work for many cores, and a driver takes up to
+/// some 0.8 s to compile one the first time. What does not load is left to [`FindModule::find_module`], which says why or
+/// takes another tier.
+#[derive(Debug)]
+pub struct Missing(Vec<(&'static PtxModule, AtomicU32)>);
+
+impl Missing {
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether all were there.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Loads one of them.
+    pub fn load(&self, driver: &dyn Driver, i: usize) {
+        let (module, id) = &self.0[i];
+        if id.load(Ordering::Relaxed) == NOT_LOADED
+            && let Ok(loaded) = driver.load(module)
+        {
+            id.store(loaded.0, Ordering::Release);
+        }
     }
 }
 
@@ -234,7 +260,7 @@ mod tests {
         let emulator = Emulator::new(Options::default());
         let mut modules = Modules::new();
         assert_eq!(modules.find_module(&emulator, "rms_norm_f32"), Ok(Emulator::MODULE));
-        modules.load_ahead(&emulator, ["rms_norm_f32"].into_iter(), |_, _| panic!("nothing to load"));
+        assert!(modules.missing(&emulator, ["rms_norm_f32"].into_iter()).is_empty());
         assert_eq!(modules.loaded().count(), 0);
     }
 }

@@ -5,6 +5,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use gpu_kernels::driver::DeviceInfo;
 use gpu_kernels::kernels::activation::Function;
@@ -60,6 +61,14 @@ impl SizeClass {
         SizeClass {
             max_spans: longest.div_ceil(KV_SPAN).next_power_of_two(),
             prefill: most == Some(PREFILL_TOKENS),
+        }
+    }
+
+    /// Of a step whose tokens have these positions, all of one sequence.
+    pub fn of_positions(positions: &Range<usize>) -> SizeClass {
+        SizeClass {
+            max_spans: positions.end.div_ceil(KV_SPAN).next_power_of_two(),
+            prefill: positions.len() >= PREFILL_TOKENS,
         }
     }
 

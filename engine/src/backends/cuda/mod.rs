@@ -7,11 +7,13 @@
 //!   are captured and replayed as one graph.
 //! * Results depend on shapes and positions alone, as the kernels promise: not on batch mates, nor on the size class.
 
+mod ahead;
 mod emit;
 mod fuse;
 #[cfg(feature = "cuda")]
 pub mod hosted;
 mod inputs;
+mod lower;
 mod memory;
 pub mod needs;
 mod program;
@@ -29,12 +31,14 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use gpu_kernels::driver::{DeviceInfo, DriverError, GraphId, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch};
-use gpu_kernels::modules::{FindModule, Modules};
+use gpu_kernels::modules::{FindModule, Missing, Modules};
 use gpu_kernels::ptx;
 
+pub use ahead::Ahead;
 use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
 use inputs::{InputAddresses, InputLayout};
+use lower::Lowered;
 pub use memory::Device;
 use memory::{Growing, Mark, Memory};
 pub use needs::{Needs, Site};
@@ -50,13 +54,10 @@ use crate::executor::Executor;
 use crate::graph::{Graph, Node};
 use crate::kv_cache::KvLayout;
 use crate::op::KvPart;
-use crate::plan::{self, Plan, Slot};
+use crate::plan::{Plan, Slot};
 use crate::sampler::Sampler;
 use crate::tensor::{Input, TensorId};
 use crate::weights::Weights;
-
-/// Alignment of values in the arena: two sectors of L2, and more than any kernel asks for.
-const ALIGN_BYTES: usize = 256;
 
 /// The backend's name.
 const NAME: &str = "cuda";
@@ -311,6 +312,16 @@ impl Cuda {
         self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
     }
 
+    /// Who loads kernels while [`Cuda::load`] copies weights, on a thread of the caller's.
+    pub fn ahead(&self) -> Ahead {
+        Ahead::new(self.device.clone(), self.rules)
+    }
+
+    /// Takes over the kernels that were loaded ahead.
+    pub fn keep(&mut self, kernels: Missing) -> Result<(), EngineError> {
+        Ok(self.modules.keep(kernels, &*self.device)?)
+    }
+
     /// Bytes of device memory that the weights take.
     pub fn weight_bytes(&self) -> usize {
         self.weights.bytes()
@@ -332,17 +343,12 @@ impl Cuda {
         let inputs = InputAddresses { block: self.inputs.at(), layout };
         let constants = RefCell::new(&mut self.constants);
         let placed = Placed { weights: &self.weights, inputs, constants, failure: RefCell::default() };
-        let (mut program, values) =
-            translate::translate(&plan.graph, &placed, &self.info).map_err(|(i, why)| {
-                match placed.failure.take() {
-                    Some(error) => error.into(),
-                    None => unsupported(&plan.graph, i, why),
-                }
+        let lowered = Lowered::new(&plan.graph, &placed, self.rules, class, &self.info);
+        let Lowered { program, values, places } =
+            lowered.map_err(|(i, why)| match placed.failure.take() {
+                Some(error) => error.into(),
+                None => unsupported(&plan.graph, i, why),
             })?;
-        self.rules.apply(&mut program);
-        emit::add_scratch(&mut program, class, &self.info);
-        let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
-        let places = plan::lay_out(&program.values, &program.accesses(), &kept, ALIGN_BYTES);
         self.arena.reserve(&self.device, places.arena_bytes)?;
         let emit = Emit {
             arena: self.arena.at(),
@@ -362,8 +368,9 @@ impl Cuda {
             })?;
             launches.extend(made);
         }
-        let (entries, executor) = (launches.iter().map(|launch| launch.entry), self.weights.executor());
-        self.modules.load_ahead(&*self.device, entries, |n, load| executor.run(n, load));
+        let missing = self.modules.missing(&*self.device, launches.iter().map(|launch| launch.entry));
+        self.weights.executor().run(missing.len(), &|i| missing.load(&*self.device, i));
+        self.modules.keep(missing, &*self.device)?;
         let with_module =
             |launch: Launch| Ok((self.modules.find_module(&*self.device, launch.entry)?, launch));
         let launches = launches.into_iter().map(with_module).collect::<Result<Vec<_>, DriverError>>()?;

@@ -9,17 +9,16 @@ use gpu_kernels::ptx;
 
 use super::emit::{self, SizeClass};
 use super::fuse::RuleSet;
+use super::lower::Lowered;
 use super::translate::{self, Anywhere};
 use super::weights::DeviceWeights;
 use crate::backends::split::{Placement, layer_of};
 use crate::context::ContextParams;
 use crate::error::EngineError;
 use crate::graph::Graph;
-use crate::kv_cache::{KvLayout, PAGE};
 use crate::model::Model;
 use crate::models::StepShape;
 use crate::op::{KvPart, Op};
-use crate::plan;
 use crate::tensor::Storage;
 
 /// What the driver itself takes when the first kernels run (context, modules), and what fragments: measured on no device,
@@ -87,8 +86,7 @@ impl Needs {
     ) -> Result<Needs, EngineError> {
         let prompt = ptx::runs_hopper(device);
         let graph = model.graph(params.n_ctx, StepShape { prompt, ..params.largest_step() });
-        let n_cells = params.n_ctx.div_ceil(PAGE) * PAGE * params.n_seq;
-        let kv = KvLayout::new(model.hparams(), n_cells, params.type_k, params.type_v)?;
+        let kv = params.kv_layout(model)?;
         let n_layer = kv.layers.len();
         let mut needs = Needs {
             layer_weights: alloc::vec![0; n_layer],
@@ -118,15 +116,11 @@ impl Needs {
         }
         needs.layer_kv =
             (0..n_layer).map(|il| kv.part_bytes(il, KvPart::K) + kv.part_bytes(il, KvPart::V)).collect();
-        let (mut program, _) = translate::translate(&graph, &Anywhere, device).map_err(|(i, why)| {
-            EngineError::UnsupportedOp { backend: super::NAME, op: graph.nodes[i].op.name(), why }
-        })?;
-        RuleSet::ALL.apply(&mut program);
         let max_spans = params.n_ctx.div_ceil(emit::KV_SPAN).next_power_of_two();
-        emit::add_scratch(&mut program, SizeClass { max_spans, prefill: true }, device);
-        let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
-        let places = plan::lay_out(&program.values, &program.accesses(), &kept, super::ALIGN_BYTES);
-        needs.activations = places.arena_bytes;
+        let class = SizeClass { max_spans, prefill: true };
+        let lowered = Lowered::new(&graph, &Anywhere, RuleSet::ALL, class, device);
+        let lowered = lowered.map_err(|(i, why)| super::unsupported(&graph, i, why))?;
+        needs.activations = lowered.places.arena_bytes;
         Ok(needs)
     }
 
@@ -153,7 +147,13 @@ impl Needs {
         let apart = |device: usize| self.apart.get(device).copied().unwrap_or(0) as u64;
         // Embeddings are the first device's, the output the last one's; a model may have one matrix for both.
         let others = n > self.n_layer() && (device.start == 0 || device.start + 1 == device.end);
-        if layers.is_empty() && !others && apart(device.start) == 0 {
+        // With nothing on any device the first one brings all layers.
+        let brings_all = n == 0 && device.start == 0 && self.apart.iter().all(|bytes| *bytes == 0);
+        if layers.is_empty()
+            && !others
+            && apart(device.start) == 0
+            && (!brings_all || self.brought.is_empty())
+        {
             return Share::default();
         }
         let sum = |list: &[usize]| list[layers.clone()].iter().map(|b| *b as u64).sum::<u64>();
@@ -278,7 +278,11 @@ mod tests {
         let share = Share { weights: 100, kv_cache: 10, activations: 50, brought: 180, pinned: 175 };
         assert_eq!((needs.share(1), share.total()), (share, 340));
         assert_eq!(needs.share(4).brought, 10);
-        assert_eq!(needs.share(0), Share::default(), "a device without anything brings nothing");
+        assert_eq!(
+            needs.share(0),
+            Share::default(),
+            "a device without anything brings nothing if another has some"
+        );
         let [first, second] = needs.shares(1, &[2..3, 3..3])[..] else { panic!("two devices") };
         assert_eq!((first.brought, second.brought), (180, 0));
         assert_eq!(second, Share { weights: 7, activations: 50, ..Share::default() });

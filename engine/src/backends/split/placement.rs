@@ -247,11 +247,15 @@ impl Placement {
         sections
     }
 
-    /// The nodes that run on a device, as a graph: what a backend there is asked to load.
+    /// The nodes that run on a device, as a graph with those outputs that they make: what a backend there is asked to load.
     pub fn part(&self, graph: &Graph, weights: &Weights, device: usize) -> Graph {
         let sections = self.cut(graph, weights);
         let mine = sections.iter().filter(|s| s.device == device).flat_map(|s| &s.pieces);
-        nodes_of(graph, mine)
+        let mut part = nodes_of(graph, mine);
+        let made = |t: TensorId| part.nodes.iter().any(|node| node.outputs.contains(&graph.base(t)));
+        let outputs = graph.outputs.iter().copied().filter(|(_, t)| made(*t)).collect();
+        part.outputs = outputs;
+        part
     }
 
     /// The products that are computed with weights brought from elsewhere, a graph per layer.

@@ -1,0 +1,46 @@
+//! From a graph to all that launches are made of, but for addresses: its program, merged, with the place of each value.
+
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use gpu_kernels::driver::DeviceInfo;
+
+use super::emit::{self, SizeClass};
+use super::fuse::RuleSet;
+use super::program::{Program, Value};
+use super::translate::{self, Addresses};
+use crate::graph::Graph;
+use crate::plan::{self, Layout};
+use crate::tensor::TensorId;
+
+/// Alignment of values in the arena: two sectors of L2, and more than any kernel asks for.
+const ALIGN_BYTES: usize = 256;
+
+/// A graph for a device.
+pub struct Lowered {
+    /// What is to be done.
+    pub program: Program,
+    /// Value of each activation of the graph, by base tensor.
+    pub values: BTreeMap<TensorId, Value>,
+    /// Where values lie in the arena.
+    pub places: Layout,
+}
+
+impl Lowered {
+    /// Of a graph in steps of a class; which node cannot be translated, and why.
+    pub fn new(
+        graph: &Graph,
+        addresses: &dyn Addresses,
+        rules: RuleSet,
+        class: SizeClass,
+        device: &DeviceInfo,
+    ) -> Result<Lowered, (usize, String)> {
+        let (mut program, values) = translate::translate(graph, addresses, device)?;
+        rules.apply(&mut program);
+        emit::add_scratch(&mut program, class, device);
+        let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();
+        let places = plan::lay_out(&program.values, &program.accesses(), &kept, ALIGN_BYTES);
+        Ok(Lowered { program, values, places })
+    }
+}
