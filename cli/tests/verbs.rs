@@ -87,7 +87,11 @@ fn several_gpus_share_the_layers() {
     for (args, code, says) in [
         (&["--device", "emu,cpu"][..], 2, "only GPUs share a model"),
         (&["--device", "cuda:1,cuda:0,cuda:1"], 2, "cuda:1 twice"),
-        (&["--device", "emu", "--require-gpu", "-ngl", "0"], 1, "-ngl 0 leaves it no layer"),
+        (
+            &["--device", "emu", "--require-gpu", "-ngl", "0", "--no-op-offload"],
+            1,
+            "-ngl 0 leaves it no layer",
+        ),
     ] {
         let wrong = run(&[&["run", MODEL, "hi"], args].concat());
         let said = String::from_utf8_lossy(&wrong.stderr).into_owned();
@@ -109,9 +113,10 @@ fn tensors_have_devices_of_their_own() {
         (ids(&answer["tokens"]), String::from_utf8(output.stderr).unwrap())
     };
     let (want, _) = answer(&["--device", "cpu", "-ot", "ffn=cpu"]);
-    let cases: [(&[&str], &str); 4] = [
+    let cases: [(&[&str], &str); 5] = [
         (&["-ngl", "all", "-ot", "ffn_(up|down)=CPU"], "weights of the host in turns"),
         (&["-ngl", "all", "-ot", "ffn_(up|down)=CPU", "--no-op-offload"], "cpu: 2 tensor(s) kept there"),
+        (&["-ngl", "0"], "emu (emulator): 0 of 1 layers, weights 0 B"),
         (&["-ngl", "0", "-ot", "ffn=emu"], "emu (emulator): 0 of 1 layers"),
         (&["-ngl", "1", "-ot", "attn_q=cpu,attn=emu,output=emu"], "cpu: 1 tensor(s) kept there"),
     ];
@@ -123,6 +128,12 @@ fn tensors_have_devices_of_their_own() {
         let shown = ok(&[&["inspect", MODEL, "-c", "4096", "--device", "emu"], args].concat());
         assert!(shown.contains("of it on devices") && shown.contains(says), "{args:?}: {shown}");
     }
+    // Without products of prompts there is nothing for a GPU without layers, which is said unless nobody asked for one.
+    let (got, said) = answer(&["--device", "emu", "-ngl", "0", "--no-op-offload"]);
+    assert_eq!(got, want);
+    assert_eq!(said, "emu: -ngl 0 leaves it no layer; all are on the CPU\n");
+    let (got, said) = answer(&["-ngl", "0", "--no-op-offload"]);
+    assert_eq!((got, said.as_str()), (want.clone(), ""));
     let shown = json(&["inspect", MODEL, "--json", "--device", "emu", "-ot", "ffn=cpu"]);
     let gpu = &shown["memory"]["devices"][0];
     assert!(gpu["brought_bytes"].as_u64().unwrap() > 0 && gpu["layers"] == 1, "{gpu}");

@@ -12,7 +12,10 @@ use engine::backends::cpu::{Cpu, Isa};
 use engine::backends::cuda::{Cuda, Streaming};
 use engine::backends::split::{Offload, Placement, Split};
 use engine::executor::Serial;
+use engine::io::Mapped;
 use engine::models::StepShape;
+use engine::pool::Pool;
+use engine::weights::ByteSource;
 use engine::{Batch, Context, ContextParams, EngineError, Model};
 use faulty::{Fault, Faulty};
 use gpu_kernels::driver::{DriverError, MemKind};
@@ -148,4 +151,34 @@ fn faults_while_weights_are_brought_from_the_file() {
 #[test]
 fn faults_while_weights_are_brought_from_pinned_copies() {
     faults_while_weights_are_brought(u64::MAX);
+}
+
+/// A file that somebody cuts short while its weights are on their way.
+#[cfg(unix)]
+#[test]
+fn a_file_cut_short_is_an_error_and_leaks_nothing() {
+    let Some(dir) = common::goldens() else { return };
+    let path = std::env::temp_dir().join(format!("runik-cut-{}.gguf", std::process::id()));
+    std::fs::copy(dir.join(MODEL), &path).unwrap();
+    let file = Arc::new(Mapped::open(&path).unwrap());
+    let n_bytes = file.bytes().len() as u64;
+    let model = Model::load(vec![file]).unwrap();
+    let params = ContextParams { n_ctx: 64, ..ContextParams::default() };
+    let graph = model.graph(params.n_ctx, params.largest_step());
+    for threads in [1, 3] {
+        let device = Arc::new(Faulty::new(None));
+        let executor = Arc::new(Pool::new(threads).unwrap());
+        let mut cuda = Cuda::new(device.clone(), executor, model.weights().clone());
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(n_bytes / 4 * 3).unwrap();
+        let mut done = 0;
+        let error = cuda.load(&graph, &mut |progress| done = progress.done_bytes).unwrap_err();
+        assert!(matches!(&error, EngineError::Io { what, .. } if what.starts_with("reading")), "{error}");
+        assert!(done > 0 && cuda.weight_bytes() == 0, "{done} bytes before it");
+        assert_eq!(device.alive.load(Ordering::Relaxed), 0, "with {threads} threads");
+        // Once the file is whole again its weights can be loaded.
+        std::fs::copy(dir.join(MODEL), &path).unwrap();
+        cuda.load(&graph, &mut |_| {}).unwrap();
+        assert!(cuda.weight_bytes() > 0);
+    }
+    std::fs::remove_file(&path).unwrap();
 }

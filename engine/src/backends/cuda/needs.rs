@@ -283,6 +283,12 @@ mod tests {
             Share::default(),
             "a device without anything brings nothing if another has some"
         );
+        let nothing = Needs { apart: Vec::new(), ..needs.clone() };
+        let share = Share { activations: 50, brought: 180, pinned: 255, ..Share::default() };
+        assert_eq!(nothing.share(0), share, "unless no other has");
+        assert_eq!(nothing.shares(0, &[3..3, 3..3]), [share, Share::default()]);
+        assert_eq!(nothing.most_layers(&[RESERVE_BYTES + 229]), 0);
+        assert_eq!(nothing.spread(0, &[RESERVE_BYTES + 229]), None);
         let [first, second] = needs.shares(1, &[2..3, 3..3])[..] else { panic!("two devices") };
         assert_eq!((first.brought, second.brought), (180, 0));
         assert_eq!(second, Share { weights: 7, activations: 50, ..Share::default() });

@@ -392,3 +392,207 @@ impl Lane {
         Ok(slot)
     }
 }
+
+#[cfg(all(test, feature = "emu"))]
+mod tests {
+    use alloc::string::String;
+    use alloc::vec;
+
+    use gpu_kernels::driver::StreamId;
+    use gpu_kernels::emu::{Emulator, Options};
+    use quant::FormatId;
+
+    use super::*;
+    use crate::pool::Pool;
+    use crate::weights::ByteSource;
+
+    /// Bytes of which some cannot be read.
+    struct Source {
+        bytes: Vec<u8>,
+        bad: Range<usize>,
+        reads: AtomicUsize,
+    }
+
+    impl ByteSource for Source {
+        fn bytes(&self) -> &[u8] {
+            &self.bytes
+        }
+
+        fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), EngineError> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            if offset < self.bad.end && self.bad.start < offset + to.len() {
+                return Err(EngineError::Io { path: String::from("here"), what: format!("bad at {offset}") });
+            }
+            to.copy_from_slice(&self.bytes[offset..][..to.len()]);
+            Ok(())
+        }
+    }
+
+    /// A weight's format, rows, columns, and how it is used.
+    type Row = (FormatId, usize, usize, WeightForm);
+
+    const ONE: WeightForm = WeightForm::Tiled { n_expert: 1 };
+
+    /// Whole row tiles and not, rows longer than a piece, experts with padding and without, vectors.
+    const ROWS: &[Row] = &[
+        (FormatId::Q4_0, 200, 256, ONE),
+        (FormatId::F32, 70, 40, ONE),
+        (FormatId::F32, 33, 900, ONE),
+        (FormatId::F16, 130, 34, ONE),
+        (FormatId::Q6_K, 3 * 33, 256, WeightForm::Tiled { n_expert: 3 }),
+        (FormatId::Q8_0, 4 * 64, 64, WeightForm::Tiled { n_expert: 4 }),
+        (FormatId::F32, 1, 5000, WeightForm::Plain),
+        (FormatId::F16, 3, 7, WeightForm::Plain),
+    ];
+
+    const PIECE_BYTES: usize = 10_000;
+
+    struct Bench {
+        device: Device,
+        source: Arc<Source>,
+        weights: DeviceWeights,
+        keys: Vec<WeightKey>,
+        memory: Memory,
+    }
+
+    impl Bench {
+        /// Weights that have their places, but nothing in them; of the file these bytes cannot be read.
+        fn new(bad: Range<usize>, threads: usize) -> Bench {
+            let row_bytes =
+                |&(format, _, k, _): &Row| k / quant::info(format).elems * quant::info(format).bytes;
+            let bytes: usize = ROWS.iter().map(|row| row.1 * row_bytes(row)).sum();
+            let bytes = (0..bytes).map(|i| (i * i / 7 + i / 250) as u8).collect();
+            let source = Arc::new(Source { bytes, bad, reads: AtomicUsize::new(0) });
+            let mut weights = Weights::new(vec![source.clone() as Arc<dyn ByteSource>]);
+            let mut offset = 0;
+            for (i, row) in ROWS.iter().enumerate() {
+                let n = row.1 * row_bytes(row);
+                weights.insert(&format!("{i}"), row.0, vec![row.1, row.2], 0, offset, n);
+                offset += n;
+            }
+            let mut keys: Vec<WeightKey> = (0..)
+                .zip(ROWS)
+                .map(|(weight, &(_, rows, _, form))| WeightKey { weight, first_row: 0, rows, form })
+                .collect();
+            // A part of a fused matrix.
+            keys.push(WeightKey { weight: 0, first_row: 40, rows: 90, form: ONE });
+            let device: Device = Arc::new(Emulator::new(Options::default()));
+            let bytes = keys.iter().map(|key| DeviceWeights::device_bytes(&weights, *key)).sum();
+            let memory = Memory::new(&device, MemKind::Device, bytes).unwrap();
+            let executor = Arc::new(Pool::new(threads).unwrap());
+            let mut weights = DeviceWeights::new(device.clone(), executor, Arc::new(weights));
+            let mut at = memory.at();
+            for key in &keys {
+                weights.lend(*key, at);
+                at = at.offset(DeviceWeights::device_bytes(weights.source(), *key) as u64);
+            }
+            Bench { device, source, weights, keys, memory }
+        }
+
+        fn staging(&self, n_lanes: usize) -> Staging {
+            let lanes = (0..n_lanes).map(|_| Spinlock::default()).collect();
+            Staging { lanes, piece_bytes: PIECE_BYTES, ..Staging::new(&self.device, 1, [].into_iter()) }
+        }
+
+        /// Whether every weight is where and as it should be.
+        fn check(&self) {
+            for key in &self.keys {
+                let w = self.weights.source().get(key.weight);
+                let raw = self.weights.source().row_range(key.weight, key.first_row, key.rows);
+                let want: Vec<u8> = match key.form {
+                    WeightForm::Plain => raw.to_vec(),
+                    WeightForm::Tiled { n_expert } => raw
+                        .chunks(raw.len() / n_expert)
+                        .flat_map(|raw| tile::pack(w.format, raw, key.rows / n_expert, w.cols()))
+                        .collect(),
+                };
+                let mut got = vec![0; want.len()];
+                self.device.read(&mut got, self.weights.at(*key), StreamId::DEFAULT).unwrap();
+                assert!(got == want, "{key:?}");
+            }
+        }
+
+        fn clear(&self) {
+            let (at, bytes) = (self.memory.at(), self.memory.bytes() as u64);
+            self.device.fill(at, 0xff, bytes, StreamId::DEFAULT).unwrap();
+        }
+    }
+
+    #[test]
+    fn threads_bring_pieces_of_all_weights_to_their_places() {
+        for threads in [1, 4] {
+            let bench = Bench::new(0..0, threads);
+            let mut staging = bench.staging(threads);
+            let mut modules = Modules::new();
+            for _ in 0..2 {
+                bench.clear();
+                staging.after(Mark::new(&bench.device).unwrap());
+                bench.weights.bring(&bench.keys, &staging, &mut modules).unwrap();
+                let n_marks = staging.marks().unwrap().len();
+                assert!((SLOTS..=SLOTS * threads).contains(&n_marks), "{n_marks} streams used");
+                assert!(staging.marks().unwrap().is_empty());
+                staging.finish().unwrap();
+                bench.check();
+            }
+        }
+    }
+
+    #[test]
+    fn progress_goes_up_to_all_there_is() {
+        let mut bench = Bench::new(0..0, 3);
+        let keys: Vec<WeightKey> = core::mem::take(&mut bench.weights.placed).into_keys().collect();
+        let mut seen = Vec::new();
+        bench.weights.place(&keys, &mut Modules::new(), &mut |progress| seen.push(progress)).unwrap();
+        bench.check();
+        let total_bytes = keys.iter().map(|key| bench.weights.file_bytes(*key).len()).sum();
+        assert_eq!(seen.last(), Some(&Progress { done_bytes: total_bytes, total_bytes }));
+        assert!(seen.windows(2).all(|two| two[0].done_bytes <= two[1].done_bytes));
+    }
+
+    /// The first failure is the answer, nobody begins another piece, and the buffers serve again.
+    #[test]
+    fn a_failure_in_the_middle_stops_all_threads() {
+        for threads in [1, 4] {
+            // In the first weight: of some forty pieces few were begun.
+            let bench = Bench::new(20_000..20_001, threads);
+            let staging = bench.staging(threads);
+            let mut modules = Modules::new();
+            let failed = bench.weights.bring(&bench.keys, &staging, &mut modules);
+            assert!(matches!(&failed, Err(EngineError::Io { what, .. }) if what.starts_with("bad at")));
+            let n_reads = bench.source.reads.load(Ordering::Relaxed);
+            assert!(n_reads <= 8 + threads, "{n_reads} pieces were begun");
+            staging.finish().unwrap();
+            // What the device refuses, likewise: a place that is none.
+            let mut bench = Bench::new(0..0, threads);
+            let (key, good) = (bench.keys[1], bench.weights.at(bench.keys[1]));
+            let staging = bench.staging(threads);
+            bench.weights.lend(key, DevicePtr(1 << 60));
+            let failed = bench.weights.bring(&bench.keys, &staging, &mut modules);
+            assert!(matches!(failed, Err(EngineError::Device(DriverError::Kernel { .. }))), "{failed:?}");
+            staging.finish().unwrap();
+            bench.weights.lend(key, good);
+            bench.clear();
+            bench.weights.bring(&bench.keys, &staging, &mut modules).unwrap();
+            staging.finish().unwrap();
+            bench.check();
+        }
+    }
+
+    /// So many (lanes, bytes of a piece) for so many threads and weights.
+    #[test]
+    fn short_loads_pin_little_memory() {
+        let device: Device = Arc::new(Emulator::new(Options::default()));
+        let sizes = |threads: usize, n: usize, bytes: usize| {
+            let staging = Staging::new(&device, threads, core::iter::repeat_n(bytes, n));
+            (staging.lanes.len(), staging.piece_bytes)
+        };
+        const MIB: usize = 1 << 20;
+        assert_eq!(sizes(16, 200, 23 * MIB), (16, 2 * MIB));
+        assert_eq!(sizes(64, 200, 23 * MIB), (23, 2 * MIB));
+        assert_eq!(sizes(16, 30, 3 * MIB), (3, 2 * MIB));
+        assert_eq!(sizes(1, 200, 23 * MIB), (1, 16 * MIB));
+        assert_eq!(sizes(4, 200, 23 * MIB), (4, 8 * MIB));
+        assert_eq!(sizes(16, 3, 1000), (1, 1000));
+        assert_eq!(sizes(16, 0, 0), (1, 1));
+    }
+}
