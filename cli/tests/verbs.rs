@@ -131,7 +131,7 @@ fn tensors_have_devices_of_their_own() {
     // Without products of prompts there is nothing for a GPU without layers, which is said unless nobody asked for one.
     let (got, said) = answer(&["--device", "emu", "-ngl", "0", "--no-op-offload"]);
     assert_eq!(got, want);
-    assert_eq!(said, "emu: -ngl 0 leaves it no layer; all are on the CPU\n");
+    assert_eq!(said, "runik: emu: -ngl 0 leaves it no layer; all are on the CPU\n");
     let (got, said) = answer(&["-ngl", "0", "--no-op-offload"]);
     assert_eq!((got, said.as_str()), (want.clone(), ""));
     let shown = json(&["inspect", MODEL, "--json", "--device", "emu", "-ot", "ffn=cpu"]);
