@@ -177,9 +177,12 @@ impl FindModule for &mut Modules {
 #[cfg(all(test, feature = "ptx"))]
 mod tests {
     use alloc::collections::BTreeSet;
+    use std::sync::Mutex;
 
     use super::*;
+    use crate::driver::{DeviceInfo, EventId, MemKind};
     use crate::emu::{Emulator, Options};
+    use crate::launch::DevicePtr;
     use crate::registry::KERNELS;
 
     #[test]
@@ -262,5 +265,94 @@ mod tests {
         assert_eq!(modules.find_module(&emulator, "rms_norm_f32"), Ok(Emulator::MODULE));
         assert!(modules.missing(&emulator, ["rms_norm_f32"].into_iter()).is_empty());
         assert_eq!(modules.loaded().count(), 0);
+    }
+
+    /// A GPU's driver as far as modules go; all else is the emulator's.
+    #[derive(Debug)]
+    struct Loader {
+        emulator: Emulator,
+        loaded: Mutex<Vec<&'static str>>,
+        unloaded: Mutex<Vec<ModuleId>>,
+    }
+
+    impl Driver for Loader {
+        fn load(&self, module: &PtxModule) -> Result<ModuleId, DriverError> {
+            let mut loaded = self.loaded.lock().unwrap();
+            if module.entry == "rms_norm_f32" {
+                return Err(DriverError::OutOfMemory { kind: MemKind::Device, bytes: 1 });
+            }
+            loaded.push(module.entry);
+            Ok(ModuleId(loaded.len() as u32 - 1))
+        }
+        fn unload(&self, module: ModuleId) -> Result<(), DriverError> {
+            self.unloaded.lock().unwrap().push(module);
+            Ok(())
+        }
+        fn info(&self) -> DeviceInfo {
+            self.emulator.info()
+        }
+        fn alloc(&self, kind: MemKind, bytes: u64) -> Result<DevicePtr, DriverError> {
+            self.emulator.alloc(kind, bytes)
+        }
+        fn free(&self, at: DevicePtr) -> Result<(), DriverError> {
+            self.emulator.free(at)
+        }
+        fn write(&self, to: DevicePtr, from: &[u8], stream: StreamId) -> Result<(), DriverError> {
+            self.emulator.write(to, from, stream)
+        }
+        fn read(&self, to: &mut [u8], from: DevicePtr, stream: StreamId) -> Result<(), DriverError> {
+            self.emulator.read(to, from, stream)
+        }
+        fn copy(&self, to: DevicePtr, from: DevicePtr, n: u64, stream: StreamId) -> Result<(), DriverError> {
+            self.emulator.copy(to, from, n, stream)
+        }
+        fn fill(&self, at: DevicePtr, byte: u8, n: u64, stream: StreamId) -> Result<(), DriverError> {
+            self.emulator.fill(at, byte, n, stream)
+        }
+        fn launch(&self, module: ModuleId, launch: &Launch, stream: StreamId) -> Result<(), DriverError> {
+            self.emulator.launch(module, launch, stream)
+        }
+        fn create_stream(&self) -> Result<StreamId, DriverError> {
+            self.emulator.create_stream()
+        }
+        fn synchronise(&self, stream: StreamId) -> Result<(), DriverError> {
+            self.emulator.synchronise(stream)
+        }
+        fn record(&self, stream: StreamId) -> Result<EventId, DriverError> {
+            self.emulator.record(stream)
+        }
+        fn wait(&self, stream: StreamId, event: EventId) -> Result<(), DriverError> {
+            self.emulator.wait(stream, event)
+        }
+        fn elapsed_ns(&self, from: EventId, to: EventId) -> Result<u64, DriverError> {
+            self.emulator.elapsed_ns(from, to)
+        }
+        fn release(&self, event: EventId) -> Result<(), DriverError> {
+            self.emulator.release(event)
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_loaded_once_and_kept() {
+        let driver = Loader {
+            emulator: Emulator::new(Options::default()),
+            loaded: Mutex::default(),
+            unloaded: Mutex::default(),
+        };
+        let mut modules = Modules::new();
+        let wanted = ["kv_store", "rms_norm_f32", "flash_merge", "kv_store", "no_such_kernel"];
+        let missing = modules.missing(&driver, wanted.into_iter());
+        assert_eq!(missing.len(), 3);
+        // Another plan is faster with one of them.
+        let found = modules.find_module(&driver, "flash_merge").unwrap();
+        (0..missing.len()).chain([0]).for_each(|i| missing.load(&driver, i));
+        modules.keep(missing, &driver).unwrap();
+        assert_eq!(*driver.loaded.lock().unwrap(), ["flash_merge", "kv_store", "flash_merge"]);
+        assert_eq!(modules.find_module(&driver, "flash_merge"), Ok(found));
+        assert_eq!(*driver.unloaded.lock().unwrap(), [ModuleId(2)]);
+        assert_eq!(modules.find_module(&driver, "kv_store"), Ok(ModuleId(1)));
+        // One that could not be loaded is asked for again, and the reason heard.
+        assert!(matches!(modules.find_module(&driver, "rms_norm_f32"), Err(DriverError::OutOfMemory { .. })));
+        assert_eq!(modules.missing(&driver, wanted.into_iter()).len(), 1);
     }
 }
