@@ -335,7 +335,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_loaded_once_and_kept() {
         let driver = Loader {
-            emulator: Emulator::new(Options::default()),
+            emulator: Emulator::new(Options { sm: 90, ..Options::default() }),
             loaded: Mutex::default(),
             unloaded: Mutex::default(),
         };
