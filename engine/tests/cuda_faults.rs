@@ -102,6 +102,8 @@ fn faults_are_errors_and_leak_nothing() {
         let error = with_fault(&model, kind, Fault::Allocation(n), &want);
         assert!(matches!(error, Some(DriverError::OutOfMemory { .. })), "allocation {n}: {error:?}");
     }
+    // Weights take another way then.
+    assert_eq!(with_fault(&model, kind, Fault::Lending, &want), None);
     // The first and last few, and some between: loading, a first run, a capture.
     for n in (0..launches).step_by(launches as usize / 12).chain(launches - 3..launches) {
         let error = with_fault(&model, kind, Fault::Launch(n), &want);

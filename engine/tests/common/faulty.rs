@@ -20,6 +20,8 @@ pub enum Fault {
     Launch(u64),
     /// Everything from this call on.
     Lost(u64),
+    /// Lending of pinned memory, which not every driver has.
+    Lending,
 }
 
 /// The emulator with a fault.
@@ -120,6 +122,9 @@ impl Driver for Faulty {
         fill: &mut dyn FnMut(&mut [u8]),
     ) -> Result<(), DriverError> {
         self.call("fill_host")?;
+        if *self.fault.lock().unwrap() == Some(Fault::Lending) {
+            return Err(DriverError::Unsupported { op: "fill_host" });
+        }
         self.inner.fill_host(to, bytes, fill)
     }
     fn read_host(&self, to: &mut [u8], from: DevicePtr) -> Result<(), DriverError> {
