@@ -1,6 +1,6 @@
 //! ggml's own benchmark, `test-backend-ops perf`, on the same device in the same run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
@@ -9,14 +9,12 @@ use crate::row::Row;
 
 /// Runs it for the operations that rows name, and enters its times.
 pub fn compare(program: &Path, rows: &mut [Row]) -> Result<(), BenchError> {
-    let operations: BTreeSet<String> = rows
-        .iter()
-        .filter_map(|row| row.peer.as_deref()?.split_once('('))
-        .map(|(operation, _)| operation.to_string())
-        .collect();
-    for operation in operations {
+    let names: Vec<String> = rows.iter().filter_map(|row| row.peer.clone()).collect();
+    let operations = by_operation(names.iter().map(String::as_str));
+    for (operation, cases) in operations {
         let mut command = Command::new(program);
-        command.args(["perf", "-o", &operation]);
+        // All of an operation's cases would take minutes.
+        command.args(["perf", "-o", &operation, "-p", &filter(&cases)]);
         let output = command.output().map_err(BenchError::io(format!("start {}", program.display())))?;
         let text = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() {
@@ -31,6 +29,25 @@ pub fn compare(program: &Path, rows: &mut [Row]) -> Result<(), BenchError> {
         }
     }
     Ok(())
+}
+
+/// What stands in the brackets of peers' names, by the operation before them.
+fn by_operation<'a>(names: impl Iterator<Item = &'a str>) -> BTreeMap<String, BTreeSet<&'a str>> {
+    let mut operations = BTreeMap::<String, BTreeSet<&str>>::new();
+    for (operation, case) in names.filter_map(|name| name.split_once('(')) {
+        operations.entry(operation.into()).or_default().insert(case.trim_end_matches(')'));
+    }
+    operations
+}
+
+/// The regular expression of cases that begin with one of these.
+fn filter(cases: &BTreeSet<&str>) -> String {
+    let literal = |case: &&str| {
+        let escaped =
+            |c: char| if c.is_alphanumeric() || "_=,".contains(c) { vec![c] } else { vec!['\\', c] };
+        format!("^{}", case.chars().flat_map(escaped).collect::<String>())
+    };
+    cases.iter().map(literal).collect::<Vec<_>>().join("|")
 }
 
 /// The time in the line that starts with this name: `MUL_MAT(…): 5112 runs - 201.77 us/run - …`.
@@ -50,6 +67,15 @@ fn plain(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_peer_is_asked_for_the_rows_cases_alone() {
+        let names = ["MUL_MAT(type_a=q4_0,n=1,", "ADD(ne=[4,1])", "MUL_MAT(type_a=q4_0,n=1,", "MUL_MAT(n=2)"];
+        let operations = by_operation(names.into_iter());
+        let filters: Vec<(&str, String)> =
+            operations.iter().map(|(operation, cases)| (operation.as_str(), filter(cases))).collect();
+        assert_eq!(filters, [("ADD", "^ne=\\[4,1\\]".into()), ("MUL_MAT", "^n=2|^type_a=q4_0,n=1,".into())]);
+    }
 
     #[test]
     fn the_peers_lines_are_read() {

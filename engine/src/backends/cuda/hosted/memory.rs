@@ -17,6 +17,10 @@ pub(super) enum Origin {
     Allocated(MemKind),
     /// Device memory of a stream's pool.
     Pool,
+    /// Pinned huge pages that we mapped, so many bytes.
+    Pages {
+        bytes: usize,
+    },
     /// The host's own, registered; where the host sees it.
     Registered {
         host: usize,
@@ -138,7 +142,7 @@ pub(super) fn is_pinned(host: *const u8, bytes: usize) -> bool {
     let pieces = PIECES.read().unwrap_or_else(PoisonError::into_inner);
     pieces.iter().any(|(&at, piece)| {
         let from = match piece.origin {
-            Origin::Allocated(MemKind::Host | MemKind::Managed) => at,
+            Origin::Allocated(MemKind::Host | MemKind::Managed) | Origin::Pages { .. } => at,
             Origin::Registered { host } => host as u64,
             Origin::Allocated(MemKind::Device) | Origin::Pool => return false,
         };
