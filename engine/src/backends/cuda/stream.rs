@@ -121,7 +121,7 @@ impl Streaming {
             layer.weights.retain(|part| layer_of[&part.key] == l);
         }
         let brought: Vec<WeightKey> = layer_of.keys().copied().collect();
-        let (staging, copies) = (cuda.weights.staging(&brought), Queue::new(&cuda.device)?);
+        let (staging, copies) = (cuda.weights.staging(&brought)?, Queue::new(&cuda.device)?);
         let mut streaming =
             Streaming { staging, copies, cuda, layers, layer_of, areas, plans: BTreeMap::new() };
         streaming.copy_layers(pinned_bytes)?;

@@ -22,7 +22,7 @@ use gpu_kernels::modules::{FindModule, Modules};
 use gpu_kernels::tile;
 use spinning_top::Spinlock;
 
-use super::memory::{Device, Growing, Mark, Memory, Queue};
+use super::memory::{Device, Mark, Memory, Queue};
 use super::translate::{WeightForm, WeightKey};
 use crate::error::EngineError;
 use crate::executor::Executor;
@@ -111,7 +111,7 @@ impl DeviceWeights {
         missing.sort_by_key(|key| (self.source.position(key.weight), key.first_row));
         let bytes = missing.iter().map(|key| Self::device_bytes(&self.source, *key)).sum();
         let memory = Memory::new(&self.device, MemKind::Device, bytes)?;
-        let staging = self.staging(&missing);
+        let staging = self.staging(&missing)?;
         let mut pieces = Vec::new();
         let mut at = memory.at();
         let mut placed = Vec::with_capacity(missing.len());
@@ -133,9 +133,10 @@ impl DeviceWeights {
     }
 
     /// Buffers for these weights on their way.
-    pub fn staging(&self, keys: &[WeightKey]) -> Staging {
-        let bytes = keys.iter().map(|key| self.file_bytes(*key).len());
-        Staging::new(&self.device, self.executor.n_threads(), bytes)
+    pub fn staging(&self, keys: &[WeightKey]) -> Result<Staging, DriverError> {
+        let sizes =
+            keys.iter().map(|key| (self.file_bytes(*key).len(), self.source.get(key.weight).row_bytes()));
+        Staging::new(&self.device, Room::new(self.executor.n_threads(), sizes))
     }
 
     /// Queues the copies of weights that have a place; nothing else is waited for. [`Staging::marks`] says when they are
@@ -227,7 +228,8 @@ impl DeviceWeights {
         self.executor.run(staging.lanes.len().min(pieces.len()), &|lane| {
             let mut lane = staging.lanes[lane].lock();
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if let Err(error) = self.send_piece(piece, &mut lane, staging) {
+                let sent = lane.next(staging).map_err(EngineError::from);
+                if let Err(error) = sent.and_then(|slot| self.send_piece(piece, slot)) {
                     next.store(pieces.len(), Ordering::Relaxed);
                     failure.lock().get_or_insert(error);
                     break;
@@ -249,19 +251,16 @@ impl DeviceWeights {
     }
 
     /// Reads a piece and queues the rest of its way.
-    fn send_piece(&self, piece: &Piece, lane: &mut Lane, staging: &Staging) -> Result<(), EngineError> {
-        let (device, n) = (&self.device, piece.bytes.len());
-        let slot = lane.next(staging, n)?;
-        let (host, stream) = (slot.host.at(), slot.queue.id);
+    fn send_piece(&self, piece: &Piece, slot: &Slot) -> Result<(), EngineError> {
+        let (device, n) = (&self.device, piece.bytes.len() as u64);
+        let &Slot { host, raw, ref queue, .. } = slot;
         self.read(piece, host)?;
         match &piece.to {
-            Target::Plain(to) => device.copy(*to, host, n as u64, stream)?,
+            Target::Plain(to) => device.copy(*to, host, n, queue.id)?,
             Target::Tiles(module, args) => {
-                slot.device.reserve(device, staging.piece_bytes.max(n))?;
-                let raw = slot.device.at();
-                device.copy(raw, host, n as u64, stream)?;
+                device.copy(raw, host, n, queue.id)?;
                 let launch = self.repack(piece.weight, &repack::Args { raw, ..args.clone() })?;
-                device.launch(*module, &launch, stream)?;
+                device.launch(*module, &launch, queue.id)?;
             }
         }
         Ok(())
@@ -301,9 +300,15 @@ enum Target {
 }
 
 /// Pieces on their way to the device: each thread has a lane of its own.
+///
+/// Slots are all made before the first of them is used: memory that is pinned, and streams that are made, wait in the
+/// driver for copies under way, and those for them.
 pub struct Staging {
     device: Device,
+    // First, so that they go first: streams wait for the work that uses the rest.
     lanes: Vec<Spinlock<Lane>>,
+    _host: Memory,
+    _raw: Memory,
     piece_bytes: usize,
     /// What is staged comes after this.
     start: Option<Mark>,
@@ -311,37 +316,68 @@ pub struct Staging {
     turn: u64,
 }
 
-/// What a thread has under way. Slots are made as they are needed: pinning memory takes long, and whoever has a slot works
-/// meanwhile.
-#[derive(Default)]
+/// What a thread has under way.
 struct Lane {
-    slots: [Option<Slot>; SLOTS],
+    slots: [Slot; SLOTS],
     next: usize,
 }
 
 struct Slot {
-    /// First, so that it goes first: it waits for the work that uses the rest.
     queue: Queue,
-    host: Growing,
-    device: Growing,
+    /// Pinned room for a piece, and the device's.
+    host: DevicePtr,
+    raw: DevicePtr,
     /// [`Staging::turn`] that the stream has waited for.
     turn: u64,
     /// Used since its last mark.
     used: bool,
 }
 
-impl Staging {
-    /// Nothing under way; for weights of so many bytes each, read by so many threads.
-    fn new(device: &Device, n_threads: usize, bytes: impl Iterator<Item = usize>) -> Staging {
-        let (mut total, mut longest) = (0, 1);
-        bytes.for_each(|bytes| (total, longest) = (total + bytes, longest.max(bytes)));
+/// How much is under way at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Room {
+    n_lanes: usize,
+    /// Bytes of a piece, where a row tile has no more.
+    piece_bytes: usize,
+    /// Bytes of a slot.
+    slot_bytes: usize,
+}
+
+impl Room {
+    /// For weights of so many bytes, in rows of so many, read by so many threads.
+    fn new(n_threads: usize, sizes: impl Iterator<Item = (usize, usize)>) -> Room {
+        let (mut total, mut longest, mut row_tile) = (0, 1, 0);
+        sizes.for_each(|(bytes, row_bytes)| {
+            (total, longest) = (total + bytes, longest.max(bytes));
+            row_tile = row_tile.max(bytes.min(tile::ROWS * row_bytes));
+        });
         let piece_bytes =
             (2 * MAX_PIECE_BYTES / n_threads).clamp(MIN_PIECE_BYTES, MAX_PIECE_BYTES).min(longest);
-        // A thread more takes its share of the reading, and its slots must be pinned first, one after the other at 3 GB/s
-        // where a thread reads 5: with total / (5 n) + 2 n piece / 3 to wait, this many are best.
-        let n_lanes = (total / (4 * piece_bytes)).isqrt().clamp(1, n_threads);
-        let lanes = (0..n_lanes).map(|_| Spinlock::default()).collect();
-        Staging { device: device.clone(), lanes, piece_bytes, start: None, turn: 0 }
+        // A thread more takes its share of the reading, and its slots must be pinned first, at 6 GB/s where a thread reads
+        // 5: with total / (5 n) + 2 n piece / 6 to wait, this many are best.
+        let n_lanes = (total / (2 * piece_bytes)).isqrt().clamp(1, n_threads);
+        Room { n_lanes, piece_bytes, slot_bytes: piece_bytes.max(row_tile).next_multiple_of(ALIGN) }
+    }
+}
+
+impl Staging {
+    /// Nothing under way.
+    fn new(device: &Device, room: Room) -> Result<Staging, DriverError> {
+        let Room { n_lanes, piece_bytes, slot_bytes } = room;
+        let bytes = n_lanes * SLOTS * slot_bytes;
+        let host = Memory::new(device, MemKind::Host, bytes)?;
+        let raw = Memory::new(device, MemKind::Device, bytes)?;
+        let slot = |nth: usize| {
+            let [host, raw] = [&host, &raw].map(|memory| memory.at().offset((nth * slot_bytes) as u64));
+            Ok(Slot { queue: Queue::new(device)?, host, raw, turn: 0, used: false })
+        };
+        let lane = |lane| {
+            let slots = [slot(SLOTS * lane)?, slot(SLOTS * lane + 1)?];
+            Ok(Spinlock::new(Lane { slots, next: 0 }))
+        };
+        let lanes = (0..n_lanes).map(lane).collect::<Result<_, DriverError>>()?;
+        let device = device.clone();
+        Ok(Staging { device, lanes, _host: host, _raw: raw, piece_bytes, start: None, turn: 0 })
     }
 
     /// Has what is staged from now on come after this.
@@ -352,38 +388,26 @@ impl Staging {
 
     /// The ends of all that was staged since they were last asked for.
     pub fn marks(&mut self) -> Result<Vec<Mark>, DriverError> {
-        let lanes = self.lanes.iter_mut().flat_map(|lane| &mut lane.get_mut().slots);
-        let used = lanes.flatten().filter_map(|slot| core::mem::take(&mut slot.used).then_some(&slot.queue));
+        let slots = self.lanes.iter_mut().flat_map(|lane| &mut lane.get_mut().slots);
+        let used = slots.filter_map(|slot| core::mem::take(&mut slot.used).then_some(&slot.queue));
         used.map(|queue| Mark::on(&self.device, queue.id)).collect()
     }
 
     /// Waits for everything, and says what went wrong in it.
     pub fn finish(&self) -> Result<(), DriverError> {
         self.lanes.iter().try_for_each(|lane| {
-            lane.lock().slots.iter().flatten().try_for_each(|slot| self.device.synchronise(slot.queue.id))
+            lane.lock().slots.iter().try_for_each(|slot| self.device.synchronise(slot.queue.id))
         })
     }
 }
 
 impl Lane {
-    /// The slot whose turn it is, with pinned room for a piece, once what used it before is done with it.
-    fn next(&mut self, staging: &Staging, bytes: usize) -> Result<&mut Slot, DriverError> {
+    /// The slot whose turn it is, once what used it before is done with it.
+    fn next(&mut self, staging: &Staging) -> Result<&Slot, DriverError> {
         let device = &staging.device;
         let slot = &mut self.slots[self.next];
         self.next = (self.next + 1) % SLOTS;
-        let slot = match slot {
-            Some(slot) => {
-                device.synchronise(slot.queue.id)?;
-                slot
-            }
-            None => {
-                let (host, on_device) = (Growing::new(MemKind::Host), Growing::new(MemKind::Device));
-                let queue = Queue::new(device)?;
-                slot.insert(Slot { queue, host, device: on_device, turn: 0, used: false })
-            }
-        };
-        // All pieces but those of very long rows fit, so that none has to make room anew.
-        slot.host.reserve(device, staging.piece_bytes.max(bytes))?;
+        device.synchronise(slot.queue.id)?;
         if let Some(start) = staging.start.as_ref().filter(|_| slot.turn != staging.turn) {
             device.wait(slot.queue.id, start.id)?;
             slot.turn = staging.turn;
@@ -490,8 +514,10 @@ mod tests {
         }
 
         fn staging(&self, n_lanes: usize) -> Staging {
-            let lanes = (0..n_lanes).map(|_| Spinlock::default()).collect();
-            Staging { lanes, piece_bytes: PIECE_BYTES, ..Staging::new(&self.device, 1, [].into_iter()) }
+            let row_bytes = |key: &WeightKey| self.weights.source().get(key.weight).row_bytes();
+            let row_tile = self.keys.iter().map(row_bytes).max().unwrap() * tile::ROWS;
+            let slot_bytes = PIECE_BYTES.max(row_tile).next_multiple_of(ALIGN);
+            Staging::new(&self.device, Room { n_lanes, piece_bytes: PIECE_BYTES, slot_bytes }).unwrap()
         }
 
         /// Whether every weight is where and as it should be.
@@ -581,15 +607,14 @@ mod tests {
     /// So many (lanes, bytes of a piece) for so many threads and weights.
     #[test]
     fn short_loads_pin_little_memory() {
-        let device: Device = Arc::new(Emulator::new(Options::default()));
         let sizes = |threads: usize, n: usize, bytes: usize| {
-            let staging = Staging::new(&device, threads, core::iter::repeat_n(bytes, n));
-            (staging.lanes.len(), staging.piece_bytes)
+            let room = Room::new(threads, core::iter::repeat_n((bytes, 1), n));
+            (room.n_lanes, room.piece_bytes)
         };
         const MIB: usize = 1 << 20;
         assert_eq!(sizes(16, 200, 23 * MIB), (16, 2 * MIB));
-        assert_eq!(sizes(64, 200, 23 * MIB), (23, 2 * MIB));
-        assert_eq!(sizes(16, 30, 3 * MIB), (3, 2 * MIB));
+        assert_eq!(sizes(64, 200, 23 * MIB), (33, 2 * MIB));
+        assert_eq!(sizes(16, 30, 3 * MIB), (4, 2 * MIB));
         assert_eq!(sizes(1, 200, 23 * MIB), (1, 16 * MIB));
         assert_eq!(sizes(4, 200, 23 * MIB), (4, 8 * MIB));
         assert_eq!(sizes(16, 3, 1000), (1, 1000));
