@@ -113,6 +113,9 @@ fn llama_cpp_vocabulary() {
     assert!(rewrite(&gguf).unwrap() == bytes);
 }
 
+/// Longest file that is read under Miri.
+const MIRI_BYTES: u64 = 50 << 10;
+
 #[test]
 fn all_goldens() {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -126,7 +129,9 @@ fn all_goldens() {
     for folder in ["tiny", "pretok", "smollm2-135m"] {
         for entry in std::fs::read_dir(root.join(folder)).unwrap() {
             let path = entry.unwrap().path();
-            if path.extension().is_some_and(|extension| extension == "gguf") {
+            // Miri reads a kilobyte in a second or so.
+            let too_long = cfg!(miri) && path.metadata().unwrap().len() > MIRI_BYTES;
+            if path.extension().is_some_and(|extension| extension == "gguf") && !too_long {
                 check(&path);
                 n_files += 1;
             }
