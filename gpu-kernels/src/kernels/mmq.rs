@@ -27,7 +27,7 @@
 //! Prompts on Hopper have a kernel of their own, with bits of its own: `mmd_hopper.rs`.
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use gpu::{NONE, Work, group, groups_of, units_of};
+pub(crate) use gpu::{Columns, NONE, Work, group, groups_of, units_of};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
@@ -67,7 +67,7 @@ mod gpu {
     #[derive(Clone, Copy)]
     pub(crate) struct Columns {
         order: Glb<u32>,
-        expert: u32,
+        pub(crate) expert: u32,
         first: u32,
         /// How many; 0 in entries of a mixture's list that no columns fill.
         pub(crate) n: u32,
@@ -79,17 +79,32 @@ mod gpu {
         #[cfg_attr(target_arch = "nvptx64", inline(always))]
         #[track_caller]
         fn tile(shape: &Shape, order: Glb<u32>, tiles: Glb<U32x4>, cols: u32) -> Columns {
-            let x = thread::block_idx_x();
-            let [expert, first, n, _] = if tiles.is_null() {
-                let first = x * cols;
-                let rest = shape.n_cols - first;
-                [0, first, if rest < cols { rest } else { cols }, 0]
-            } else {
+            if !tiles.is_null() {
                 // An earlier launch wrote the list.
                 grid::wait_for_earlier();
+            }
+            Columns::at(order, tiles, shape.n_cols, shape.pairs_per_x, cols, thread::block_idx_x())
+        }
+
+        /// Tile `x` of `cols` columns, after earlier launches if there is a list.
+        #[cfg_attr(target_arch = "nvptx64", inline(always))]
+        #[track_caller]
+        pub(crate) fn at(
+            order: Glb<u32>,
+            tiles: Glb<U32x4>,
+            n_cols: u32,
+            pairs_per_x: u32,
+            cols: u32,
+            x: u32,
+        ) -> Columns {
+            let [expert, first, n, _] = if tiles.is_null() {
+                let first = x * cols;
+                let rest = n_cols - first;
+                [0, first, if rest < cols { rest } else { cols }, 0]
+            } else {
                 tiles.ld_nc(x).0
             };
-            Columns { order, expert, first, n, pairs_per_x: shape.pairs_per_x }
+            Columns { order, expert, first, n, pairs_per_x }
         }
 
         /// Row of `y` of column `c`, which exists.
@@ -118,7 +133,7 @@ mod gpu {
         /// The CTA's number among its part's.
         pub(crate) cta: u32,
         /// Of a narrow cut: row tiles of the CTA.
-        row_tiles: u32,
+        pub(crate) row_tiles: u32,
         pub(crate) q: Glb<U32x4>,
         pub(crate) scales: Glb<U32x2>,
         pub(crate) n_groups: u32,
@@ -284,6 +299,14 @@ macro_rules! entries {
                         narrow.bytes::<formats::$module::Block>(gated),
                     ),
                     Cut::Wide => (concat!("mmq_", stringify!($id), "_n128"), wide_bytes::<formats::$module::Block>()),
+                    Cut::Hopper(Hopper { cols: 32, .. }) => (
+                        concat!("mmq_hopper_", stringify!($id), "_n32"),
+                        mmq_hopper::bytes::<formats::$module::Block, mmq_hopper::Few>(),
+                    ),
+                    Cut::Hopper(_) => (
+                        concat!("mmq_hopper_", stringify!($id), "_n64"),
+                        mmq_hopper::bytes::<formats::$module::Block, mmq_hopper::Many>(),
+                    ),
                 }),)*
                 _ => None,
             }
@@ -296,7 +319,7 @@ macro_rules! entries {
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::kernels::mmq_wide::wide_bytes;
+use crate::kernels::{mmq_hopper, mmq_wide::wide_bytes};
 use quant::formats;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
