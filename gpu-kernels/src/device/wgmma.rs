@@ -84,6 +84,12 @@ impl Operand {
     pub const fn skip(self, chunks: u32) -> Operand {
         Operand(self.0 + chunks as u64)
     }
+
+    /// [`Operand::skip`] for where registers are short: the upper word stays the constant that it is.
+    #[inline(always)]
+    pub const fn step(self, chunks: u32) -> Operand {
+        Operand(self.0 >> 32 << 32 | (self.0 as u32 + chunks) as u64)
+    }
 }
 
 /// Registers that products write: `R` of them, bits of i32 or f32.

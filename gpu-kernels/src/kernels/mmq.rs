@@ -396,9 +396,11 @@ mod tests {
                 (Cut::NARROW_64.of_warps(12), ks[1]),
                 (Cut::NARROW_64.of_warps(8).paired(), ks[0]),
                 (Cut::Wide, ks[1]),
+                (Cut::HOPPER_32, ks[1]),
+                (Cut::HOPPER_64.of_ctas(1), ks[0]),
             ];
             for (cut, k) in of_cuts {
-                let tables = [NARROW, WIDE];
+                let tables = [NARROW, WIDE, mmq_hopper::FEW, mmq_hopper::MANY];
                 let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &tables);
                 assert_eq!(expected, got, "{format} {cut:?}");
             }
@@ -445,6 +447,8 @@ mod tests {
                 (Cut::NARROW_64.of_warps(12), 227 << 10),
                 (Cut::NARROW_64.paired(), 227 << 10),
                 (Cut::Wide, 227 << 10),
+                (Cut::HOPPER_32, 227 << 10),
+                (Cut::HOPPER_64, 227 << 10),
             ];
             for (cut, most) in most {
                 assert!(entry(*format, cut, false).unwrap().1 <= most, "{format} {cut:?}");

@@ -44,7 +44,7 @@ const STAGES: u32 = 2;
 pub trait Form: 'static {
     /// Columns: 32 or 64.
     const COLS: u32;
-    /// Warpgroups of a CTA: as many as registers and shared memory allow.
+    /// Warpgroups of a CTA. With four, registers would not do for products under way.
     const WARPGROUPS: u32;
 }
 
@@ -57,7 +57,7 @@ pub struct Many;
 
 impl Form for Few {
     const COLS: u32 = 32;
-    const WARPGROUPS: u32 = 4;
+    const WARPGROUPS: u32 = 3;
 }
 impl Form for Many {
     const COLS: u32 = 64;
@@ -295,8 +295,7 @@ mod gpu {
     /// A warpgroup of the CTA.
     struct Warpgroup<'a, F, C> {
         launch: &'a Launch,
-        id: u32,
-        /// 0..128.
+        /// Number in the CTA.
         thread: u32,
         form: PhantomData<(F, C)>,
     }
@@ -304,12 +303,15 @@ mod gpu {
     /// Where a span's operands are.
     #[derive(Clone, Copy)]
     struct At {
-        /// Chunk of the first codes of the weights.
-        a: u32,
+        /// The first group's codes.
+        a: Operand,
         b: Operand,
         /// For tensor cores: scales of the columns, and of the thread's two rows those of the groups that are its.
         column_scales: Operand,
         row_scales: [u32; 2],
+        /// Else floats of the thread's rows, and of its first columns.
+        rows: Smem<F32x2>,
+        columns: Smem<F32x4>,
         /// First group.
         j: u32,
     }
@@ -326,6 +328,18 @@ mod gpu {
         const PANEL: u32 = C::COLS * 8;
         const STAGE: u32 = 2 * Self::PANEL;
 
+        /// Number of the thread in the warpgroup. Registers are short: what follows from it is computed in each phase anew.
+        #[inline(always)]
+        fn thread(&self) -> u32 {
+            math::fresh(self.thread) % 128
+        }
+
+        /// Number of the warpgroup.
+        #[inline(always)]
+        fn id(&self) -> u32 {
+            math::fresh(self.thread) / 128
+        }
+
         /// All that tensor cores read, in chunks.
         #[inline(always)]
         fn operands() -> Smem<U32x4> {
@@ -335,24 +349,24 @@ mod gpu {
         /// Chunk of the first of the codes.
         #[inline(always)]
         fn a(&self) -> u32 {
-            self.id * Self::CODES + const { layout::<F, C>().a / 16 }
+            self.id() * Self::CODES + const { layout::<F, C>().a / 16 }
         }
 
         #[inline(always)]
         fn stage(&self, stage: u32) -> u32 {
-            (self.id * STAGES + stage) * Self::STAGE
+            (self.id() * STAGES + stage) * Self::STAGE
         }
 
         #[inline(always)]
         fn row_floats(&self) -> Smem<f32> {
             let n = const { float_bytes::<F, C>()[0] };
-            Smem::dynamic(const { layout::<F, C>().row_floats } + self.id * n, n / 4)
+            Smem::dynamic(const { layout::<F, C>().row_floats } + self.id() * n, n / 4)
         }
 
         #[inline(always)]
         fn column_floats(&self) -> Smem<f32> {
             let n = const { float_bytes::<F, C>()[1] };
-            Smem::dynamic(const { layout::<F, C>().column_floats } + self.id * n, n / 4)
+            Smem::dynamic(const { layout::<F, C>().column_floats } + self.id() * n, n / 4)
         }
 
         /// The tile's totals, as the threads' registers lie.
@@ -364,27 +378,27 @@ mod gpu {
         /// First groups of the columns.
         #[inline(always)]
         fn starts(&self) -> Smem<u32> {
-            Smem::dynamic(const { layout::<F, C>().starts } + 4 * C::COLS * self.id, C::COLS)
+            Smem::dynamic(const { layout::<F, C>().starts } + 4 * C::COLS * self.id(), C::COLS)
         }
 
         #[inline(always)]
         fn raw(&self) -> Smem<u32> {
             let n = ROW_TILES as u32 * raw_bytes::<F>();
-            Smem::dynamic(const { layout::<F, C>().raw } + self.id * n, n / 4)
+            Smem::dynamic(const { layout::<F, C>().raw } + self.id() * n, n / 4)
         }
 
         /// Ends its phase when a span of the raw row tiles is there.
         #[inline(always)]
         #[track_caller]
         fn raw_full(&self) -> Mbarrier {
-            Mbarrier::at(Smem::dynamic(const { layout::<F, C>().barriers }, 8), self.id)
+            Mbarrier::at(Smem::dynamic(const { layout::<F, C>().barriers }, 8), self.id())
         }
 
         /// Waits for the warpgroup.
         #[inline(always)]
         #[track_caller]
         fn meet(&self) {
-            sync::barrier_of(1 + self.id, 128);
+            sync::barrier_of(1 + self.id(), 128);
         }
 
         /// The named barrier at which a warpgroup waits for its turn.
@@ -393,17 +407,24 @@ mod gpu {
             1 + C::WARPGROUPS + id
         }
 
-        /// Where a span of row tile `slot` of a tile starts. Beyond the last row the last row tile again; its outputs are not
-        /// stored.
+        /// Whether the thread asks for a row tile.
+        #[inline(always)]
+        fn asks(&self) -> bool {
+            let thread = self.thread();
+            thread < 32 * ROW_TILES as u32 && thread.is_multiple_of(32)
+        }
+
+        /// Where the row tile of a tile starts that the thread's warp asks for. Beyond the last row the last row tile again; its
+        /// outputs are not stored.
         #[inline(always)]
         #[track_caller]
-        fn span_at(work: &Work, slot: u32, span: u32) -> Glb<u8> {
+        fn row_tile(&self, work: &Work) -> Glb<u8> {
+            let slot = self.thread() / 32 % ROW_TILES as u32;
             let gated = work.gate.is_some();
             let w = if gated && slot == 1 { work.up.w } else { work.part.w };
             let tile = if gated { work.cta } else { work.row_tiles * work.cta + slot };
             let n_tiles = work.part.n_rows.div_ceil(ROWS as u32);
-            let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
-            w.offset(work.tile_at::<F>(tile) + F::LAYOUT.span_offset(span as usize))
+            w.offset(work.tile_at::<F>(if tile < n_tiles { tile } else { n_tiles - 1 }))
         }
 
         /// Bytes of a span of a row tile.
@@ -412,45 +433,49 @@ mod gpu {
             units_of::<F>(span, self.launch.shape.n_groups) * (ROWS * F::LAYOUT.unit_bytes) as u32
         }
 
-        /// Asks L2 for the weights of an item.
+        /// Asks L2 for a span of the warp's row tile `w`.
         #[inline(always)]
         #[track_caller]
-        fn prefetch(&self, work: &Work, span: u32) {
-            if self.thread < 64 && self.thread.is_multiple_of(32) {
-                Self::span_at(work, self.thread / 32, span).prefetch(self.span_bytes(span));
+        fn prefetch(&self, w: Glb<u8>, span: u32) {
+            if self.asks() {
+                w.offset(F::LAYOUT.span_offset(span as usize)).prefetch(self.span_bytes(span));
             }
         }
 
-        /// Starts the copies of an item, of a new tile or the last item's; returns the activations' scales: the thread's
-        /// group of every sixteenth column.
+        /// Begins a tile: where its columns' activations start; returns the warp's row tile.
         #[inline(always)]
         #[track_caller]
-        fn start(&self, item: Item, stage: u32, is_new: bool) -> [U32x2; 4] {
-            let Item { tile, span } = item;
-            let n_groups = self.launch.shape.n_groups;
+        fn begin(&self, tile: u32) -> Glb<u8> {
             let work = self.launch.work(tile, C::COLS);
-            if self.thread < 64 && self.thread.is_multiple_of(32) {
-                let slot = self.thread / 32;
+            let thread = self.thread();
+            if thread < C::COLS {
+                self.starts().st(thread, work.columns.input(thread) * work.n_groups);
+            }
+            self.meet();
+            self.row_tile(&work)
+        }
+
+        /// Starts the copies of a span of the tile that was begun last, whose row tile is `w`; returns the activations'
+        /// scales: the thread's group of every sixteenth column.
+        #[inline(always)]
+        #[track_caller]
+        fn start(&self, w: Glb<u8>, span: u32, stage: u32) -> [U32x2; 4] {
+            let n_groups = self.launch.shape.n_groups;
+            if self.asks() {
                 let bytes = self.span_bytes(span);
-                let source = Self::span_at(&work, slot, span).cast::<U32x4>();
+                let source = w.offset(F::LAYOUT.span_offset(span as usize)).cast::<U32x4>();
                 self.raw_full().arrive_expect(bytes);
-                let target = slot * (raw_bytes::<F>() / 16);
+                let target = self.thread() / 32 * (raw_bytes::<F>() / 16);
                 bulk_copy::copy(self.raw().cast(), target, source, 0, bytes / 16, self.raw_full());
-            }
-            if span + C::WARPGROUPS < self.launch.n_spans {
-                self.prefetch(&work, span + C::WARPGROUPS);
-            }
-            let starts = self.starts();
-            if is_new {
-                if self.thread < C::COLS {
-                    starts.st(self.thread, work.columns.input(self.thread) * n_groups);
+                if span + C::WARPGROUPS < self.launch.n_spans {
+                    self.prefetch(w, span + C::WARPGROUPS);
                 }
-                self.meet();
             }
 
             // Codes: sixteen threads a column.
+            let (starts, thread) = (self.starts(), self.thread());
             let first = span * SPAN_GROUPS as u32;
-            let (chunk, column) = (self.thread % 16, self.thread / 16);
+            let (chunk, column) = (thread % 16, thread / 16);
             let target = self.stage(stage) + chunk / 8 * Self::PANEL + Operand::place(column, chunk % 8);
             if chunk < 2 * groups_of(span, n_groups) {
                 unroll!(I in 0..8 {
@@ -463,12 +488,18 @@ mod gpu {
             async_copy::commit();
 
             // Scales: eight threads a column.
-            let (j, column) = (self.thread % 8, self.thread / 8);
+            let (j, column) = (thread % 8, thread / 8);
             let mut acts = [U32x2([0; 2]); 4];
             if first + j < n_groups {
                 unroll!(I in 0..4 {
                     if 16 * (I as u32) < C::COLS {
-                        acts[I] = self.launch.scales.ld_nc(starts.ld(column + 16 * I as u32) + first + j);
+                        let at = starts.ld(column + 16 * I as u32) + first + j;
+                        acts[I] = if F::HAS_OFFSET {
+                            self.launch.scales.ld_nc(at)
+                        } else {
+                            // Registers are short.
+                            U32x2([self.launch.scales.cast::<u32>().ld_nc(2 * at), 0])
+                        };
                     }
                 });
             }
@@ -479,7 +510,7 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn unpack<const H: usize>(&self, span: u32) {
-            let row = self.thread % TILE_ROWS as u32;
+            let row = self.thread() % TILE_ROWS as u32;
             let raw = row / ROWS as u32 * raw_bytes::<F>();
             let units = units_of::<F>(span, self.launch.shape.n_groups);
             let words = match F::LAYOUT.unit_bytes {
@@ -513,7 +544,8 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn put_columns(&self, acts: [U32x2; 4]) {
-            let (j, column) = (self.thread % 8, self.thread / 8);
+            let thread = self.thread();
+            let (j, column) = (thread % 8, thread / 8);
             let floats = self.column_floats();
             unroll!(I in 0..4 {
                 if 16 * (I as u32) < C::COLS {
@@ -536,30 +568,33 @@ mod gpu {
         #[track_caller]
         fn start_sums(&self, sums: &mut C::Sums, at: &At, step: u32) {
             let (j, half) = (at.j + step / steps::<F>(), step % steps::<F>());
-            let codes = at.a + 2 * j * PLANE;
-            let (before, after) =
-                const { (layout::<F, C>().zeros_before / 16, layout::<F, C>().zeros_after / 16) };
-            let (first, in_k) = match (halved::<F>(), half) {
-                (false, _) => (codes, PLANE),
-                (true, 0) => (codes, after - codes),
-                (true, _) => (before, codes + PLANE - before),
+            let a = if halved::<F>() {
+                let codes = self.a() + 2 * j * PLANE;
+                let zeros = const { [layout::<F, C>().zeros_before / 16, layout::<F, C>().zeros_after / 16] };
+                let (first, second) = if half == 0 { (codes, zeros[1]) } else { (zeros[0], codes + PLANE) };
+                Operand::planes(Self::operands(), first, second - first)
+            } else {
+                at.a.step(2 * j * PLANE)
             };
-            wgmma::fence();
-            let a = Operand::planes(Self::operands(), first, in_k);
-            sums.start(a, at.b.skip(j / 4 * Self::PANEL + j % 4 * 2));
+            sums.start(a, at.b.step(j / 4 * Self::PANEL + j % 4 * 2));
             wgmma::commit();
+        }
+
+        /// What of the rows' scales products of group `step` from the place on take. Made before the fence: registers that are
+        /// written behind it ptxas would have to fence again.
+        #[inline(always)]
+        fn row_scales(at: &At, step: u32) -> FragmentA {
+            let j = at.j + step;
+            let mask = if thread::lane_id() % 4 == j / 2 { 0xffff << (16 * (j % 2)) } else { 0 };
+            let [first, second] = at.row_scales;
+            FragmentA([first & mask, second & mask, 0, 0].map(math::fresh))
         }
 
         /// Starts the products of the scales of a group with half of the columns.
         #[inline(always)]
         #[track_caller]
-        fn start_scales(&self, scales: &mut Sums<16>, at: &At, step: u32, half: u32) {
-            let j = at.j + step;
-            let mask = if thread::lane_id() % 4 == j / 2 { 0xffff << (16 * (j % 2)) } else { 0 };
-            let [first, second] = at.row_scales;
-            wgmma::fence();
-            let a = FragmentA([first & mask, second & mask, 0, 0]);
-            F16N32::registers::<false>(scales, a, at.column_scales.skip(HALF * half));
+        fn start_scales(scales: &mut Sums<16>, at: &At, rows: FragmentA, half: u32) {
+            F16N32::registers::<false>(scales, rows, at.column_scales.step(HALF * half));
             wgmma::commit();
         }
 
@@ -569,17 +604,11 @@ mod gpu {
         fn floats(&self, at: &At, step: u32, half: u32) -> Floats {
             let (j, step) = (at.j + step / steps::<F>(), step % steps::<F>());
             let mut floats = Floats { rows: [[0.0; 2]; 4], columns: [[[0.0; 4]; 2]; 3] };
-            let (lane, warp) = (thread::lane_id(), self.thread / 32);
-            // Of 32 rows, those eight apart are neighbours.
-            let row = (warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2) / 2;
-            let of_rows = self.row_floats().cast::<F32x2>();
-            let row =
-                |plane: u32| of_rows.ld((plane * SPAN_GROUPS as u32 + j) * (TILE_ROWS as u32 / 2) + row).0;
-            let of_columns = self.column_floats().cast::<F32x4>();
+            let row = |plane: u32| at.rows.ld((plane * SPAN_GROUPS as u32 + j) * (TILE_ROWS as u32 / 2)).0;
             let stride = const { column_stride::<C>() as u32 / 4 };
             let column = |plane: u32| {
-                let first = (plane * SPAN_GROUPS as u32 + j) * stride + half * (HALF / 4) + lane % 4;
-                [of_columns.ld(first).0, of_columns.ld(first + 4).0]
+                let first = (plane * SPAN_GROUPS as u32 + j) * stride + half * (HALF / 4);
+                [at.columns.ld(first).0, at.columns.ld(first + 4).0]
             };
             floats.rows[0] = row(step);
             floats.columns[0] = column(0);
@@ -634,19 +663,26 @@ mod gpu {
             let halves = const { (C::COLS / HALF) as usize };
             let mut sums = [C::Sums::zero(); 2];
             let mut scales = [Sums::<16>::zero(); 2];
+            let rows = if exact { Self::row_scales(at, 0) } else { FragmentA([0; 4]) };
+            wgmma::fence();
             self.start_sums(&mut sums[0], at, 0);
             if exact {
-                self.start_scales(&mut scales[0], at, 0, 0);
+                Self::start_scales(&mut scales[0], at, rows, 0);
             }
             unroll!(S in 0..8 {
                 if S < STEPS {
                     unroll!(H in 0..2 {
                         if H < halves {
                             let unit = S * halves + H;
-                            let mut under_way = 0;
-                            if exact && unit + 1 < STEPS * halves {
-                                let (step, half) = ((unit + 1) / halves, (unit + 1) % halves);
-                                self.start_scales(&mut scales[(unit + 1) % 2], at, step as u32, half as u32);
+                            let (mut under_way, next) = (0, unit + 1);
+                            let (step, half) = ((next / halves) as u32, (next % halves) as u32);
+                            let more = next < STEPS * halves;
+                            let rows = if exact && more { Self::row_scales(at, step) } else { FragmentA([0; 4]) };
+                            if exact && more || S + 1 < STEPS && H == 0 {
+                                wgmma::fence();
+                            }
+                            if exact && more {
+                                Self::start_scales(&mut scales[next % 2], at, rows, half);
                                 under_way += 1;
                             }
                             if S + 1 < STEPS {
@@ -678,23 +714,26 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn multiply(&self, span: u32, stage: u32) -> [[f32; 16]; 2] {
-            let lane = thread::lane_id();
+            let (lane, warp) = (thread::lane_id(), self.thread() / 32);
+            // Of 32 rows, those eight apart are neighbours.
+            let row = (warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2) / 2;
             let mut at = At {
-                a: self.a(),
+                a: Operand::planes(Self::operands(), self.a(), PLANE),
                 b: Operand::at(Self::operands(), self.stage(stage)),
                 column_scales: Operand::NONE,
                 row_scales: [0; 2],
+                rows: self.row_floats().cast::<F32x2>().skip(row),
+                columns: self.column_floats().cast::<F32x4>().skip(lane % 4),
                 j: 0,
             };
             if const { has_exact_scales::<F>() } {
-                let [rows, columns] = const { float_bytes::<F, C>() };
-                let scales = const { layout::<F, C>().column_floats / 16 } + self.id * (columns / 16);
+                let columns = const { float_bytes::<F, C>()[1] };
+                let scales = const { layout::<F, C>().column_floats / 16 } + self.id() * (columns / 16);
                 let zeros = const { layout::<F, C>().zeros_after / 16 };
                 at.column_scales = Operand::planes(Self::operands(), scales, zeros - scales);
-                let of_rows =
-                    Smem::<u32>::dynamic(const { layout::<F, C>().row_floats } + self.id * rows, rows / 4);
-                let row = 16 * (self.thread / 32) + lane / 4;
-                at.row_scales = [of_rows.ld(4 * row + lane % 4), of_rows.ld(4 * (row + 8) + lane % 4)];
+                let of_rows = self.row_floats().cast::<u32>().skip(lane % 4);
+                let row = 16 * warp + lane / 4;
+                at.row_scales = [of_rows.ld(4 * row), of_rows.ld(4 * (row + 8))];
             }
             let mut acc = [[0.0f32; 16]; 2];
             let there = groups_of(span, self.launch.shape.n_groups);
@@ -720,7 +759,7 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn add_span(&self, acc: &mut [[f32; 16]; 2], span: u32) {
-            let totals = Self::totals().skip(self.thread);
+            let totals = Self::totals().skip(self.thread());
             let is_last = span + 1 == self.launch.n_spans;
             if span != 0 {
                 let mut before = [F32x4([0.0; 4]); 8];
@@ -757,7 +796,8 @@ mod gpu {
             // column.
             let finished = Smem::<f32>::dynamic(16 * self.a(), CODES_BYTES / 4);
             let place = |column: u32, row: u32| column * TILE_ROWS as u32 + (row ^ column / 2 % 4 * 8);
-            let (lane, warp) = (thread::lane_id(), self.thread / 32);
+            let (lane, thread) = (thread::lane_id(), self.thread());
+            let warp = thread / 32;
             unroll!(Q in 0..8 {
                 if 8 * (Q as u32) < C::COLS {
                     unroll!(E in 0..4 {
@@ -771,10 +811,10 @@ mod gpu {
             let work = self.launch.work(tile, C::COLS);
             let gated = work.gate.is_some();
             let rows = if gated { ROWS } else { TILE_ROWS } as u32;
-            let (row, step) = (self.thread % rows, 128 / rows);
+            let (row, step) = (thread % rows, 128 / rows);
             let output_row = work.cta * rows + row;
             if output_row < work.part.n_rows {
-                let mut column = self.thread / rows;
+                let mut column = thread / rows;
                 while column < work.columns.n {
                     // Four loads under way at a time.
                     let (mut lines, mut residuals) = ([0; 4], [0.0; 4]);
@@ -807,17 +847,18 @@ mod gpu {
         fn run(&self) {
             let launch = self.launch;
             let first = Item { tile: launch.not_empty(thread::block_idx_x(), C::COLS), span: 0 };
-            let mut item = launch.skip(first, self.id, C::COLS);
-            let mut acts = [U32x2([0; 2]); 4];
+            let mut item = launch.skip(first, self.id(), C::COLS);
+            let (mut acts, mut w) = ([U32x2([0; 2]); 4], launch.parts[0].w);
             if launch.is_there(item) {
-                acts = self.start(item, 0, true);
+                w = self.begin(item.tile);
+                acts = self.start(w, item.span, 0);
             }
             // Of all the CTA's items the first has nobody to wait for.
-            let mut is_first = self.id == 0;
+            let mut is_first = self.id() == 0;
             let mut round = 0;
             while launch.is_there(item) {
                 self.raw_full().wait(round % 2);
-                if self.thread < TILE_ROWS as u32 {
+                if self.thread() < TILE_ROWS as u32 {
                     self.unpack::<0>(item.span);
                 } else {
                     self.unpack::<1>(item.span);
@@ -828,19 +869,22 @@ mod gpu {
                 self.meet();
                 let ahead = launch.skip(item, C::WARPGROUPS, C::COLS);
                 if launch.is_there(ahead) {
-                    acts = self.start(ahead, (round + 1) % 2, ahead.tile != item.tile);
+                    if ahead.tile != item.tile {
+                        w = self.begin(ahead.tile);
+                    }
+                    acts = self.start(w, ahead.span, (round + 1) % 2);
                 }
                 let mut acc = self.multiply(item.span, round % 2);
                 // Behind either nobody of the warpgroup multiplies any more.
                 if is_first {
                     self.meet();
                 } else {
-                    sync::barrier_of(Self::turn(self.id), 256);
+                    sync::barrier_of(Self::turn(self.id()), 256);
                 }
                 is_first = false;
                 self.add_span(&mut acc, item.span);
                 if launch.is_there(launch.skip(item, 1, C::COLS)) {
-                    let next = if self.id + 1 == C::WARPGROUPS { 0 } else { self.id + 1 };
+                    let next = if self.id() + 1 == C::WARPGROUPS { 0 } else { self.id() + 1 };
                     sync::barrier_arrive_of(Self::turn(next), 256);
                 }
                 if item.span + 1 == launch.n_spans {
@@ -886,9 +930,8 @@ mod gpu {
         let n_spans = shape.n_groups.div_ceil(SPAN_GROUPS as u32);
         let launch = &Launch { parts: [p0, p1, p2], q, scales, order, tiles, gate, shape, n_spans };
         let thread = thread::thread_idx_x();
-        let warpgroup =
-            Warpgroup::<F, C> { launch, id: thread / 128, thread: thread % 128, form: PhantomData };
-        if warpgroup.thread == 0 {
+        let warpgroup = Warpgroup::<F, C> { launch, thread, form: PhantomData };
+        if thread.is_multiple_of(128) {
             warpgroup.raw_full().init(ROW_TILES as u32);
         }
         if thread < ZERO_BYTES / 16 {
@@ -897,8 +940,9 @@ mod gpu {
             sync::fence_async_proxy();
         }
         // Without a list the first weights are known before earlier launches have ended.
-        if tiles.is_null() && warpgroup.id < n_spans {
-            warpgroup.prefetch(&launch.work(thread::block_idx_x(), C::COLS), warpgroup.id);
+        if tiles.is_null() && warpgroup.id() < n_spans {
+            let w = warpgroup.row_tile(&launch.work(thread::block_idx_x(), C::COLS));
+            warpgroup.prefetch(w, warpgroup.id());
         }
         grid::wait_for_earlier();
         sync::sync_threads();
@@ -913,7 +957,7 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmq_hopper";
-            pub(super) FEW: threads(512, 1), early;
+            pub(super) FEW: threads(384, 1), early;
             fn (
                 p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, order: Glb<u32>, tiles: Glb<U32x4>,
                 gate: Gate, shape: gpu::Shape,

@@ -16,6 +16,7 @@ use crate::kernels::mmvq::{Weights, reference};
 use crate::kernels::product::{self, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
 use crate::kernels::{mmq_hopper, moe_sort, quantise_act};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+use crate::ptx;
 use crate::tile::{self, ROWS};
 
 /// How the work is cut into CTAs. Every cut gives the same bits.
@@ -68,6 +69,8 @@ const N_SM: usize = 132;
 const WIDE_CYCLES: usize = 9000;
 /// The same per row tile of a narrow cut, by its columns, at m = 4096, k = 14336.
 const NARROW_CYCLES: [(usize, usize); 3] = [(16, 830), (32, 1230), (64, 1930)];
+/// The same of a tile of a cut by warpgroups, predicted.
+const HOPPER_CYCLES: [(usize, usize); 2] = [(32, 1100), (64, 1500)];
 /// What a row tile that shares its activations takes of that, in percent.
 const PAIRED_PERCENT: usize = 95;
 /// Most warps of a narrow cut: registers are 128 a thread.
@@ -160,7 +163,13 @@ impl Cut {
         });
         // More columns at a time pay by sharing what is unpacked: on tensor cores.
         let narrow = narrow.filter(|(_, cut)| cut.cols() == 16 || device.sm >= 75);
-        let all = wide.into_iter().filter(|_| n_cols > 16).chain(narrow);
+        let hopper = HOPPER_CYCLES.iter().filter(|_| ptx::runs_hopper(device)).map(|&(cols, cycles)| {
+            let n_sm = if device.n_sm == 0 { N_SM } else { device.n_sm as usize };
+            let cut = Cut::Hopper(Hopper { cols, ctas: n_sm as u32 });
+            (ctas(mmq_hopper::TILE_ROWS, cols).div_ceil(n_sm) * cycles, cut)
+        });
+        let hopper = hopper.filter(|&(_, cut)| fits(cut));
+        let all = wide.into_iter().chain(hopper).filter(|_| n_cols > 16).chain(narrow);
         all.min_by_key(|&(cycles, _)| cycles).map_or(Cut::NARROW_16.of_warps(2), |(_, cut)| cut)
     }
 
