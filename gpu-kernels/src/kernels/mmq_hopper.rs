@@ -37,6 +37,8 @@ pub const TILE_ROWS: usize = ROW_TILES * ROWS;
 const CODES_BYTES: u32 = (TILE_ROWS * SPAN_GROUPS * 32) as u32;
 /// Bytes of zeros that stand for a half of a group.
 const ZERO_BYTES: u32 = (TILE_ROWS * 16) as u32;
+/// Shared memory that a CTA may have.
+const MOST_BYTES: u32 = 227 << 10;
 /// Spans of activations of a warpgroup.
 const STAGES: u32 = 2;
 
@@ -89,8 +91,15 @@ const fn float_bytes<F: BlockFormat, C: Form>() -> [u32; 2] {
     [4 * (SPAN_GROUPS * rows) as u32, 4 * (SPAN_GROUPS * columns) as u32]
 }
 
+/// Bytes of a span's activations' scales as they come, where the shared memory that a CTA may have ([`MOST_BYTES`]) has room
+/// for them. Elsewhere they pass through registers.
+const fn scale_bytes<F: BlockFormat + Tiled, C: Form>() -> u32 {
+    let bytes = (SPAN_GROUPS as u32) * C::COLS * if F::HAS_OFFSET { 8 } else { 4 };
+    if layout_with::<F, C>(bytes).bytes <= MOST_BYTES { bytes } else { 0 }
+}
+
 /// Shared memory: all warpgroups' activations at 0; where zeros lie, before and after what they are zeros for: unpacked codes
-/// and floats of columns; floats of rows; totals; where columns start; barriers; raw row tiles.
+/// and floats of columns; floats of rows; totals; where columns start; scales; barriers; raw row tiles.
 #[cfg_attr(
     not(any(target_arch = "nvptx64", feature = "emu")),
     expect(dead_code, reason = "a host that only launches needs the whole alone")
@@ -103,25 +112,32 @@ struct Layout {
     row_floats: u32,
     totals: u32,
     starts: u32,
+    scales: u32,
     barriers: u32,
     raw: u32,
     bytes: u32,
 }
 
 const fn layout<F: BlockFormat + Tiled, C: Form>() -> Layout {
+    layout_with::<F, C>(scale_bytes::<F, C>())
+}
+
+const fn layout_with<F: BlockFormat + Tiled, C: Form>(scale_bytes: u32) -> Layout {
     let n = C::WARPGROUPS;
     let [rows, columns] = float_bytes::<F, C>();
     let zeros_before = n * STAGES * C::COLS * 256;
-    let a = zeros_before + ZERO_BYTES;
+    // Only halves of groups have zeros before them.
+    let a = zeros_before + if F::SCALE_ELEMS == 16 { ZERO_BYTES } else { 0 };
     let column_floats = a + n * CODES_BYTES;
     let zeros_after = column_floats + n * columns;
     let row_floats = zeros_after + ZERO_BYTES;
     let totals = row_floats + n * rows;
     let starts = totals + 4 * TILE_ROWS as u32 * C::COLS;
-    let barriers = starts + 4 * n * C::COLS;
+    let scales = starts + 4 * n * C::COLS;
+    let barriers = scales + n * scale_bytes;
     let raw = barriers + 64;
     let bytes = raw + n * ROW_TILES as u32 * raw_bytes::<F>();
-    Layout { zeros_before, a, column_floats, zeros_after, row_floats, totals, starts, barriers, raw, bytes }
+    Layout { zeros_before, a, column_floats, zeros_after, row_floats, totals, starts, scales, barriers, raw, bytes }
 }
 
 /// Shared memory of a CTA.
@@ -138,7 +154,7 @@ mod gpu {
     use crate::device::mma::FragmentA;
     use crate::device::sync::{self, Mbarrier};
     use crate::device::wgmma::{self, F16N32, Operand, Registers, S8N32, S8N64, Sums};
-    use crate::device::{F32x2, F32x4, Smem, async_copy, bulk_copy, grid, math, thread};
+    use crate::device::{F32x2, F32x4, Smem, async_copy, bulk_copy, grid, math, thread, warp};
     use crate::kernels::int8_tile;
     use crate::kernels::mmq::{Columns, Work, group, groups_of, units_of};
     use crate::kernels::mmq_wide::load_row;
@@ -375,10 +391,24 @@ mod gpu {
             Smem::dynamic(const { layout::<F, C>().totals }, TILE_ROWS as u32 * C::COLS / 4)
         }
 
-        /// First groups of the columns.
+        /// First chunks of the columns; those eight apart are neighbours.
         #[inline(always)]
         fn starts(&self) -> Smem<u32> {
             Smem::dynamic(const { layout::<F, C>().starts } + 4 * C::COLS * self.id(), C::COLS)
+        }
+
+        /// Scales of a span as they come, in the order of the threads that copy them.
+        #[inline(always)]
+        fn scales(&self) -> Smem<u32> {
+            let n = const { scale_bytes::<F, C>() };
+            Smem::dynamic(const { layout::<F, C>().scales } + self.id() * n, n / 4)
+        }
+
+        /// Which scales the thread copies: a group, and of every eighth column from the first on `C::COLS / 16`.
+        #[inline(always)]
+        fn of_scales(&self) -> (u32, u32) {
+            let thread = self.thread();
+            (thread % 8, thread / 8 % 8 + thread / 64 * (C::COLS / 2))
         }
 
         #[inline(always)]
@@ -449,14 +479,15 @@ mod gpu {
             let work = self.launch.work(tile, C::COLS);
             let thread = self.thread();
             if thread < C::COLS {
-                self.starts().st(thread, work.columns.input(thread) * work.n_groups);
+                let place = thread % 8 * (C::COLS / 8) + thread / 8;
+                self.starts().st(place, 2 * work.columns.input(thread) * work.n_groups);
             }
             self.meet();
             self.row_tile(&work)
         }
 
-        /// Starts the copies of a span of the tile that was begun last, whose row tile is `w`; returns the activations'
-        /// scales: the thread's group of every sixteenth column.
+        /// Starts the copies of a span of the tile that was begun last, whose row tile is `w`; returns the thread's scales of
+        /// activations if they are not copied.
         #[inline(always)]
         #[track_caller]
         fn start(&self, w: Glb<u8>, span: u32, stage: u32) -> [U32x2; 4] {
@@ -472,37 +503,54 @@ mod gpu {
                 }
             }
 
-            // Codes: sixteen threads a column.
-            let (starts, thread) = (self.starts(), self.thread());
+            // Scales: eight threads a column.
             let first = span * SPAN_GROUPS as u32;
+            let mut acts = [U32x2([0; 2]); 4];
+            let (j, column) = self.of_scales();
+            let there = first + j < n_groups;
+            let source = self.launch.scales.offset((first + j) as usize);
+            let place = column % 8 * (C::COLS / 8) + column / 8;
+            let [mut starts, mut more] = [[0; 4]; 2];
+            if C::COLS == 32 {
+                [starts[0], starts[1]] = self.starts().cast::<U32x2>().ld(place / 2).0;
+            } else {
+                starts = self.starts().cast::<U32x4>().ld(place / 4).0;
+            }
+            unroll!(I in 0..4 {
+                if 16 * (I as u32) < C::COLS {
+                    let source = source.cast::<u32>().offset(starts[I] as usize);
+                    let target = self.thread() + 128 * I as u32;
+                    match const { (scale_bytes::<F, C>() != 0, F::HAS_OFFSET) } {
+                        (true, false) => async_copy::copy_or_zero(self.scales(), target, source, 0, there),
+                        (true, true) => {
+                            async_copy::copy_or_zero(self.scales().cast::<U32x2>(), target, source.cast(), 0, there);
+                        }
+                        (false, false) if there => acts[I].0[0] = source.ld_nc(0),
+                        (false, true) if there => acts[I] = source.cast().ld_nc(0),
+                        _ => {}
+                    }
+                }
+            });
+
+            // Codes: sixteen threads a column.
+            let thread = self.thread();
             let (chunk, column) = (thread % 16, thread / 16);
             let target = self.stage(stage) + chunk / 8 * Self::PANEL + Operand::place(column, chunk % 8);
             if chunk < 2 * groups_of(span, n_groups) {
+                let source = self.launch.q.offset((2 * first + chunk) as usize);
+                let places = self.starts().cast::<U32x4>().skip(column * (C::COLS / 32));
+                starts = places.ld(0).0;
+                if C::COLS == 64 {
+                    more = places.ld(1).0;
+                }
                 unroll!(I in 0..8 {
                     if 8 * (I as u32) < C::COLS {
-                        let source = 2 * (starts.ld(column + 8 * I as u32) + first) + chunk;
-                        async_copy::copy16(Self::operands(), target + 64 * I as u32, self.launch.q, source);
+                        let start = [starts, more][I / 4][I % 4];
+                        async_copy::copy16(Self::operands(), target + 64 * I as u32, source, start);
                     }
                 });
             }
             async_copy::commit();
-
-            // Scales: eight threads a column.
-            let (j, column) = (thread % 8, thread / 8);
-            let mut acts = [U32x2([0; 2]); 4];
-            if first + j < n_groups {
-                unroll!(I in 0..4 {
-                    if 16 * (I as u32) < C::COLS {
-                        let at = starts.ld(column + 16 * I as u32) + first + j;
-                        acts[I] = if F::HAS_OFFSET {
-                            self.launch.scales.ld_nc(at)
-                        } else {
-                            // Registers are short.
-                            U32x2([self.launch.scales.cast::<u32>().ld_nc(2 * at), 0])
-                        };
-                    }
-                });
-            }
             acts
         }
 
@@ -540,18 +588,36 @@ mod gpu {
             }
         }
 
-        /// Stores the scales that [`Self::start`] loaded.
+        /// Stores the scales that [`Self::start`] loaded or that its copies, which have ended, have brought.
         #[inline(always)]
         #[track_caller]
         fn put_columns(&self, acts: [U32x2; 4]) {
-            let thread = self.thread();
-            let (j, column) = (thread % 8, thread / 8);
+            let (thread, lane) = (self.thread(), thread::lane_id());
+            let is_copied = const { scale_bytes::<F, C>() != 0 };
+            let (j, column) = self.of_scales();
             let floats = self.column_floats();
+            if is_copied && const { has_exact_scales::<F>() } {
+                // Four neighbouring groups of a column that the warp's other lanes have copied.
+                warp::sync_warp();
+                if lane < C::COLS / 2 {
+                    let at = (thread / 32 * 32 + lane / 8 * 128 + lane % 8 * 4) / 4;
+                    let F32x4(d) = self.scales().cast::<F32x4>().ld(at);
+                    let column = thread / 32 % 2 * 4 + lane % 8 / 2 + 8 * (thread / 64 * (C::COLS / 16) + lane / 8);
+                    let pair = |i: usize| math::pack_f16(d[i], d[i + 1]);
+                    floats.cast::<U32x2>().st(2 * column + lane % 2, U32x2([pair(0), pair(2)]));
+                }
+                return;
+            }
             unroll!(I in 0..4 {
                 if 16 * (I as u32) < C::COLS {
-                    let U32x2([d, extra]) = acts[I];
+                    let place = thread + 128 * I as u32;
+                    let U32x2([d, extra]) = match const { (scale_bytes::<F, C>() != 0, F::HAS_OFFSET) } {
+                        (true, false) => U32x2([self.scales().ld(place), 0]),
+                        (true, true) => self.scales().cast::<U32x2>().ld(place),
+                        _ => acts[I],
+                    };
                     let act = ActScale { d: f32::from_bits(d), extra };
-                    let column = column + 16 * I as u32;
+                    let column = column + 8 * I as u32;
                     if const { has_exact_scales::<F>() } {
                         floats.cast::<u16>().st(SPAN_GROUPS as u32 * column + j, math::pack_f16(act.d, 0.0) as u16);
                     } else if C::COLS == 32 {
@@ -863,8 +929,8 @@ mod gpu {
                 } else {
                     self.unpack::<1>(item.span);
                 }
-                self.put_columns(acts);
                 async_copy::wait::<0>();
+                self.put_columns(acts);
                 sync::fence_async_proxy();
                 self.meet();
                 let ahead = launch.skip(item, C::WARPGROUPS, C::COLS);
@@ -936,7 +1002,11 @@ mod gpu {
         }
         if thread < ZERO_BYTES / 16 {
             let zeros = const { [layout::<F, C>().zeros_before / 16, layout::<F, C>().zeros_after / 16] };
-            unroll!(I in 0..2 { Warpgroup::<F, C>::operands().st(zeros[I] + thread, U32x4([0; 4])); });
+            unroll!(I in 0..2 {
+                if I == 1 || halved::<F>() {
+                    Warpgroup::<F, C>::operands().st(zeros[I] + thread, U32x4([0; 4]));
+                }
+            });
             sync::fence_async_proxy();
         }
         // Without a list the first weights are known before earlier launches have ended.

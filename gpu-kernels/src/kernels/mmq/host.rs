@@ -69,8 +69,8 @@ const N_SM: usize = 132;
 const WIDE_CYCLES: usize = 9000;
 /// The same per row tile of a narrow cut, by its columns, at m = 4096, k = 14336.
 const NARROW_CYCLES: [(usize, usize); 3] = [(16, 830), (32, 1230), (64, 1930)];
-/// The same of a tile of a cut by warpgroups, predicted.
-const HOPPER_CYCLES: [(usize, usize); 2] = [(32, 1100), (64, 1500)];
+/// The same of a tile of a cut by warpgroups with more than 32 columns; with fewer a narrow cut is faster.
+const HOPPER_CYCLES: [(usize, usize); 2] = [(32, 1670), (64, 2790)];
 /// What a row tile that shares its activations takes of that, in percent.
 const PAIRED_PERCENT: usize = 95;
 /// Most warps of a narrow cut: registers are 128 a thread.
@@ -168,8 +168,8 @@ impl Cut {
             let cut = Cut::Hopper(Hopper { cols, ctas: n_sm as u32 });
             (ctas(mmq_hopper::TILE_ROWS, cols).div_ceil(n_sm) * cycles, cut)
         });
-        let hopper = hopper.filter(|&(_, cut)| fits(cut));
-        let all = wide.into_iter().chain(hopper).filter(|_| n_cols > 16).chain(narrow);
+        let hopper = hopper.filter(|&(_, cut)| n_cols > 32 && fits(cut));
+        let all = wide.into_iter().filter(|_| n_cols > 16).chain(hopper).chain(narrow);
         all.min_by_key(|&(cycles, _)| cycles).map_or(Cut::NARROW_16.of_warps(2), |(_, cut)| cut)
     }
 
