@@ -360,7 +360,11 @@ pub fn async_wait(pending: usize) {
     while let Some(group) =
         cta.thread(me, |thread| if thread.groups.len() > pending { thread.groups.pop_front() } else { None })
     {
-        cta.smem(|smem| group.iter().for_each(|copy| smem.end_copy(copy.to, &copy.bytes[..copy.size as usize], me, clock.own)));
+        cta.smem(|smem| {
+            group
+                .iter()
+                .for_each(|copy| smem.end_copy(copy.to, &copy.bytes[..copy.size as usize], me, clock.own))
+        });
     }
 }
 

@@ -137,7 +137,19 @@ const fn layout_with<F: BlockFormat + Tiled, C: Form>(scale_bytes: u32) -> Layou
     let barriers = scales + n * scale_bytes;
     let raw = barriers + 64;
     let bytes = raw + n * ROW_TILES as u32 * raw_bytes::<F>();
-    Layout { zeros_before, a, column_floats, zeros_after, row_floats, totals, starts, scales, barriers, raw, bytes }
+    Layout {
+        zeros_before,
+        a,
+        column_floats,
+        zeros_after,
+        row_floats,
+        totals,
+        starts,
+        scales,
+        barriers,
+        raw,
+        bytes,
+    }
 }
 
 /// Shared memory of a CTA.
@@ -391,7 +403,7 @@ mod gpu {
             Smem::dynamic(const { layout::<F, C>().totals }, TILE_ROWS as u32 * C::COLS / 4)
         }
 
-        /// First chunks of the columns; those eight apart are neighbours.
+        /// Where the columns' codes start, in pieces of eight bytes, four a group; columns eight apart are neighbours.
         #[inline(always)]
         fn starts(&self) -> Smem<u32> {
             Smem::dynamic(const { layout::<F, C>().starts } + 4 * C::COLS * self.id(), C::COLS)
@@ -480,7 +492,7 @@ mod gpu {
             let thread = self.thread();
             if thread < C::COLS {
                 let place = thread % 8 * (C::COLS / 8) + thread / 8;
-                self.starts().st(place, 2 * work.columns.input(thread) * work.n_groups);
+                self.starts().st(place, 4 * work.columns.input(thread) * work.n_groups);
             }
             self.meet();
             self.row_tile(&work)
@@ -506,7 +518,7 @@ mod gpu {
             // Scales: eight threads a column.
             let first = span * SPAN_GROUPS as u32;
             let mut acts = [U32x2([0; 2]); 4];
-            let (j, column) = self.of_scales();
+            let (thread, (j, column)) = (self.thread(), self.of_scales());
             let there = first + j < n_groups;
             let source = self.launch.scales.offset((first + j) as usize);
             let place = column % 8 * (C::COLS / 8) + column / 8;
@@ -518,14 +530,14 @@ mod gpu {
             }
             unroll!(I in 0..4 {
                 if 16 * (I as u32) < C::COLS {
-                    let source = source.cast::<u32>().offset(starts[I] as usize);
-                    let target = self.thread() + 128 * I as u32;
+                    let source = source.cast::<u16>().offset(starts[I] as usize);
+                    let target = thread + 128 * I as u32;
                     match const { (scale_bytes::<F, C>() != 0, F::HAS_OFFSET) } {
-                        (true, false) => async_copy::copy_or_zero(self.scales(), target, source, 0, there),
+                        (true, false) => async_copy::copy_or_zero(self.scales(), target, source.cast(), 0, there),
                         (true, true) => {
                             async_copy::copy_or_zero(self.scales().cast::<U32x2>(), target, source.cast(), 0, there);
                         }
-                        (false, false) if there => acts[I].0[0] = source.ld_nc(0),
+                        (false, false) if there => acts[I].0[0] = source.cast::<u32>().ld_nc(0),
                         (false, true) if there => acts[I] = source.cast().ld_nc(0),
                         _ => {}
                     }
@@ -545,8 +557,8 @@ mod gpu {
                 }
                 unroll!(I in 0..8 {
                     if 8 * (I as u32) < C::COLS {
-                        let start = [starts, more][I / 4][I % 4];
-                        async_copy::copy16(Self::operands(), target + 64 * I as u32, source, start);
+                        let source = source.cast::<U32x2>().offset([starts, more][I / 4][I % 4] as usize);
+                        async_copy::copy16(Self::operands(), target + 64 * I as u32, source.cast(), 0);
                     }
                 });
             }
@@ -602,7 +614,8 @@ mod gpu {
                 if lane < C::COLS / 2 {
                     let at = (thread / 32 * 32 + lane / 8 * 128 + lane % 8 * 4) / 4;
                     let F32x4(d) = self.scales().cast::<F32x4>().ld(at);
-                    let column = thread / 32 % 2 * 4 + lane % 8 / 2 + 8 * (thread / 64 * (C::COLS / 16) + lane / 8);
+                    let column =
+                        thread / 32 % 2 * 4 + lane % 8 / 2 + 8 * (thread / 64 * (C::COLS / 16) + lane / 8);
                     let pair = |i: usize| math::pack_f16(d[i], d[i + 1]);
                     floats.cast::<U32x2>().st(2 * column + lane % 2, U32x2([pair(0), pair(2)]));
                 }
@@ -919,8 +932,6 @@ mod gpu {
                 w = self.begin(item.tile);
                 acts = self.start(w, item.span, 0);
             }
-            // Of all the CTA's items the first has nobody to wait for.
-            let mut is_first = self.id() == 0;
             let mut round = 0;
             while launch.is_there(item) {
                 self.raw_full().wait(round % 2);
@@ -941,13 +952,13 @@ mod gpu {
                     acts = self.start(w, ahead.span, (round + 1) % 2);
                 }
                 let mut acc = self.multiply(item.span, round % 2);
-                // Behind either nobody of the warpgroup multiplies any more.
-                if is_first {
+                // Of all the CTA's items the first has nobody to wait for. Behind either nobody of the warpgroup multiplies any
+                // more.
+                if round == 0 && self.id() == 0 {
                     self.meet();
                 } else {
                     sync::barrier_of(Self::turn(self.id()), 256);
                 }
-                is_first = false;
                 self.add_span(&mut acc, item.span);
                 if launch.is_there(launch.skip(item, 1, C::COLS)) {
                     let next = if self.id() + 1 == C::WARPGROUPS { 0 } else { self.id() + 1 };

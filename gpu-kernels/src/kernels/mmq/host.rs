@@ -256,6 +256,7 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let params = params.with(product.q).with(product.scales).with(order).with(tiles);
     let params = with_gate(params, product.glu).with(n_groups).with(n_cols).with(pairs_per_x);
     if let Cut::Hopper(Hopper { ctas, .. }) = cut {
+        check.size("n_cols * k / 8", product.n_cols.saturating_mul(product.k / 8))?;
         let n_items = check.size("tiles", n_tiles * n_ctas as usize)?;
         let params = params.with(check.size("tiles", n_tiles)?).with(n_items);
         let grid = [n_items.min(ctas.max(1)), 1, 1];
