@@ -5,7 +5,8 @@
 //!   the other, are dealt to its warpgroups in turn. A gated pair's tile has a row tile of each matrix.
 //! * A warpgroup unpacks its span, lane = row, a thread four groups of a row, into core matrices in shared memory, and starts
 //!   the copies of its next span: raw row tiles by bulk copies of one piece, activations by asynchronous copies into the
-//!   swizzled layout. No warp only copies or only unpacks: the other warpgroups' products fill the time.
+//!   swizzled layout, their scales beside, if there is room. No warp only copies or only unpacks: the other warpgroups'
+//!   products fill the time.
 //! * `wgmma` sums a group of 32 exactly for all columns while the sums of the group before are scaled and added: a conversion,
 //!   a product of scales, an fma for each output and group, as `BlockFormat::dot_group` has them (one fma more for an
 //!   offset). A group whose halves have scales of their own takes two products, A's other half being zeros that lie
@@ -260,7 +261,6 @@ mod gpu {
         tiles: Glb<U32x4>,
         gate: Gate,
         shape: Shape,
-        n_spans: u32,
     }
 
     impl Launch {
@@ -292,6 +292,12 @@ mod gpu {
             }
         }
 
+        /// Spans of a row. Registers are short: it is computed anew where it is needed.
+        #[inline(always)]
+        fn n_spans(&self) -> u32 {
+            math::fresh(self.shape.n_groups).div_ceil(SPAN_GROUPS as u32)
+        }
+
         #[inline(always)]
         fn is_there(&self, item: Item) -> bool {
             item.tile < self.shape.n_items
@@ -311,9 +317,10 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn skip(&self, mut item: Item, n: u32, cols: u32) -> Item {
+            let n_spans = self.n_spans();
             item.span += n;
-            while item.span >= self.n_spans && self.is_there(item) {
-                item.span -= self.n_spans;
+            while item.span >= n_spans && self.is_there(item) {
+                item.span -= n_spans;
                 item.tile = self.not_empty(item.tile + thread::grid_dim_x(), cols);
             }
             item
@@ -510,7 +517,7 @@ mod gpu {
                 self.raw_full().arrive_expect(bytes);
                 let target = self.thread() / 32 * (raw_bytes::<F>() / 16);
                 bulk_copy::copy(self.raw().cast(), target, source, 0, bytes / 16, self.raw_full());
-                if span + C::WARPGROUPS < self.launch.n_spans {
+                if span + C::WARPGROUPS < self.launch.n_spans() {
                     self.prefetch(w, span + C::WARPGROUPS);
                 }
             }
@@ -839,7 +846,7 @@ mod gpu {
         #[track_caller]
         fn add_span(&self, acc: &mut [[f32; 16]; 2], span: u32) {
             let totals = Self::totals().skip(self.thread());
-            let is_last = span + 1 == self.launch.n_spans;
+            let is_last = span + 1 == self.launch.n_spans();
             if span != 0 {
                 let mut before = [F32x4([0.0; 4]); 8];
                 unroll!(Q in 0..8 {
@@ -964,10 +971,11 @@ mod gpu {
                     let next = if self.id() + 1 == C::WARPGROUPS { 0 } else { self.id() + 1 };
                     sync::barrier_arrive_of(Self::turn(next), 256);
                 }
-                if item.span + 1 == launch.n_spans {
+                if item.span + 1 == launch.n_spans() {
                     self.finish(item.tile, &acc);
                 }
-                item = ahead;
+                // Not kept over the products.
+                item = launch.skip(item, C::WARPGROUPS, C::COLS);
                 round += 1;
             }
         }
@@ -1005,7 +1013,7 @@ mod gpu {
     ) {
         const { assert!(2 * C::WARPGROUPS < 16 && C::WARPGROUPS <= 8) };
         let n_spans = shape.n_groups.div_ceil(SPAN_GROUPS as u32);
-        let launch = &Launch { parts: [p0, p1, p2], q, scales, order, tiles, gate, shape, n_spans };
+        let launch = &Launch { parts: [p0, p1, p2], q, scales, order, tiles, gate, shape };
         let thread = thread::thread_idx_x();
         let warpgroup = Warpgroup::<F, C> { launch, thread, form: PhantomData };
         if thread.is_multiple_of(128) {
