@@ -858,7 +858,7 @@ mod gpu {
                     if 8 * (Q as u32) < C::COLS {
                         unroll!(E in 0..4 {
                             let sum = &mut acc[Q / 4][Q % 4 * 4 + E];
-                            *sum = before[Q].0[E] + *sum;
+                            *sum += before[Q].0[E];
                         });
                     }
                 });
@@ -881,7 +881,7 @@ mod gpu {
             // Where the codes were: by now nobody reads them. Rows of a column, in pieces of eight that are permuted by the
             // column.
             let finished = Smem::<f32>::dynamic(16 * self.a(), CODES_BYTES / 4);
-            let place = |column: u32, row: u32| column * TILE_ROWS as u32 + (row ^ column / 2 % 4 * 8);
+            let place = |column: u32, row: u32| column * TILE_ROWS as u32 + (row ^ (column / 2 % 4 * 8));
             let (lane, thread) = (thread::lane_id(), self.thread());
             let warp = thread / 32;
             unroll!(Q in 0..8 {
