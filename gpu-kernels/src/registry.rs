@@ -3,7 +3,7 @@
 use crate::case::AnyKernel;
 use crate::kernels::{
     argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, kv_store, layer_norm,
-    mmd_hopper, mmf, mmf_hopper, mmf32, mmq, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak,
+    mmd_hopper, mmf, mmf_hopper, mmf32, mmq, mmq_hopper, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak,
     quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax, top_k,
 };
 
@@ -21,6 +21,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &mmf32::Mmf32,
     &mmd_hopper::MmdHopper,
     &mmq::Mmq,
+    &mmq_hopper::MmqHopper,
     &moe_sort::MoeSort,
     &rms_norm::RmsNorm,
     &layer_norm::LayerNorm,

@@ -72,6 +72,7 @@ kernels! {
     copy
     set_rows
     mmq
+    mmq_hopper
     moe_sort
     flash
     flash_split

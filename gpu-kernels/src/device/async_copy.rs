@@ -6,7 +6,7 @@
 #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
 use core::arch::asm;
 
-use super::{Glb, Smem, U32x4};
+use super::{Glb, Smem, U32x4, Word};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emu::lane;
 
@@ -23,7 +23,7 @@ pub fn copy16(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32) {
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
     target.st(i, source.ld_nc(j));
     #[cfg(not(target_arch = "nvptx64"))]
-    lane::async_copy(target.address(i), Some(source.address(j)));
+    lane::async_copy(target.address(i), Some(source.address(j)), 16);
 }
 
 /// [`copy16`] where `there` holds, else zeros by the same way: nothing is read then
@@ -40,7 +40,24 @@ pub fn copy16_or_zero(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32, t
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
     target.st(i, if there { source.ld_nc(j) } else { U32x4([0; 4]) });
     #[cfg(not(target_arch = "nvptx64"))]
-    lane::async_copy(target.address(i), there.then(|| source.address(j)));
+    lane::async_copy(target.address(i), there.then(|| source.address(j)), 16);
+}
+
+/// [`copy16_or_zero`] of an element of 4 or 8 bytes, through L1, too (`cp.async.ca.shared.global`).
+#[inline(always)]
+#[track_caller]
+pub fn copy_or_zero<T: Word>(target: Smem<T>, i: u32, source: Glb<T>, j: u32, there: bool) {
+    const { assert!(size_of::<T>() == 4 || size_of::<T>() == 8) };
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    // SAFETY: the launch gave arrays that hold both elements, the source's only if it is there.
+    unsafe {
+        let bytes = if there { size_of::<T>() as u32 } else { 0 };
+        asm!("cp.async.ca.shared.global [{}],[{}],{},{};", in(reg32) target.address(i), in(reg64) source.address(j), const size_of::<T>(), in(reg32) bytes, options(nostack, preserves_flags))
+    }
+    #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
+    target.st(i, if there { source.ld_nc(j) } else { T::zeroed() });
+    #[cfg(not(target_arch = "nvptx64"))]
+    lane::async_copy(target.address(i), there.then(|| source.address(j)), size_of::<T>() as u32);
 }
 
 /// Ends a group of copies (`cp.async.commit_group`).

@@ -25,7 +25,7 @@ use {super::intrinsics, core::arch::asm};
 ///
 /// * [`Operand::at`]: rows of 128 bytes, eight of them a piece of 1024 bytes that starts at a multiple of 1024; in row r of
 ///   a piece 16-byte chunk c lies at place [`Operand::place`].
-/// * [`Operand::cores`]: core matrices, 16-byte chunks of eight rows one after the other.
+/// * [`Operand::cores`], [`Operand::planes`]: core matrices, 16-byte chunks of eight rows one after the other.
 /// * [`Operand::transposed`]: sixteen rows of k in the first layout, for the shapes that take columns in a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Operand(u64);
@@ -69,10 +69,26 @@ impl Operand {
         Operand(LAYOUT | u64::from(stride) << 32 | u64::from((chunks.address(i) & 0x3_ffff) / 16))
     }
 
+    /// The operand whose first core matrix starts at element `i`, those of the following rows right behind it; the second 16
+    /// bytes of k, of all rows, start `in_k` chunks after the first.
+    #[inline(always)]
+    #[track_caller]
+    pub fn planes(chunks: Smem<U32x4>, i: u32, in_k: u32) -> Operand {
+        // PTX, "Matrix descriptor": address; 128 bytes to the next eight rows; no swizzle.
+        const LAYOUT: u64 = (128 / 16) << 32;
+        Operand(LAYOUT | u64::from(in_k) << 16 | u64::from((chunks.address(i) & 0x3_ffff) / 16))
+    }
+
     /// The operand so many 16-byte chunks on. The address field does not overflow within shared memory.
     #[inline(always)]
     pub const fn skip(self, chunks: u32) -> Operand {
         Operand(self.0 + chunks as u64)
+    }
+
+    /// [`Operand::skip`] for where registers are short: the upper word stays the constant that it is.
+    #[inline(always)]
+    pub const fn step(self, chunks: u32) -> Operand {
+        Operand(self.0 >> 32 << 32 | (self.0 as u32 + chunks) as u64)
     }
 }
 
@@ -250,13 +266,22 @@ macro_rules! registers {
                     intrinsics::anchor();
                     // SAFETY: B lies in the CTA's layout; the round of fence and wait orders registers.
                     unsafe {
-                        asm!(
-                            "{{ .reg .pred p; setp.ne.b32 p, {add}, 0;",
-                            concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {{{a0},{a1},{a2},{a3}}}, {b}, p", $flags, $b, "; }}"),
-                            $(inout(reg32) d[$i],)* a0 = in(reg32) a0, a1 = in(reg32) a1, a2 = in(reg32) a2, a3 = in(reg32) a3,
-                            b = in(reg64) b.0, add = const ADD as u32,
-                            options(nostack)
-                        )
+                        // As above.
+                        if const { ADD } {
+                            asm!(
+                                "{{ .reg .pred p; setp.ne.b32 p, 1, 0;",
+                                concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {{{a0},{a1},{a2},{a3}}}, {b}, p", $flags, $b, "; }}"),
+                                $(inout(reg32) d[$i],)* a0 = in(reg32) a0, a1 = in(reg32) a1, a2 = in(reg32) a2, a3 = in(reg32) a3,
+                                b = in(reg64) b.0, options(nostack)
+                            )
+                        } else {
+                            asm!(
+                                "{{ .reg .pred p; setp.ne.b32 p, 0, 0;",
+                                concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", $($list,)* "}}, {{{a0},{a1},{a2},{a3}}}, {b}, p", $flags, $b, "; }}"),
+                                $(out(reg32) d[$i],)* a0 = in(reg32) a0, a1 = in(reg32) a1, a2 = in(reg32) a2, a3 = in(reg32) a3,
+                                b = in(reg64) b.0, options(nostack)
+                            )
+                        }
                     }
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
@@ -264,6 +289,16 @@ macro_rules! registers {
             }
         }
     };
+}
+
+registers! {
+    16,
+    [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15],
+    ["{0},{1},{2},{3},{4},{5},{6},{7},{8},{9},{10},{11},{12},{13},{14},{15}"];
+    /// m64n32k32 on signed bytes, sums in i32.
+    S8N32: S8, "m64n32k32.s32.s8.s8", "", "", "";
+    /// m64n32k16 on f16, sums in f32.
+    F16N32: F16, "m64n32k16.f32.f16.f16", ", 1, 1", ", 0", ", 0";
 }
 
 registers! {

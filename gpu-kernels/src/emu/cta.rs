@@ -25,7 +25,7 @@ use super::clock::Clock;
 use super::collective::{self, Input, Output};
 use super::lane::{self, Collective, Source};
 use super::memory::{Allocation, Kind, LaunchMarks, Memory, Place};
-use super::smem::{Copy16, SharedMemory};
+use super::smem::{AsyncCopy, SharedMemory};
 use super::wgmma::{self, Products};
 use super::{Entry, Options};
 use crate::launch::{Launch, ParamReader};
@@ -65,9 +65,9 @@ pub(super) struct Thread {
     input: Input,
     output: Output,
     /// Copies since the last commit.
-    pub(super) open: Vec<Copy16>,
+    pub(super) open: Vec<AsyncCopy>,
     /// Groups of copies under way, oldest first.
-    pub(super) groups: VecDeque<Vec<Copy16>>,
+    pub(super) groups: VecDeque<Vec<AsyncCopy>>,
     /// Whether it has waited for earlier launches.
     pub(super) waited: bool,
     /// Products of the warpgroup.

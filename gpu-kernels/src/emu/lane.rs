@@ -13,7 +13,7 @@ use bytemuck::Pod;
 
 use super::cta::{BARRIERS, BulkCopy, Cta, CtaPlace, WINDOW_BYTES, Wait};
 use super::memory::{Kind, Toucher};
-use super::smem::Copy16;
+use super::smem::AsyncCopy;
 use super::wgmma;
 
 /// A place in a kernel's source.
@@ -325,24 +325,24 @@ pub fn atomic_global(address: u64, f: impl Fn(u32) -> u32) -> u32 {
     place.allocation.update(place.offset, f)
 }
 
-/// Starts an asynchronous copy of 16 bytes, or of zeros from nowhere.
+/// Starts an asynchronous copy of `size` bytes, at most 16, or of zeros from nowhere.
 #[track_caller]
-pub fn async_copy(to: u32, from: Option<u64>) {
+pub fn async_copy(to: u32, from: Option<u64>, size: u32) {
     let at = Location::caller();
     let (cta, me) = (cta(), me());
     let mut bytes = [0; 16];
     if let Some(from) = from {
-        let place = checked(touch(from, 16, 16, Kind::Read), at);
-        place.allocation.load(place.offset, &mut bytes);
+        let place = checked(touch(from, size.into(), size.into(), Kind::Read), at);
+        place.allocation.load(place.offset, &mut bytes[..size as usize]);
     }
     let result = cta.smem(|smem| {
-        smem.bounds(to, 16)?;
-        smem.access(to, 16, Kind::Write, me, &cta.clock(me))?;
-        smem.begin_copy(to, 16);
+        smem.bounds(to, size)?;
+        smem.access(to, size, Kind::Write, me, &cta.clock(me))?;
+        smem.begin_copy(to, size);
         Ok(())
     });
     checked(result, at);
-    cta.thread(me, |thread| thread.open.push(Copy16 { to, bytes }));
+    cta.thread(me, |thread| thread.open.push(AsyncCopy { to, bytes, size }));
 }
 
 /// Ends a group of asynchronous copies.
@@ -360,7 +360,11 @@ pub fn async_wait(pending: usize) {
     while let Some(group) =
         cta.thread(me, |thread| if thread.groups.len() > pending { thread.groups.pop_front() } else { None })
     {
-        cta.smem(|smem| group.iter().for_each(|copy| smem.end_copy(copy.to, &copy.bytes, me, clock.own)));
+        cta.smem(|smem| {
+            group
+                .iter()
+                .for_each(|copy| smem.end_copy(copy.to, &copy.bytes[..copy.size as usize], me, clock.own))
+        });
     }
 }
 

@@ -71,9 +71,11 @@ impl Word {
 
 /// A copy under way.
 #[derive(Clone, Debug)]
-pub(super) struct Copy16 {
+pub(super) struct AsyncCopy {
     pub(super) to: u32,
+    /// The first `size` of these.
     pub(super) bytes: [u8; 16],
+    pub(super) size: u32,
 }
 
 pub(super) struct SharedMemory {

@@ -10,6 +10,7 @@
 //! cores, bound the product. Where both scales are values of f16 tensor cores multiply them, too ([`Tile::add_pair`]).
 
 use quant::BlockFormat;
+use quant::act::ActKind;
 
 /// Whether the halves of a group have scales of their own.
 const fn halved<F: BlockFormat>() -> bool {
@@ -24,6 +25,15 @@ pub const fn row_planes<F: BlockFormat>() -> usize {
 /// Floats per column and group: the scale, then what offsets multiply.
 pub const fn column_planes<F: BlockFormat>() -> usize {
     1 + F::HAS_OFFSET as usize * (1 + halved::<F>() as usize)
+}
+
+/// Whether both scales are values of f16, so that their product is exact in f32 and tensor cores of sm_80 can make it.
+pub const fn has_exact_scales<F: BlockFormat>() -> bool {
+    cfg!(any(not(target_arch = "nvptx64"), sm_ge_80))
+        && F::SCALE_IS_F16
+        && !halved::<F>()
+        && !F::HAS_OFFSET
+        && !matches!(F::ACT, ActKind::Q8K)
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
@@ -43,16 +53,6 @@ mod device {
     /// 32 · 128 · 127.
     const MAGIC: f32 = 12_582_912.0;
     const MAGIC_BITS: i32 = MAGIC.to_bits() as i32;
-
-    /// Whether [`Tile::add_pair`] can take a format: both scales are values of f16, so that their product is exact in f32. It
-    /// takes tensor cores of sm_80.
-    pub const fn has_exact_scales<F: BlockFormat>() -> bool {
-        cfg!(any(not(target_arch = "nvptx64"), sm_ge_80))
-            && F::SCALE_IS_F16
-            && !halved::<F>()
-            && !F::HAS_OFFSET
-            && !matches!(F::ACT, ActKind::Q8K)
-    }
 
     /// Rows of weights or columns of activations: `GROUPS` groups each, in 16-byte chunks, two per group. Chunks are permuted
     /// within a row so that the same chunk of eight neighbours lies in eight different quads of banks.

@@ -13,7 +13,7 @@
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
-//! Two ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
+//! Three ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
 //!
 //! * *Wide*, 128 rows × 128 columns a CTA, for full machines. Spans pass through a pipeline in shared memory: raw tiles and
 //!   activations arrive by asynchronous copies one span ahead; half of the warps unpack the next span before they multiply
@@ -23,11 +23,13 @@
 //!   teams of one to four of up to sixteen warps multiply a span of their own, with no barrier of the CTA but one pair for
 //!   every round of spans, when their partial sums are added in order (`mmq_narrow.rs`). Where there are CTAs enough, two
 //!   of half the warps share an SM.
+//! * *Hopper*, 64 rows × 32 or 64 columns a CTA, for 33 columns and more on sm_90a: warpgroups multiply a span of their own
+//!   with `wgmma` (`mmq_hopper.rs`).
 //!
 //! Prompts on Hopper have a kernel of their own, with bits of its own: `mmd_hopper.rs`.
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use gpu::{NONE, Work, group, groups_of, units_of};
+pub(crate) use gpu::{Columns, NONE, Work, group, groups_of, units_of};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
@@ -67,7 +69,7 @@ mod gpu {
     #[derive(Clone, Copy)]
     pub(crate) struct Columns {
         order: Glb<u32>,
-        expert: u32,
+        pub(crate) expert: u32,
         first: u32,
         /// How many; 0 in entries of a mixture's list that no columns fill.
         pub(crate) n: u32,
@@ -79,17 +81,32 @@ mod gpu {
         #[cfg_attr(target_arch = "nvptx64", inline(always))]
         #[track_caller]
         fn tile(shape: &Shape, order: Glb<u32>, tiles: Glb<U32x4>, cols: u32) -> Columns {
-            let x = thread::block_idx_x();
-            let [expert, first, n, _] = if tiles.is_null() {
-                let first = x * cols;
-                let rest = shape.n_cols - first;
-                [0, first, if rest < cols { rest } else { cols }, 0]
-            } else {
+            if !tiles.is_null() {
                 // An earlier launch wrote the list.
                 grid::wait_for_earlier();
+            }
+            Columns::at(order, tiles, shape.n_cols, shape.pairs_per_x, cols, thread::block_idx_x())
+        }
+
+        /// Tile `x` of `cols` columns, after earlier launches if there is a list.
+        #[cfg_attr(target_arch = "nvptx64", inline(always))]
+        #[track_caller]
+        pub(crate) fn at(
+            order: Glb<u32>,
+            tiles: Glb<U32x4>,
+            n_cols: u32,
+            pairs_per_x: u32,
+            cols: u32,
+            x: u32,
+        ) -> Columns {
+            let [expert, first, n, _] = if tiles.is_null() {
+                let first = x * cols;
+                let rest = n_cols - first;
+                [0, first, if rest < cols { rest } else { cols }, 0]
+            } else {
                 tiles.ld_nc(x).0
             };
-            Columns { order, expert, first, n, pairs_per_x: shape.pairs_per_x }
+            Columns { order, expert, first, n, pairs_per_x }
         }
 
         /// Row of `y` of column `c`, which exists.
@@ -118,7 +135,7 @@ mod gpu {
         /// The CTA's number among its part's.
         pub(crate) cta: u32,
         /// Of a narrow cut: row tiles of the CTA.
-        row_tiles: u32,
+        pub(crate) row_tiles: u32,
         pub(crate) q: Glb<U32x4>,
         pub(crate) scales: Glb<U32x2>,
         pub(crate) n_groups: u32,
@@ -284,6 +301,14 @@ macro_rules! entries {
                         narrow.bytes::<formats::$module::Block>(gated),
                     ),
                     Cut::Wide => (concat!("mmq_", stringify!($id), "_n128"), wide_bytes::<formats::$module::Block>()),
+                    Cut::Hopper(Hopper { cols: 32, .. }) => (
+                        concat!("mmq_hopper_", stringify!($id), "_n32"),
+                        mmq_hopper::bytes::<formats::$module::Block, mmq_hopper::Few>(),
+                    ),
+                    Cut::Hopper(_) => (
+                        concat!("mmq_hopper_", stringify!($id), "_n64"),
+                        mmq_hopper::bytes::<formats::$module::Block, mmq_hopper::Many>(),
+                    ),
                 }),)*
                 _ => None,
             }
@@ -296,7 +321,7 @@ macro_rules! entries {
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::kernels::mmq_wide::wide_bytes;
+use crate::kernels::{mmq_hopper, mmq_wide::wide_bytes};
 use quant::formats;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
@@ -373,9 +398,11 @@ mod tests {
                 (Cut::NARROW_64.of_warps(12), ks[1]),
                 (Cut::NARROW_64.of_warps(8).paired(), ks[0]),
                 (Cut::Wide, ks[1]),
+                (Cut::HOPPER_32, ks[1]),
+                (Cut::HOPPER_64.of_ctas(1), ks[0]),
             ];
             for (cut, k) in of_cuts {
-                let tables = [NARROW, WIDE];
+                let tables = [NARROW, WIDE, mmq_hopper::FEW, mmq_hopper::MANY];
                 let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &tables);
                 assert_eq!(expected, got, "{format} {cut:?}");
             }
@@ -422,6 +449,8 @@ mod tests {
                 (Cut::NARROW_64.of_warps(12), 227 << 10),
                 (Cut::NARROW_64.paired(), 227 << 10),
                 (Cut::Wide, 227 << 10),
+                (Cut::HOPPER_32, 227 << 10),
+                (Cut::HOPPER_64, 227 << 10),
             ];
             for (cut, most) in most {
                 assert!(entry(*format, cut, false).unwrap().1 <= most, "{format} {cut:?}");

@@ -17,6 +17,7 @@ pub mod mmf;
 pub mod mmf32;
 pub mod mmf_hopper;
 pub mod mmq;
+pub mod mmq_hopper;
 mod mmq_narrow;
 mod mmq_wide;
 pub mod mmvf;

@@ -14,8 +14,9 @@ use crate::kernels::mmq_wide::WIDE;
 use crate::kernels::mmvq::reference_bits;
 use crate::kernels::mmvq::{Weights, reference};
 use crate::kernels::product::{self, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
-use crate::kernels::{moe_sort, quantise_act};
+use crate::kernels::{mmq_hopper, moe_sort, quantise_act};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
+use crate::ptx;
 use crate::tile::{self, ROWS};
 
 /// How the work is cut into CTAs. Every cut gives the same bits.
@@ -25,6 +26,17 @@ pub enum Cut {
     Narrow(Narrow),
     /// 128 rows (of a gated pair 64 of each), 128 columns. Takes some 200 KiB of shared memory.
     Wide,
+    /// 64 rows (of a gated pair 32 of each), up to 64 columns, by warpgroups (sm_90a).
+    Hopper(Hopper),
+}
+
+/// A cut by warpgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hopper {
+    /// Columns of a tile: 32 or 64.
+    pub cols: usize,
+    /// CTAs at most: they walk over the tiles.
+    pub ctas: u32,
 }
 
 /// A narrow cut.
@@ -57,6 +69,8 @@ const N_SM: usize = 132;
 const WIDE_CYCLES: usize = 9000;
 /// The same per row tile of a narrow cut, by its columns, at m = 4096, k = 14336.
 const NARROW_CYCLES: [(usize, usize); 3] = [(16, 830), (32, 1230), (64, 1930)];
+/// The same of a tile of a cut by warpgroups with more than 32 columns; with fewer a narrow cut is faster.
+const HOPPER_CYCLES: [(usize, usize); 2] = [(32, 1670), (64, 2790)];
 /// What a row tile that shares its activations takes of that, in percent.
 const PAIRED_PERCENT: usize = 95;
 /// Most warps of a narrow cut: registers are 128 a thread.
@@ -71,6 +85,19 @@ impl Cut {
     pub const NARROW_32: Cut = Cut::Narrow(Narrow { cols: 32, warps: 16, row_tiles: 1 });
     /// As above.
     pub const NARROW_64: Cut = Cut::Narrow(Narrow { cols: 64, warps: 16, row_tiles: 1 });
+
+    /// Cuts by warpgroups for as many CTAs as an H100 has multiprocessors.
+    pub const HOPPER_32: Cut = Cut::Hopper(Hopper { cols: 32, ctas: N_SM as u32 });
+    /// As above.
+    pub const HOPPER_64: Cut = Cut::Hopper(Hopper { cols: 64, ctas: N_SM as u32 });
+
+    /// A cut by warpgroups with this many CTAs at most.
+    pub const fn of_ctas(self, ctas: u32) -> Cut {
+        match self {
+            Cut::Hopper(hopper) => Cut::Hopper(Hopper { ctas, ..hopper }),
+            _ => self,
+        }
+    }
 
     /// A narrow cut with this many warps.
     pub const fn of_warps(self, warps: u32) -> Cut {
@@ -93,6 +120,7 @@ impl Cut {
         match self {
             Cut::Narrow(narrow) => narrow.cols,
             Cut::Wide => WIDE,
+            Cut::Hopper(hopper) => hopper.cols,
         }
     }
 
@@ -101,6 +129,8 @@ impl Cut {
         match self {
             Cut::Narrow(narrow) => 32 * narrow.warps,
             Cut::Wide => THREADS,
+            Cut::Hopper(Hopper { cols: 32, .. }) => mmq_hopper::threads::<mmq_hopper::Few>(),
+            Cut::Hopper(_) => mmq_hopper::threads::<mmq_hopper::Many>(),
         }
     }
 
@@ -133,7 +163,13 @@ impl Cut {
         });
         // More columns at a time pay by sharing what is unpacked: on tensor cores.
         let narrow = narrow.filter(|(_, cut)| cut.cols() == 16 || device.sm >= 75);
-        let all = wide.into_iter().filter(|_| n_cols > 16).chain(narrow);
+        let hopper = HOPPER_CYCLES.iter().filter(|_| ptx::runs_hopper(device)).map(|&(cols, cycles)| {
+            let n_sm = if device.n_sm == 0 { N_SM } else { device.n_sm as usize };
+            let cut = Cut::Hopper(Hopper { cols, ctas: n_sm as u32 });
+            (ctas(mmq_hopper::TILE_ROWS, cols).div_ceil(n_sm) * cycles, cut)
+        });
+        let hopper = hopper.filter(|&(_, cut)| n_cols > 32 && fits(cut));
+        let all = wide.into_iter().filter(|_| n_cols > 16).chain(hopper).chain(narrow);
         all.min_by_key(|&(cycles, _)| cycles).map_or(Cut::NARROW_16.of_warps(2), |(_, cut)| cut)
     }
 
@@ -206,17 +242,26 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     };
     let row_tiles = match cut {
         Cut::Narrow(narrow) => narrow.row_tiles(product.glu.is_some()),
-        Cut::Wide => 0,
+        Cut::Wide | Cut::Hopper(_) => 0,
     };
     let rows_per_cta = match (cut, product.glu) {
         (Cut::Narrow(_), _) => row_tiles * ROWS,
         (Cut::Wide, Some(_)) => cut.cols() / 2,
         (Cut::Wide, None) => cut.cols(),
+        (Cut::Hopper(_), Some(_)) => mmq_hopper::TILE_ROWS / 2,
+        (Cut::Hopper(_), None) => mmq_hopper::TILE_ROWS,
     };
     let ctas = |rows: u32| rows.div_ceil(rows_per_cta as u32);
     let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
     let params = params.with(product.q).with(product.scales).with(order).with(tiles);
     let params = with_gate(params, product.glu).with(n_groups).with(n_cols).with(pairs_per_x);
+    if let Cut::Hopper(Hopper { ctas, .. }) = cut {
+        check.size("n_cols * k / 8", product.n_cols.saturating_mul(product.k / 8))?;
+        let n_items = check.size("tiles", n_tiles * n_ctas as usize)?;
+        let params = params.with(check.size("tiles", n_tiles)?).with(n_items);
+        let grid = [n_items.min(ctas.max(1)), 1, 1];
+        return Ok(Launch { entry, grid, cta: cut.threads(), cluster: 1, smem_bytes, params });
+    }
     let params = params.with(row_tiles as u32);
     // Column tiles first: CTAs that run together share the weights, which pass from memory once.
     let grid = [check.size("tiles", n_tiles)?, check.grid("row tiles", n_ctas as usize)?, 1];
