@@ -34,8 +34,7 @@ impl Ptxas {
 fn most_spilled(tier: Tier) -> u32 {
     match tier.sm {
         ..75 => 240,
-        75..89 => 160,
-        _ => 128,
+        _ => 160,
     }
 }
 

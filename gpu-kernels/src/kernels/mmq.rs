@@ -438,6 +438,11 @@ mod tests {
         assert_eq!(choose(4096, 64, &whole), Cut::NARROW_64);
         assert_eq!(choose(2 * 14336, 512, &h100), Cut::Wide);
         assert_eq!(choose(4096, 9, &h100), Cut::NARROW_16);
+        // Warpgroups where the driver takes their PTX.
+        let hopper = DeviceInfo { driver_version: 12_040, ..whole };
+        assert_eq!(choose(4096, 64, &hopper), Cut::HOPPER_32);
+        assert_eq!(choose(2 * 14336, 64, &hopper), Cut::HOPPER_64);
+        assert_eq!(choose(4096, 32, &hopper), Cut::NARROW_32);
         // Neither would fit with all its warps.
         assert_eq!(choose(4096, 512, &turing), Cut::NARROW_16.of_warps(14).paired());
         assert_eq!(choose(4096, 512, &device(61, 48 << 10)), Cut::NARROW_16.of_warps(10).paired());
