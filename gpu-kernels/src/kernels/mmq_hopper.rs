@@ -261,6 +261,7 @@ mod gpu {
         tiles: Glb<U32x4>,
         gate: Gate,
         shape: Shape,
+        n_spans: u32,
     }
 
     impl Launch {
@@ -292,12 +293,6 @@ mod gpu {
             }
         }
 
-        /// Spans of a row. Registers are short: it is computed anew where it is needed.
-        #[inline(always)]
-        fn n_spans(&self) -> u32 {
-            math::fresh(self.shape.n_groups).div_ceil(SPAN_GROUPS as u32)
-        }
-
         #[inline(always)]
         fn is_there(&self, item: Item) -> bool {
             item.tile < self.shape.n_items
@@ -317,10 +312,9 @@ mod gpu {
         #[inline(always)]
         #[track_caller]
         fn skip(&self, mut item: Item, n: u32, cols: u32) -> Item {
-            let n_spans = self.n_spans();
             item.span += n;
-            while item.span >= n_spans && self.is_there(item) {
-                item.span -= n_spans;
+            while item.span >= self.n_spans && self.is_there(item) {
+                item.span -= self.n_spans;
                 item.tile = self.not_empty(item.tile + thread::grid_dim_x(), cols);
             }
             item
@@ -410,7 +404,7 @@ mod gpu {
             Smem::dynamic(const { layout::<F, C>().totals }, TILE_ROWS as u32 * C::COLS / 4)
         }
 
-        /// Where the columns' codes start, in pieces of eight bytes, four a group; columns eight apart are neighbours.
+        /// First chunks of the columns; those eight apart are neighbours.
         #[inline(always)]
         fn starts(&self) -> Smem<u32> {
             Smem::dynamic(const { layout::<F, C>().starts } + 4 * C::COLS * self.id(), C::COLS)
@@ -499,7 +493,7 @@ mod gpu {
             let thread = self.thread();
             if thread < C::COLS {
                 let place = thread % 8 * (C::COLS / 8) + thread / 8;
-                self.starts().st(place, 4 * work.columns.input(thread) * work.n_groups);
+                self.starts().st(place, 2 * work.columns.input(thread) * work.n_groups);
             }
             self.meet();
             self.row_tile(&work)
@@ -517,7 +511,7 @@ mod gpu {
                 self.raw_full().arrive_expect(bytes);
                 let target = self.thread() / 32 * (raw_bytes::<F>() / 16);
                 bulk_copy::copy(self.raw().cast(), target, source, 0, bytes / 16, self.raw_full());
-                if span + C::WARPGROUPS < self.launch.n_spans() {
+                if span + C::WARPGROUPS < self.launch.n_spans {
                     self.prefetch(w, span + C::WARPGROUPS);
                 }
             }
@@ -525,7 +519,7 @@ mod gpu {
             // Scales: eight threads a column.
             let first = span * SPAN_GROUPS as u32;
             let mut acts = [U32x2([0; 2]); 4];
-            let (thread, (j, column)) = (self.thread(), self.of_scales());
+            let (j, column) = self.of_scales();
             let there = first + j < n_groups;
             let source = self.launch.scales.offset((first + j) as usize);
             let place = column % 8 * (C::COLS / 8) + column / 8;
@@ -537,14 +531,14 @@ mod gpu {
             }
             unroll!(I in 0..4 {
                 if 16 * (I as u32) < C::COLS {
-                    let source = source.cast::<u16>().offset(starts[I] as usize);
-                    let target = thread + 128 * I as u32;
+                    let source = source.cast::<u32>().offset(starts[I] as usize);
+                    let target = self.thread() + 128 * I as u32;
                     match const { (scale_bytes::<F, C>() != 0, F::HAS_OFFSET) } {
-                        (true, false) => async_copy::copy_or_zero(self.scales(), target, source.cast(), 0, there),
+                        (true, false) => async_copy::copy_or_zero(self.scales(), target, source, 0, there),
                         (true, true) => {
                             async_copy::copy_or_zero(self.scales().cast::<U32x2>(), target, source.cast(), 0, there);
                         }
-                        (false, false) if there => acts[I].0[0] = source.cast::<u32>().ld_nc(0),
+                        (false, false) if there => acts[I].0[0] = source.ld_nc(0),
                         (false, true) if there => acts[I] = source.cast().ld_nc(0),
                         _ => {}
                     }
@@ -564,8 +558,8 @@ mod gpu {
                 }
                 unroll!(I in 0..8 {
                     if 8 * (I as u32) < C::COLS {
-                        let source = source.cast::<U32x2>().offset([starts, more][I / 4][I % 4] as usize);
-                        async_copy::copy16(Self::operands(), target + 64 * I as u32, source.cast(), 0);
+                        let start = [starts, more][I / 4][I % 4];
+                        async_copy::copy16(Self::operands(), target + 64 * I as u32, source, start);
                     }
                 });
             }
@@ -846,7 +840,7 @@ mod gpu {
         #[track_caller]
         fn add_span(&self, acc: &mut [[f32; 16]; 2], span: u32) {
             let totals = Self::totals().skip(self.thread());
-            let is_last = span + 1 == self.launch.n_spans();
+            let is_last = span + 1 == self.launch.n_spans;
             if span != 0 {
                 let mut before = [F32x4([0.0; 4]); 8];
                 unroll!(Q in 0..8 {
@@ -939,6 +933,8 @@ mod gpu {
                 w = self.begin(item.tile);
                 acts = self.start(w, item.span, 0);
             }
+            // Of all the CTA's items the first has nobody to wait for.
+            let mut is_first = self.id() == 0;
             let mut round = 0;
             while launch.is_there(item) {
                 self.raw_full().wait(round % 2);
@@ -959,23 +955,22 @@ mod gpu {
                     acts = self.start(w, ahead.span, (round + 1) % 2);
                 }
                 let mut acc = self.multiply(item.span, round % 2);
-                // Of all the CTA's items the first has nobody to wait for. Behind either nobody of the warpgroup multiplies any
-                // more.
-                if round == 0 && self.id() == 0 {
+                // Behind either nobody of the warpgroup multiplies any more.
+                if is_first {
                     self.meet();
                 } else {
                     sync::barrier_of(Self::turn(self.id()), 256);
                 }
+                is_first = false;
                 self.add_span(&mut acc, item.span);
                 if launch.is_there(launch.skip(item, 1, C::COLS)) {
                     let next = if self.id() + 1 == C::WARPGROUPS { 0 } else { self.id() + 1 };
                     sync::barrier_arrive_of(Self::turn(next), 256);
                 }
-                if item.span + 1 == launch.n_spans() {
+                if item.span + 1 == launch.n_spans {
                     self.finish(item.tile, &acc);
                 }
-                // Not kept over the products.
-                item = launch.skip(item, C::WARPGROUPS, C::COLS);
+                item = ahead;
                 round += 1;
             }
         }
@@ -1013,7 +1008,7 @@ mod gpu {
     ) {
         const { assert!(2 * C::WARPGROUPS < 16 && C::WARPGROUPS <= 8) };
         let n_spans = shape.n_groups.div_ceil(SPAN_GROUPS as u32);
-        let launch = &Launch { parts: [p0, p1, p2], q, scales, order, tiles, gate, shape };
+        let launch = &Launch { parts: [p0, p1, p2], q, scales, order, tiles, gate, shape, n_spans };
         let thread = thread::thread_idx_x();
         let warpgroup = Warpgroup::<F, C> { launch, thread, form: PhantomData };
         if thread.is_multiple_of(128) {
