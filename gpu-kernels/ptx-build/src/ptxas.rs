@@ -29,11 +29,14 @@ impl Ptxas {
 }
 
 /// Most that an entry may spill on a tier, stores and loads together: what launch bounds for full occupancy cost some
-/// entries for dear formats. Below sm_75 it is `mmq`'s cuts of 32 and 64 columns, which such GPUs compile and do not choose. An
-/// array that went to memory takes more, and is an error of its own (`module`).
+/// entries for dear formats. Below sm_75 it is `mmq`'s cuts of 32 and 64 columns, which such GPUs compile and do not choose;
+/// on sm_90a `mmq_hopper`'s of 64 columns with f16 scales. An array that went to memory takes more, and is an error of its
+/// own (`module`).
 fn most_spilled(tier: Tier) -> u32 {
     match tier.sm {
         ..75 => 240,
+        75..89 => 160,
+        89 => 128,
         _ => 160,
     }
 }

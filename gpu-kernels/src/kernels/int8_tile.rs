@@ -13,7 +13,7 @@ use quant::BlockFormat;
 use quant::act::ActKind;
 
 /// Whether the halves of a group have scales of their own.
-const fn halved<F: BlockFormat>() -> bool {
+pub const fn halved<F: BlockFormat>() -> bool {
     F::SCALE_ELEMS == 16
 }
 

@@ -402,7 +402,7 @@ mod tests {
                 (Cut::HOPPER_64.of_ctas(1), ks[0]),
             ];
             for (cut, k) in of_cuts {
-                let tables = [NARROW, WIDE, mmq_hopper::FEW, mmq_hopper::MANY];
+                let tables = [NARROW, WIDE, mmq_hopper::ENTRIES];
                 let (expected, got) = bits(&plain(*format, cut, &[34], k, 11), 7, &tables);
                 assert_eq!(expected, got, "{format} {cut:?}");
             }

@@ -129,8 +129,7 @@ impl Cut {
         match self {
             Cut::Narrow(narrow) => 32 * narrow.warps,
             Cut::Wide => THREADS,
-            Cut::Hopper(Hopper { cols: 32, .. }) => mmq_hopper::threads::<mmq_hopper::Few>(),
-            Cut::Hopper(_) => mmq_hopper::threads::<mmq_hopper::Many>(),
+            Cut::Hopper(_) => mmq_hopper::THREADS,
         }
     }
 

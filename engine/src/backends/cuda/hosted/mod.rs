@@ -318,7 +318,7 @@ impl Hosted {
     }
 }
 
-/// Pinned memory of our own huge pages, which takes a third of the time that the driver's own takes. `None` where little is
+/// Pinned memory of our own huge pages, which takes half of the time that the driver's own takes, or less. `None` where little is
 /// asked for, or the kernel or the driver refuses, or the device would see it at another place.
 fn pinned_pages(bytes: u64) -> Option<(DevicePtr, Origin)> {
     let asked = usize::try_from(bytes).ok().filter(|bytes| *bytes >= pages::HUGE)?;
