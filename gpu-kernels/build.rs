@@ -20,12 +20,16 @@ fn main() {
         println!("cargo::rustc-check-cfg=cfg({cfg})");
     }
     println!("cargo::rustc-check-cfg=cfg(entries_of, values(any()))");
+    println!("cargo::rustc-check-cfg=cfg(ptx_embedded)");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=src");
     println!("cargo::rerun-if-changed=../quant/src");
     let out_dir = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let modules =
         if std::env::var_os("CARGO_FEATURE_PTX").is_some() { modules(&out_dir) } else { Vec::new() };
+    if !modules.is_empty() {
+        println!("cargo::rustc-cfg=ptx_embedded");
+    }
     let table = table(&out_dir, &modules).unwrap_or_else(|error| panic!("embed PTX: {error}"));
     std::fs::write(out_dir.join("ptx_table.rs"), table).unwrap_or_else(|error| panic!("embed PTX: {error}"));
     let digest = digest().unwrap_or_else(|error| panic!("read the sources: {error}"));
@@ -73,6 +77,10 @@ fn modules(out_dir: &Path) -> Vec<Module> {
         Ok(modules) => modules,
         Err(error @ PtxError::NoCompiler { .. }) => {
             println!("cargo::warning=built without GPU kernels ({error}); to have them: {INSTALL_COMMAND}");
+            // Once something was installed the next build looks again.
+            for changes in Compiler::places().iter().filter(|place| place.exists()) {
+                println!("cargo::rerun-if-changed={}", changes.display());
+            }
             Vec::new()
         }
         Err(error) => panic!("{error}"),

@@ -178,7 +178,7 @@ impl FindModule for &mut Modules {
     }
 }
 
-#[cfg(all(test, feature = "ptx"))]
+#[cfg(all(test, ptx_embedded))]
 mod tests {
     use alloc::collections::BTreeSet;
     use std::sync::Mutex;

@@ -1,15 +1,16 @@
 //! Debian packages, where we may install them.
 
 use std::process::Command;
+use std::sync::Once;
 
 use crate::process;
 
 /// The command that a user would type for the same.
 pub fn line(packages: &[&str]) -> String {
-    format!("apt-get install -y --no-install-recommends {}", packages.join(" "))
+    format!("apt-get update && apt-get install -y --no-install-recommends {}", packages.join(" "))
 }
 
-/// Installs packages if we are root on a Debian; else says what to run.
+/// Installs packages in their newest versions if we are root on a Debian; else says what to run.
 pub fn install(packages: &[&str]) -> Result<(), String> {
     let apt = || {
         let mut command = Command::new("apt-get");
@@ -26,9 +27,15 @@ pub fn install(packages: &[&str]) -> Result<(), String> {
             apt().args(["install", "-y", "--no-install-recommends", "--allow-downgrades"]).args(wanted),
         )
     };
+    // A fresh machine has no package lists, or its image's: those install what was new when the image was made.
+    static UPDATE: Once = Once::new();
+    UPDATE.call_once(|| {
+        if !process::works(apt().arg("update")) {
+            eprintln!("`apt-get update` failed; trying with the package lists that are there");
+        }
+    });
     let plain: Vec<String> = packages.iter().map(|name| name.to_string()).collect();
-    // A fresh machine has no package lists, an old one stale ones.
-    if install(&plain) || (process::works(apt().arg("update")) && install(&plain)) {
+    if install(&plain) {
         return Ok(());
     }
     Err(format!("`{}` failed", line(packages)))

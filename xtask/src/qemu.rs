@@ -23,6 +23,10 @@ pub const HELP: &str = "boot the image with a model (SmolLM2) on QEMU; WORDS go 
 pub const PACKAGES: &[&str] = &["qemu-system-x86", "seabios"];
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
+/// Makes a CD that boots by GRUB.
+pub const GRUB: &str = "grub-mkrescue";
+/// Debian's packages of it.
+pub const GRUB_PACKAGES: &[&str] = &["grub-pc-bin", "grub-common", "xorriso", "mtools"];
 /// How long a broker may take to listen.
 const BROKER_PATIENCE: Duration = Duration::from_secs(20);
 

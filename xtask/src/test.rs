@@ -8,6 +8,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use ptx_build::PtxError;
+
 use crate::args;
 use crate::deny;
 use crate::error::TaskError;
@@ -36,6 +38,7 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     let mut steps = Steps::default();
     let mut model = None;
     let goldens = workspace.goldens();
+    steps.step("compiler", || device_compiler(workspace));
     steps.step("format", || format(workspace));
     steps.step("clippy", || clippy(workspace));
     steps.step("model", || {
@@ -47,9 +50,11 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
     steps.step("goldens", || Ok(note_goldens(goldens.as_deref())));
     let mut image = None;
     steps.step("image", || image::check(workspace, &mut image));
-    // Without QEMU the guests' tests skip, and say so.
-    if let Err(error) = qemu::need(qemu::PROGRAM, qemu::PACKAGES) {
-        eprintln!("{error}");
+    // Without QEMU or GRUB the guests' tests skip, and say so.
+    for (program, packages) in [(qemu::PROGRAM, qemu::PACKAGES), (qemu::GRUB, qemu::GRUB_PACKAGES)] {
+        if let Err(error) = qemu::need(program, packages) {
+            eprintln!("{error}");
+        }
     }
     steps.step("tests", || {
         tests(workspace, [(MODEL_VARIABLE, model), (GOLDENS_VARIABLE, goldens), (IMAGE_VARIABLE, image)])
@@ -67,6 +72,15 @@ fn need_component(workspace: &Workspace, subcommand: &str, component: &str) -> R
         return Ok(());
     }
     process::run(Command::new("rustup").args(["component", "add", component]).current_dir(workspace.root()))
+}
+
+/// The compiler of the GPU kernels, before anything embeds them; that it works is the step `ptx`'s to say.
+fn device_compiler(workspace: &Workspace) -> Result<Outcome, TaskError> {
+    match ptx_check::compiler(workspace) {
+        Ok(compiler) => Ok(Outcome { counts: Counts::default(), note: compiler.description }),
+        Err(TaskError::Ptx(error @ PtxError::NoCompiler { .. })) => Ok(Outcome::skipped(error.to_string())),
+        Err(error) => Err(error),
+    }
 }
 
 fn format(workspace: &Workspace) -> Result<Outcome, TaskError> {

@@ -19,7 +19,7 @@ const DEBIAN_LIBRARY: &str = "/usr/lib/rustlib/src/rust/library";
 /// Debian's packages of the compiler and of the library's source.
 pub const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
 /// The one command that installs a compiler on Debian and Ubuntu.
-pub const INSTALL_COMMAND: &str = "apt-get install -y rustc-web rust-web-src";
+pub const INSTALL_COMMAND: &str = "apt-get update && apt-get install -y rustc-web rust-web-src";
 /// Minor versions of rustc 1.x that are known to work. 1.95 lacks lang items the flags rely on; from 1.97 on the
 /// back end refuses GPUs before sm_70, which three tiers need.
 const MINOR: u32 = 96;
@@ -46,6 +46,14 @@ impl Compiler {
             }
         }
         Err(PtxError::NoCompiler { reasons })
+    }
+
+    /// Files that change when a compiler is installed: Debian's list of packages, rustup's folder of toolchains.
+    pub fn places() -> Vec<PathBuf> {
+        let rustup = std::env::var_os("RUSTUP_HOME").map(PathBuf::from);
+        let rustup = rustup.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".rustup")));
+        let toolchains = rustup.map(|home| home.join("toolchains"));
+        std::iter::once(PathBuf::from("/var/lib/dpkg/status")).chain(toolchains).collect()
     }
 
     /// rustc for the device, with the flags every device crate shares.

@@ -29,7 +29,7 @@ use gpu_kernels::driver::Driver;
 use server::Server;
 use server::scheduler::Scheduler;
 use uk_kernel::devices::Devices;
-use uk_kernel::exit::{Exit, exit};
+use uk_kernel::exit::{Exit, begin_report, exit};
 use uk_kernel::heap::Heap;
 use uk_kernel::machine::Machine;
 use uk_kernel::options::{Device, Options};
@@ -141,6 +141,7 @@ fn fail(error: &dyn Error) -> ! {
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
+    begin_report(Exit::Panic);
     serial::last_words(format_args!("\n{info}\n"));
     exit(Exit::Panic)
 }

@@ -1,7 +1,7 @@
 //! Control and model-specific registers.
 
 use core::arch::asm;
-use core::arch::x86_64::__cpuid;
+use core::arch::x86_64::{__cpuid, __cpuid_count};
 
 /// Reads a model-specific register.
 ///
@@ -38,4 +38,13 @@ pub fn page_tables() -> u64 {
 /// Whether pages of 1 GiB exist.
 pub fn has_huge_pages() -> bool {
     __cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).edx & 1 << 26 != 0
+}
+
+/// This core's number, as its interrupt controller has it; of eight bits on processors without leaf 0xb.
+pub fn id() -> u32 {
+    const TOPOLOGY: u32 = 0xb;
+    if __cpuid(0).eax >= TOPOLOGY && __cpuid_count(TOPOLOGY, 0).ebx != 0 {
+        return __cpuid_count(TOPOLOGY, 0).edx;
+    }
+    __cpuid(1).ebx >> 24
 }

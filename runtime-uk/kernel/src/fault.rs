@@ -9,7 +9,7 @@ use core::arch::{asm, naked_asm};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::apic::{self, END_OF_INTERRUPT_AT};
-use crate::exit::{Exit, exit};
+use crate::exit::{Exit, begin_report, exit};
 use crate::serial;
 
 /// Selectors in every core's descriptor table; the entry code's table has the first two at the same places.
@@ -268,11 +268,7 @@ fn name(vector: u64) -> &'static str {
 }
 
 extern "C" fn report(frame: &Frame) -> ! {
-    static REPORTED: AtomicBool = AtomicBool::new(false);
-    if REPORTED.swap(true, Ordering::AcqRel) {
-        // The report itself failed, or another core is at it.
-        exit(Exit::Fault);
-    }
+    begin_report(Exit::Fault);
     let at: u64;
     // SAFETY: reading CR2 has no effect.
     unsafe { asm!("mov {}, cr2", out(reg) at, options(nomem, nostack, preserves_flags)) }
