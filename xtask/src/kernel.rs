@@ -2,12 +2,10 @@
 
 use std::time::Instant;
 
-use gpu_kernels::case;
-use gpu_kernels::emu::{Emulator, Options};
-use gpu_kernels::registry::{self, KERNELS};
 use ptx_build::{PtxError, Tier, ptxas};
 
 use crate::error::TaskError;
+use crate::process;
 use crate::ptx_check;
 use crate::workspace::Workspace;
 
@@ -24,33 +22,23 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
         [name, tier] => (name, tier.as_str()),
         _ => return Err(TaskError::Usage { what: format!("usage: cargo xtask kernel {ARGS}") }),
     };
-    let kernel = registry::find(name).ok_or_else(|| {
-        let known: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name()).collect();
-        TaskError::Usage { what: format!("no kernel is called {name:?}; there are {}", known.join(", ")) }
-    })?;
     let tier =
         Tier::named(tier).ok_or_else(|| TaskError::Usage { what: format!("no tier is called {tier:?}") })?;
 
-    println!("{:<60} {:>8} {:>10} {:>10}", "case", "ms", "nmse", "bytes");
-    let mut failed = 0;
-    for i in 0..kernel.n_cases() {
-        let problem = kernel.problem(i, i as u64);
-        let start = Instant::now();
-        let emulator = Emulator::new(Options::default());
-        let result = case::run(&emulator, Emulator::MODULE, &problem, kernel.nmse_max());
-        let ms = start.elapsed().as_secs_f64() * 1e3;
-        let (label, bytes) = (kernel.label(i), kernel.bytes(i));
-        match result {
-            Ok(nmse) => println!("{label:<60} {ms:>8.1} {nmse:>10.1e} {bytes:>10}"),
-            Err(error) => {
-                failed += 1;
-                println!("{label:<60} {ms:>8.1} FAILED: {error}");
-            }
-        }
-    }
-    if failed != 0 {
-        return Err(TaskError::Checks { failed });
-    }
+    let mut emulate = workspace.cargo();
+    emulate.args([
+        "run",
+        "--quiet",
+        "-p",
+        "gpu-kernels",
+        "--features",
+        "emu",
+        "--example",
+        "emulate",
+        "--",
+        name,
+    ]);
+    process::run(&mut emulate)?;
 
     let start = Instant::now();
     let built = ptx_check::modules(workspace, Some(std::slice::from_ref(name)), std::slice::from_ref(tier));

@@ -4,14 +4,11 @@
 //! `target/tools`. Without a compiler the step is skipped with the reasons; without ptxas only its part is.
 //! A table of registers, shared memory and instructions per kernel goes to `target/ptx/resources.txt`, for review.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use gpu_kernels::case::AnyKernel;
-use gpu_kernels::registry::{self, KERNELS};
 use ptx_build::ptxas::{self, Ptxas, Resources};
-use ptx_build::{CHECKS, Compiler, DEBIAN_PACKAGES, Kernels, Module, PtxError, TIERS, Tier};
+use ptx_build::{Compiler, DEBIAN_PACKAGES, Kernels, Module, PtxError, TIERS, Tier};
 
 use crate::apt;
 use crate::args;
@@ -39,9 +36,6 @@ pub fn check(workspace: &Workspace) -> Result<Outcome, TaskError> {
         }
         built => built?,
     };
-    for tier in TIERS {
-        same_entries(tier, modules.iter().filter(|module| module.tier == *tier))?;
-    }
     embedded(workspace)?;
     let ptx_bytes: usize = modules.iter().map(|module| module.ptx.len()).sum();
     let n_kernels: usize = modules.iter().map(|module| module.kernels.len()).sum::<usize>() / TIERS.len();
@@ -79,39 +73,6 @@ fn embedded(workspace: &Workspace) -> Result<(), TaskError> {
     command.args(["test", "--quiet", "-p", "gpu-kernels", "--features", "ptx", "--lib", "modules"]);
     // All tiers, whatever a developer builds otherwise.
     process::run(command.env_remove("RUNIK_PTX_TIERS"))
-}
-
-/// What a launcher can name a driver finds, and nothing else is built: each entry of a file's module is one of the kernel
-/// of the file's name, and each registered entry is in some module, from the tier on that its
-/// kernel names.
-fn same_entries<'a>(tier: &Tier, modules: impl Iterator<Item = &'a Module>) -> Result<(), TaskError> {
-    let lint = |kernel: &str, what: String| {
-        Err(TaskError::Ptx(PtxError::Lint { tier: tier.name.into(), kernel: kernel.into(), what }))
-    };
-    let entries = |kernel: &dyn AnyKernel| kernel.entries().iter().flat_map(|table| table.iter());
-    let mut built_entries: BTreeSet<&str> = BTreeSet::new();
-    for module in modules.filter(|module| module.name != CHECKS) {
-        let name = module.name.as_str();
-        let Some(kernel) = registry::find(name) else {
-            return lint(name, format!("kernels/{name} has entries, but registry.rs has no such kernel"));
-        };
-        for built in &module.kernels {
-            if !entries(kernel).any(|entry| entry.name == built) {
-                return lint(built, format!("in the PTX of {name}, but not in its ENTRIES"));
-            }
-            built_entries.insert(built);
-        }
-    }
-    for kernel in KERNELS.iter().filter(|kernel| kernel.tiers().has(tier.name, tier.sm)) {
-        if let Some(entry) = entries(*kernel).find(|entry| !built_entries.contains(entry.name)) {
-            let name = kernel.name();
-            return lint(
-                entry.name,
-                format!("in the ENTRIES of {name}, but in no PTX: is `in \"{name}\";` right?"),
-            );
-        }
-    }
-    Ok(())
 }
 
 /// The device compiler, installed if it is not there.
