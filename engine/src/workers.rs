@@ -132,13 +132,17 @@ impl<P: Parking> Workers<P> {
         if go_on() {
             return;
         }
-        self.parked[me].store(true, Ordering::SeqCst);
+        let parked = &self.parked[me];
+        parked.store(true, Ordering::SeqCst);
         // Pairs with the fence in `wake`: either we see the new state, or the caller sees us parked.
         fence(Ordering::SeqCst);
-        while !go_on() {
-            self.parking.park(me, &go_on);
+        // Whoever wakes us clears `parked`. That may be the caller of a region that we have done and left already, so that
+        // the state did not change: to sleep on would be for ever, since only those who are parked are woken.
+        let woken = || go_on() || !parked.load(Ordering::SeqCst);
+        while !woken() {
+            self.parking.park(me, &woken);
         }
-        self.parked[me].store(false, Ordering::SeqCst);
+        parked.store(false, Ordering::SeqCst);
     }
 
     fn wake(&self) {
@@ -224,9 +228,8 @@ mod tests {
     struct Threads(Vec<Mutex<Option<Thread>>>);
 
     impl Parking for Threads {
-        fn spin(&self, go_on: &dyn Fn() -> bool) {
-            (0..100).any(|_| go_on());
-        }
+        /// Not at all, so that workers park often.
+        fn spin(&self, _go_on: &dyn Fn() -> bool) {}
         fn park(&self, worker: usize, go_on: &dyn Fn() -> bool) {
             *self.0[worker].lock().unwrap() = Some(thread::current());
             if !go_on() {
