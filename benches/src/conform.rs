@@ -39,7 +39,7 @@ const SHOWN: usize = 4;
 
 /// What is known of one kernel at one tier.
 #[derive(Debug, Default)]
-struct Result1 {
+struct TierResult {
     passed: usize,
     worst: f64,
     failures: Vec<String>,
@@ -123,15 +123,15 @@ pub fn run(device: u32, options: &Options) -> Result<(), BenchError> {
     if failed == 0 { Ok(()) } else { Err(BenchError::Failed { failed }) }
 }
 
-fn line(kernel: &str, tier: &str, result: &Result1) -> String {
-    let Result1 { passed, worst, failures, modules, first_ms, cached_ms, slowest_ms } = result;
+fn line(kernel: &str, tier: &str, result: &TierResult) -> String {
+    let TierResult { passed, worst, failures, modules, first_ms, cached_ms, slowest_ms } = result;
     format!(
         "{kernel:<16} {tier:<8} {passed:>7} {:>7} {worst:>10.1e} {modules:>8} {first_ms:>9.0} {slowest_ms:>10.0} {cached_ms:>10.1}",
         failures.len()
     )
 }
 
-fn json(kernel: &str, tier: &str, result: &Result1) -> Value {
+fn json(kernel: &str, tier: &str, result: &TierResult) -> Value {
     json!({
         "kernel": kernel,
         "tier": tier,
@@ -151,9 +151,10 @@ fn kernel_in_children(
     kernel: &dyn AnyKernel,
     tiers: &[&'static str],
     cache: &Path,
-) -> Result<BTreeMap<&'static str, Result1>, BenchError> {
+) -> Result<BTreeMap<&'static str, TierResult>, BenchError> {
     let program = std::env::current_exe().map_err(BenchError::io("find this program"))?;
-    let mut results: BTreeMap<&str, Result1> = tiers.iter().map(|tier| (*tier, Result1::default())).collect();
+    let mut results: BTreeMap<&str, TierResult> =
+        tiers.iter().map(|tier| (*tier, TierResult::default())).collect();
     // The next check, counted over cases and, within a case, tiers. Without tiers there is none.
     let (mut next, n_checks) = (0, kernel.n_cases() * tiers.len());
     while next < n_checks {
@@ -209,7 +210,7 @@ fn kernel_in_children(
 const LOST_CODE: i32 = 3;
 
 /// Enters one line of a child; returns the next check.
-fn enter(results: &mut BTreeMap<&str, Result1>, line: &str, next: usize, tiers: &[&str]) -> usize {
+fn enter(results: &mut BTreeMap<&str, TierResult>, line: &str, next: usize, tiers: &[&str]) -> usize {
     let fields: Vec<&str> = line.split('\t').collect();
     let number = |text: &str| text.parse::<f64>().unwrap_or(f64::NAN);
     match fields[..] {
@@ -320,8 +321,8 @@ mod tests {
     #[test]
     fn lines_of_a_child_are_entered_where_they_belong() {
         let tiers = ["sm_80", "sm_90a"];
-        let mut results: BTreeMap<&str, Result1> =
-            tiers.iter().map(|tier| (*tier, Result1::default())).collect();
+        let mut results: BTreeMap<&str, TierResult> =
+            tiers.iter().map(|tier| (*tier, TierResult::default())).collect();
         let mut next = 0;
         for line in [
             "load\tsm_90a\t3\t70.5\t1.5\t40",

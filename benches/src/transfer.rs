@@ -29,7 +29,7 @@ use crate::BenchError;
 
 /// What one thread reads at a time where several fill one piece.
 const PART: usize = 256 << 10;
-/// Of the file, what is read per measurement at most.
+/// Bytes of the file that a measurement reads at most.
 const MAX_BYTES: usize = 4 << 30;
 /// Runs of a short measurement; the best counts.
 const RUNS: usize = 3;
@@ -123,7 +123,8 @@ fn pool(threads: usize) -> Result<Pool, BenchError> {
     Pool::new(threads).map_err(BenchError::io("start threads"))
 }
 
-/// Has all threads of a pool work on parts of `bytes` bytes, which they take as they come; `work` gets the thread's number.
+/// Cuts `bytes` bytes into parts and has all threads of a pool work on them; a thread takes the next part when it is free.
+/// `work` gets the thread's number and the part.
 fn parts(
     pool: &Pool,
     bytes: usize,
@@ -357,7 +358,7 @@ fn by_turns(
 }
 
 /// Every thread has two slots of its own, and queues their copies. They are `ready` before the clock starts, or made when a
-/// thread first needs them, as the engine does.
+/// thread first needs them. (The engine makes all of them before the first copy, with the clock running.)
 fn by_threads(
     driver: &Hosted,
     path: &Path,

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use engine::kv_cache::KV_FORMATS;
 use engine::sampler::SamplerParams;
 use quant::FormatId;
 use regex_lite::Regex;
@@ -575,12 +576,10 @@ fn format(text: &str) -> Result<FormatId, String> {
     })
 }
 
-/// Formats that a cache may have: encoded at each step, so plain floats and blocks of 32.
+/// A format that the engine's cache can have.
 fn cache_type(text: &str) -> Result<FormatId, String> {
-    use FormatId::*;
-    const KNOWN: [FormatId; 9] = [F32, F16, BF16, Q8_0, Q4_0, Q4_1, IQ4_NL, Q5_0, Q5_1];
-    FormatId::from_name(text).filter(|f| KNOWN.contains(f)).ok_or_else(|| {
-        let names: Vec<_> = KNOWN.iter().map(|f| f.name().to_lowercase()).collect();
+    FormatId::from_name(text).filter(|f| KV_FORMATS.contains(f)).ok_or_else(|| {
+        let names: Vec<_> = KV_FORMATS.iter().map(|f| f.name().to_lowercase()).collect();
         format!("no cache format; known: {}", names.join(", "))
     })
 }

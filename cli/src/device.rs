@@ -1,6 +1,5 @@
-//! Where a model is computed: the device that the user names or that is there, how many layers go to it, and what is
-//! said about it. A GPU that is missing is no silent matter: a line says that the CPU computes, and `--require-gpu` makes
-//! it an error.
+//! Where a model is computed: on the devices that the user names, or on those that are there, and how many layers go to
+//! each. If a GPU is missing, a line on stderr says that the CPU computes; with `--require-gpu` it is an error.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -37,15 +36,15 @@ pub struct Gpu {
     device: cuda::Device,
 }
 
-/// What was found to compute on.
+/// The devices to compute on, and what the user says about their use.
 pub struct Compute {
     /// GPUs in the order in which they get layers; none if the host's processor computes.
     gpus: Vec<Gpu>,
     /// Layers that go to them.
     layers: GpuLayers,
-    /// Whether others may join where these have too little memory.
+    /// Whether other GPUs may be used too if these have too little memory.
     others: bool,
-    /// Whether the CPU alone will not do.
+    /// Whether it is an error if no GPU computes.
     required: bool,
     /// Weights that are elsewhere than their layer.
     overrides: Overrides,
@@ -58,11 +57,11 @@ pub struct Plan {
     /// Those that have something.
     gpus: Vec<Planned>,
     n_layer: usize,
-    /// Layers that they have; more than there are: the rest of the model too.
+    /// Layers on GPUs; more than the model has means the rest of the model too.
     n: usize,
-    /// Who has single weights; GPUs counted among those of the plan.
+    /// Where single weights are; GPUs are counted among those of the plan.
     sites: BTreeMap<u32, Site>,
-    /// Weights and their bytes that are kept on the host.
+    /// Number and bytes of single weights that are kept on the host.
     on_host: (usize, u64),
     /// Whether products of prompts bring weights from the host.
     offload: bool,
@@ -81,7 +80,7 @@ struct Planned {
 impl Compute {
     /// The devices that the arguments come to.
     pub fn choose(args: &PlacementArgs) -> Result<Compute> {
-        // Who names no GPU and leaves none anything to do is not told of it.
+        // No message about GPUs to a user who names none and leaves them nothing to do.
         let no_layer = args.gpu_layers == Some(GpuLayers::Last(0)) && args.weights.no_op_offload;
         let only_host = args.weights.override_tensor.iter().all(|(_, device)| *device == Device::Cpu);
         let unasked = args.device == [Device::Auto] && !args.require_gpu;
@@ -142,19 +141,10 @@ impl Compute {
         };
         let names = gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>().join(", ");
         let free_text = free.iter().map(|&free| ui::bytes(free)).collect::<Vec<_>>().join(" + ");
-        // Without a layer it may still multiply prompts with the host's weights.
         let ranges = needs.spread(n, &free);
+        // Without a layer a GPU may still have single weights, or multiply prompts with the host's.
         if n == 0 && needs.apart.is_empty() && (!self.offload || ranges.is_none()) {
-            let why = match self.layers {
-                GpuLayers::Last(_) if !self.offload => "-ngl 0 leaves it no layer".to_owned(),
-                GpuLayers::Last(_) => {
-                    format!(
-                        "products of prompts need {}, {free_text} free",
-                        ui::bytes(needs.share(0).total())
-                    )
-                }
-                _ => format!("not even one layer fits into {free_text} free"),
-            };
+            let why = self.why_no_layer(&needs, &free_text);
             if self.required {
                 bail!("--require-gpu: {names}: {why}");
             }
@@ -199,6 +189,18 @@ impl Compute {
         }))
     }
 
+    /// Why GPUs get no layer, for people; `free_text` is their free memory.
+    fn why_no_layer(&self, needs: &Needs, free_text: &str) -> String {
+        match self.layers {
+            GpuLayers::Last(_) if !self.offload => "-ngl 0 leaves it no layer".to_owned(),
+            GpuLayers::Last(_) => {
+                let bytes = ui::bytes(needs.share(0).total());
+                format!("products of prompts need {bytes}, {free_text} free")
+            }
+            GpuLayers::Auto | GpuLayers::All => format!("not even one layer fits into {free_text} free"),
+        }
+    }
+
     /// A backend for a model, its weights in place.
     pub fn backend(&self, model: &Model, params: &ContextParams, threads: usize) -> Result<Box<dyn Backend>> {
         let pool = Pool::new(threads).with_context(|| format!("starting {threads} threads"))?;
@@ -207,32 +209,9 @@ impl Compute {
         plan.lines().for_each(|line| if plan.has_host() { ui::say(line) } else { ui::detail(line) });
         let placement = plan.placement();
         let mut backends = if plan.has_host() { vec![cpu(model, pool.clone())?] } else { Vec::new() };
-        let graph = model.graph(params.n_ctx, first_shape(params, 1, false));
-        let kv = params.kv_layout(model)?;
         for Planned { gpu, .. } in &plan.gpus {
-            let mut backend = Cuda::new(gpu.device.clone(), pool.clone(), model.weights().clone());
-            let bar = ui::bytes_bar(0, &format!("to {}", gpu.name));
             let device = backends.len();
-            let part = |graph: &Graph| placement.part(graph, model.weights(), device);
-            // The driver compiles kernels the first time, on one core, and meanwhile the others bring the weights.
-            let (ahead, apart) =
-                (backend.ahead(), backend.runs_prompts_apart() || placement.offload.is_some());
-            let kernels = || {
-                let steps = first_steps(model, params, apart).into_iter();
-                ahead.load(&steps.map(|(graph, at)| (part(&graph), at)).collect::<Vec<_>>(), &kv)
-            };
-            let (loaded, kernels) = std::thread::scope(|scope| {
-                let kernels = scope.spawn(kernels);
-                let loaded = backend.load(&part(&graph), &mut |progress| {
-                    bar.set_length(progress.total_bytes as u64);
-                    bar.set_position(progress.done_bytes as u64);
-                });
-                ahead.stop();
-                (loaded, kernels.join().unwrap_or_else(|panic| resume_unwind(panic)))
-            });
-            loaded?;
-            backend.keep(kernels)?;
-            bar.finish_and_clear();
+            let backend = load(gpu, device, model, params, &placement, pool.clone())?;
             if placement.offload.is_some_and(|offload| offload.to == device) {
                 let prompt = model.graph(params.n_ctx, first_shape(params, 1, true));
                 let brought = placement.brought(&prompt, model.weights());
@@ -246,6 +225,40 @@ impl Compute {
             _ => Ok(Box::new(Split::new(backends, placement, model.weights().clone()))),
         }
     }
+}
+
+/// The backend of a GPU, `device` of the placement, with its weights and the first steps' kernels loaded.
+fn load(
+    gpu: &Gpu,
+    device: usize,
+    model: &Model,
+    params: &ContextParams,
+    placement: &Placement,
+    pool: Arc<dyn Executor>,
+) -> Result<Cuda> {
+    let mut backend = Cuda::new(gpu.device.clone(), pool, model.weights().clone());
+    let bar = ui::bytes_bar(0, &format!("to {}", gpu.name));
+    let part = |graph: &Graph| placement.part(graph, model.weights(), device);
+    let (graph, kv) = (model.graph(params.n_ctx, first_shape(params, 1, false)), params.kv_layout(model)?);
+    let (ahead, apart) = (backend.ahead(), backend.runs_prompts_apart() || placement.offload.is_some());
+    let kernels = || {
+        let steps = first_steps(model, params, apart).into_iter();
+        ahead.load(&steps.map(|(graph, at)| (part(&graph), at)).collect::<Vec<_>>(), &kv)
+    };
+    // The driver compiles kernels the first time, on one core; meanwhile the other cores load the weights.
+    let (loaded, kernels) = std::thread::scope(|scope| {
+        let kernels = scope.spawn(kernels);
+        let loaded = backend.load(&part(&graph), &mut |progress| {
+            bar.set_length(progress.total_bytes as u64);
+            bar.set_position(progress.done_bytes as u64);
+        });
+        ahead.stop();
+        (loaded, kernels.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    loaded?;
+    backend.keep(kernels)?;
+    bar.finish_and_clear();
+    Ok(backend)
 }
 
 /// A step of so many tokens of one sequence, of which the last one's logits are wanted, or all hidden states.
@@ -358,7 +371,7 @@ fn gpus(args: &PlacementArgs) -> Result<Vec<Gpu>> {
             Ok(device) => gpus.push(Gpu { name, device }),
             Err(why) if require_gpu => bail!("--require-gpu: {why}"),
             Err(why) => {
-                // Who asked for a GPU is told; who did not gets what there is.
+                // Only a user who asked for a GPU is told that there is none.
                 let wanted = args.gpu_layers.is_some_and(|layers| layers != GpuLayers::Last(0));
                 if *device != Device::Auto || wanted {
                     let instead = if devices.len() == 1 {
@@ -440,6 +453,13 @@ fn open(index: u32) -> Result<cuda::Device, String> {
         let _ = index;
         Err("this build is without the feature cuda".to_owned())
     }
+}
+
+/// Names of the backends that this build can compute with, whether or not the machine has the device.
+pub fn backends() -> Vec<&'static str> {
+    let cuda = cfg!(feature = "cuda") && cuda::has_kernels();
+    let built_in = [("cpu", true), ("cuda", cuda), ("emu", cfg!(feature = "emu"))];
+    built_in.into_iter().filter(|(_, is_in)| *is_in).map(|(name, _)| name).collect()
 }
 
 /// NVIDIA GPUs there are.

@@ -112,7 +112,7 @@ impl Session {
         prompt: &[u32],
         sampler: &mut Sampler,
         limits: &Limits<'_>,
-        mut emit: impl FnMut(u32) -> Result<()>,
+        emit: impl FnMut(u32) -> Result<()>,
     ) -> Result<Answer> {
         let n_ctx = self.n_ctx();
         if prompt.is_empty() {
@@ -129,36 +129,46 @@ impl Session {
         self.context.truncate(0, known);
         self.tokens.truncate(known);
         prompt.iter().for_each(|&t| sampler.accept(t));
-        let model = self.context.model().clone();
-        let tokenizer = model.tokenizer();
-
         let started = Instant::now();
-        // Probabilities are those of all logits; without them the device may draw and keep the logits.
-        let from_logits = limits.logprobs;
-        let mut token = self.next_token(&Batch::prompt(0, &prompt[known..]), sampler, from_logits)?;
+        let first = self.next_token(&Batch::prompt(0, &prompt[known..]), sampler, limits)?;
         self.tokens.extend_from_slice(&prompt[known..]);
-        let prompt_ms = ui::ms(started.elapsed());
         let mut answer = Answer {
             tokens: Vec::new(),
             logprobs: Vec::new(),
             stop: Stop::Limit,
             prompt_n: prompt.len() - known,
-            prompt_ms,
+            prompt_ms: ui::ms(started.elapsed()),
             ttft_ms: 0.0,
             predicted_ms: 0.0,
         };
-        let mut first_token = None;
+        self.generate(&mut answer, first, sampler, limits, emit)?;
+        Ok(answer)
+    }
+
+    /// Goes on from the first token, which is drawn but not run yet, until something ends the answer.
+    fn generate(
+        &mut self,
+        answer: &mut Answer,
+        first: u32,
+        sampler: &mut Sampler,
+        limits: &Limits<'_>,
+        mut emit: impl FnMut(u32) -> Result<()>,
+    ) -> Result<()> {
+        let model = self.context.model().clone();
+        let n_ctx = self.n_ctx();
+        let mut token = first;
+        let mut started = None;
         while answer.tokens.len() < limits.n_predict {
             if limits.interrupt.load(Ordering::Relaxed) {
                 answer.stop = Stop::Interrupted;
                 break;
             }
-            let first = *first_token.get_or_insert_with(Instant::now);
+            let started = *started.get_or_insert_with(Instant::now);
             if answer.ttft_ms == 0.0 {
                 answer.ttft_ms = ui::ms(limits.since.elapsed());
             }
-            answer.predicted_ms = ui::ms(first.elapsed());
-            if tokenizer.is_eog(token) && !limits.ignore_eos {
+            answer.predicted_ms = ui::ms(started.elapsed());
+            if model.tokenizer().is_eog(token) && !limits.ignore_eos {
                 answer.stop = Stop::Eos;
                 break;
             }
@@ -178,17 +188,18 @@ impl Session {
             let mut batch = std::mem::take(&mut self.batch);
             batch.clear();
             batch.push_generated(0, token);
-            let next = self.next_token(&batch, sampler, from_logits)?;
+            let next = self.next_token(&batch, sampler, limits)?;
             self.batch = batch;
             self.tokens.push(token);
             token = next;
         }
-        Ok(answer)
+        Ok(())
     }
 
-    /// Runs a batch with one output and draws its token.
-    fn next_token(&mut self, batch: &Batch, sampler: &mut Sampler, from_logits: bool) -> Result<u32> {
-        if from_logits {
+    /// Runs a batch with one output and draws its token. If probabilities are asked for it is drawn from the logits, which
+    /// stay in the context; otherwise the device may draw it and keep the logits.
+    fn next_token(&mut self, batch: &Batch, sampler: &mut Sampler, limits: &Limits<'_>) -> Result<u32> {
+        if limits.logprobs {
             self.context.decode(batch)?;
             return Ok(sampler.sample(self.context.output(0)));
         }

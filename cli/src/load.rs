@@ -9,11 +9,9 @@ use anyhow::{Context as _, Result, bail};
 use engine::io::Mapped;
 use engine::weights::ByteSource;
 use engine::{Context, ContextParams, Model};
-use quant::FormatId;
 
 use crate::args::EngineArgs;
 use crate::device::Compute;
-use crate::exit::usage;
 use crate::{machine, ui};
 
 /// Context size if neither the user nor the model asks for less.
@@ -194,18 +192,9 @@ pub fn context(
     compute: &Compute,
     threads: usize,
 ) -> Result<(&'static str, Context)> {
-    check_cache(params.type_k, "-ctk")?;
-    check_cache(params.type_v, "-ctv")?;
     let backend = compute.backend(model, &params, threads)?;
     let name = backend.info().name;
     Ok((name, Context::new(model.clone(), backend, params)?))
-}
-
-fn check_cache(format: FormatId, flag: &str) -> Result<()> {
-    match quant::row::row_bytes(format, 0) {
-        Ok(_) => Ok(()),
-        Err(e) => Err(usage(format!("{flag}: {e}"))),
-    }
 }
 
 /// The context size in use: what the user says (0 = the model's), else the model's up to a bound.

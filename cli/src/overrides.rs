@@ -1,5 +1,5 @@
-//! Weights that the user puts elsewhere than their layer: `--override-tensor`, `--cpu-moe`, `--n-cpu-moe`, of which the
-//! first that matches a tensor's name counts. Who names what is not there is told.
+//! Weights that the user puts elsewhere than their layer: `--override-tensor`, `--cpu-moe`, `--n-cpu-moe`. The first of
+//! them that matches a tensor's name counts. A pattern that matches nothing, or a device that is not there, is an error.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ pub struct Overrides {
 }
 
 impl Overrides {
-    /// Of the flags; GPUs by the names that users have for them.
+    /// Reads the flags; `gpus` are the names by which users call the GPUs.
     pub fn new(args: &WeightArgs, gpus: &[&str]) -> Result<Overrides> {
         let site = |device: Device| match device {
             Device::Cpu => Ok(Site::Host),
@@ -43,7 +43,7 @@ impl Overrides {
         })
     }
 
-    /// Who has which weights of a model, by index; the others are where their layer is.
+    /// The sites of a model's weights, by index; a weight that is not listed is where its layer is.
     pub fn sites(&self, model: &Model) -> Result<BTreeMap<u32, Site>> {
         let names = || (0u32..).zip(model.weights().iter().map(|w| &w.name));
         let mut sites = BTreeMap::new();

@@ -370,6 +370,10 @@ fn small_verbs() {
     let doctor = json(&["doctor", "--json"]);
     assert!(doctor["cpu"]["physical_cores"].as_u64().unwrap() > 0);
     assert!(doctor["read_bandwidth_gbps"].as_f64().unwrap() > 0.0);
+    let backends: Vec<&str> =
+        doctor["backends"].as_array().unwrap().iter().map(|b| b.as_str().unwrap()).collect();
+    assert!(backends.contains(&"cpu") && backends.contains(&"emu"), "{backends:?}");
+    assert!(ok(&["version"]).contains(&backends.join(", ")));
     // Either devices, or the reason why there are none.
     assert_ne!(doctor["gpu"].is_array(), doctor["gpu_note"].is_string());
 }

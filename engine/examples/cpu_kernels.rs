@@ -6,10 +6,9 @@
 use std::time::{Duration, Instant};
 
 use engine::backend::StepSequence;
-use engine::backends::cpu::simd::{
-    Isa, KvView, PAGE, QueryRow, Residual, Scratch, WeightView, attention, matmul,
-};
+use engine::backends::cpu::simd::{Isa, KvView, QueryRow, Residual, Scratch, WeightView, attention, matmul};
 use engine::executor::Executor;
+use engine::kv_cache::PAGE;
 use engine::op::AttentionParams;
 use engine::pool::Pool;
 use quant::FormatId;

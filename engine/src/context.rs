@@ -92,7 +92,7 @@ pub struct BatchToken {
     pub seq: usize,
     /// Whether its output is wanted.
     pub output: bool,
-    /// Whether the model made it, in an answer that goes on; else it is part of a prompt.
+    /// Whether the model generated it in an answer that is being continued; otherwise it is part of a prompt.
     pub generated: bool,
 }
 
@@ -161,15 +161,16 @@ pub struct Context {
     clock: u64,
     last_step: Option<StepShape>,
     step: StepBuffers,
+    /// Outputs of the last batch: rows of floats, or one token each, as the bits of a float.
     outputs: Vec<f32>,
-    /// Logits to draw from.
+    /// Logits to draw from, where the backend does not draw.
     rows: Vec<f32>,
     n_outputs: usize,
-    /// Whether the outputs are tokens, as bits, instead of rows of floats.
+    /// Whether the outputs are tokens.
     picked: bool,
 }
 
-/// What becomes of a batch's outputs.
+/// What is made of a batch's outputs.
 enum Pick<'a, 'b> {
     /// They are read back.
     Rows,
@@ -180,7 +181,7 @@ enum Pick<'a, 'b> {
 }
 
 impl Pick<'_, '_> {
-    /// Whether of the outputs `from..to` only the likeliest tokens are wanted: a part of the graph.
+    /// Whether only the likeliest tokens of the outputs `from..to` are wanted, which the graph itself can pick.
     fn is_likeliest(&self, from: usize, to: usize) -> bool {
         match self {
             Pick::Rows => false,
@@ -206,7 +207,58 @@ struct StepBuffers {
     len_before: Vec<usize>,
 }
 
-/// Makes a buffer at least so long.
+impl StepBuffers {
+    /// Takes a step's tokens: each goes to the end of its sequence in the cache.
+    fn fill(&mut self, tokens: &[BatchToken], kv: &mut KvCache) -> Result<(), EngineError> {
+        for ids in [&mut self.tokens, &mut self.positions, &mut self.output_rows] {
+            ids.clear();
+        }
+        for ids in [&mut self.token_sequences, &mut self.cells, &mut self.pages] {
+            ids.clear();
+        }
+        self.sequences.clear();
+        self.index_of.fill(u32::MAX);
+        for (i, t) in tokens.iter().enumerate() {
+            let pos = kv.len(t.seq);
+            kv.extend(t.seq, 1)?;
+            if self.index_of[t.seq] == u32::MAX {
+                self.index_of[t.seq] = self.sequences.len() as u32;
+                // Pages and length are known once all tokens are in the cache.
+                self.sequences.push(StepSequence { first_page: 0, len: 0 });
+            }
+            self.tokens.push(t.token as i32);
+            self.positions.push(pos as i32);
+            self.token_sequences.push(self.index_of[t.seq]);
+            self.cells.push(kv.cell(t.seq, pos));
+            if t.output {
+                self.output_rows.push(i as i32);
+            }
+        }
+        for seq in 0..kv.n_seq() {
+            if let Some(entry) = self.sequences.get_mut(self.index_of[seq] as usize) {
+                *entry = StepSequence { first_page: self.pages.len() as u32, len: kv.len(seq) as u32 };
+                self.pages.extend_from_slice(kv.pages(seq));
+            }
+        }
+        Ok(())
+    }
+
+    /// The step as a backend takes it.
+    fn step(&self) -> Step<'_> {
+        Step {
+            tokens: &self.tokens,
+            positions: &self.positions,
+            output_rows: &self.output_rows,
+            token_sequences: &self.token_sequences,
+            cells: &self.cells,
+            sequences: &self.sequences,
+            pages: &self.pages,
+            given: &[],
+        }
+    }
+}
+
+/// Makes a buffer at least `len` elements long.
 fn grow(buffer: &mut Vec<f32>, len: usize) -> Result<(), EngineError> {
     if let Some(more) = len.checked_sub(buffer.len()) {
         let bytes = more * size_of::<f32>();
@@ -311,15 +363,15 @@ impl Context {
         self.decode_batch(batch, Pick::Rows)
     }
 
-    /// The same, but the backend picks the likeliest token of each output, and no logits leave the device:
-    /// [`Context::token`].
+    /// As [`Context::decode`], but the backend picks the likeliest token of each output ([`Context::token`]), and no logits
+    /// leave the device.
     pub fn decode_greedy(&mut self, batch: &Batch) -> Result<usize, EngineError> {
         assert!(!self.params.embeddings, "a context for logits");
         self.decode_batch(batch, Pick::Likeliest)
     }
 
-    /// The same with a sampler for each output: [`Context::token`] is what it draws. Where the backend can, it draws, and
-    /// no logits leave the device. On an error some samplers may have drawn.
+    /// As [`Context::decode`], but a sampler per output draws its token ([`Context::token`]): on the device, which then
+    /// keeps the logits, if the backend can draw. On an error some samplers may have drawn already.
     pub fn decode_sampled(
         &mut self,
         batch: &Batch,
@@ -355,7 +407,7 @@ impl Context {
         &self.outputs[i * cols..][..cols]
     }
 
-    /// The token of output `i` of the last [`Context::decode_greedy`], the lowest of equally likely ones, or
+    /// The token of output `i` of the last [`Context::decode_greedy`] (the lowest of equally likely ones) or
     /// [`Context::decode_sampled`].
     pub fn token(&self, i: usize) -> u32 {
         assert!(i < self.n_outputs && self.picked, "token {i} of {}", self.n_outputs);
@@ -421,6 +473,7 @@ impl Context {
         Ok(())
     }
 
+    /// Runs a checked batch in steps of at most `n_ubatch` tokens and `MAX_OUTPUTS` outputs.
     fn decode_all(&mut self, tokens: &[BatchToken], pick: &mut Pick<'_, '_>) -> Result<(), EngineError> {
         // The whole batch must fit before any of it runs.
         for t in tokens {
@@ -429,7 +482,7 @@ impl Context {
         for seq in 0..self.kv.n_seq() {
             self.kv.truncate(seq, self.step.len_before[seq]);
         }
-        // Without a causal mask a sequence must be whole in one step, whatever the outputs take.
+        // Without a causal mask a sequence must be whole in one step, however much memory its outputs take.
         let max_outputs = if self.model.hparams().causal { MAX_OUTPUTS } else { usize::MAX };
         let apart = self.backend.runs_prompts_apart();
         let mut rest = tokens;
@@ -457,58 +510,19 @@ impl Context {
         prompt: bool,
         pick: &mut Pick<'_, '_>,
     ) -> Result<(), EngineError> {
-        let s = &mut self.step;
-        for v in [&mut s.tokens, &mut s.positions, &mut s.output_rows] {
-            v.clear();
-        }
-        for v in [&mut s.token_sequences, &mut s.cells, &mut s.pages] {
-            v.clear();
-        }
-        s.sequences.clear();
-        s.index_of.fill(u32::MAX);
-        for (i, t) in tokens.iter().enumerate() {
-            let pos = self.kv.len(t.seq);
-            self.kv.extend(t.seq, 1)?;
-            if s.index_of[t.seq] == u32::MAX {
-                s.index_of[t.seq] = s.sequences.len() as u32;
-                s.sequences.push(StepSequence { first_page: 0, len: 0 });
-            }
-            s.tokens.push(t.token as i32);
-            s.positions.push(pos as i32);
-            s.token_sequences.push(s.index_of[t.seq]);
-            s.cells.push(self.kv.cell(t.seq, pos));
-            if t.output {
-                s.output_rows.push(i as i32);
-            }
-        }
-        for seq in 0..self.kv.n_seq() {
-            if let Some(entry) = s.sequences.get_mut(s.index_of[seq] as usize) {
-                *entry = StepSequence { first_page: s.pages.len() as u32, len: self.kv.len(seq) as u32 };
-                s.pages.extend_from_slice(self.kv.pages(seq));
-            }
-        }
-        let (first, end) = (self.n_outputs, self.n_outputs + s.output_rows.len());
+        self.step.fill(tokens, &mut self.kv)?;
+        let n_outputs = self.step.output_rows.len();
+        let (first, end) = (self.n_outputs, self.n_outputs + n_outputs);
         let shape = StepShape {
             n_tokens: tokens.len(),
-            n_outputs: s.output_rows.len(),
+            n_outputs,
             embeddings: self.params.embeddings,
             greedy: pick.is_likeliest(first, end),
             taps: self.params.taps,
             prompt,
         };
         let (id, output) = self.prepared(shape)?;
-        let s = &self.step;
-        let step = Step {
-            tokens: &s.tokens,
-            positions: &s.positions,
-            output_rows: &s.output_rows,
-            token_sequences: &s.token_sequences,
-            cells: &s.cells,
-            sequences: &s.sequences,
-            pages: &s.pages,
-            given: &[],
-        };
-        self.backend.run(id, &step)?;
+        self.backend.run(id, &self.step.step())?;
         self.last_step = Some(shape);
         let Some(output) = output else { return Ok(()) };
         match pick {

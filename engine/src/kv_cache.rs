@@ -167,11 +167,6 @@ impl KvCache {
         &self.sequences[seq].pages
     }
 
-    /// Free positions, counting whole pages only.
-    pub fn free_cells(&self) -> usize {
-        self.free.len() * PAGE
-    }
-
     /// Makes room for `n` more positions of a sequence; on an error nothing has changed.
     pub fn extend(&mut self, seq: usize, n: usize) -> Result<(), EngineError> {
         let sequence = &mut self.sequences[seq];

@@ -23,12 +23,12 @@ pub mod models;
 pub mod op;
 pub mod plan;
 #[cfg(feature = "std")]
-#[allow(unsafe_code)]
 pub mod pool;
 pub mod sampler;
 pub mod tensor;
 pub mod tokenizer;
 pub mod weights;
+pub mod workers;
 
 pub use context::{Batch, Context, ContextParams};
 pub use error::EngineError;

@@ -31,7 +31,7 @@ pub struct Plan {
     slots: Vec<Option<Slot>>,
 }
 
-/// Lifetime of a block of arena memory, in steps.
+/// A piece of arena memory and the steps from which to which it is in use.
 #[derive(Clone, Copy, Debug)]
 struct Block {
     len: usize,
@@ -41,14 +41,15 @@ struct Block {
 
 const NONE: usize = usize::MAX;
 
-/// What one step does to the values of a program: indices into their list.
+/// Which values one step of a program reads and writes, as indices into the program's list of values. (The steps of a
+/// [`Plan`] are the nodes of its graph, and its values are activations; the GPU backend has a finer program.)
 #[derive(Clone, Debug, Default)]
 pub struct Access {
     /// Values read.
     pub reads: Vec<usize>,
-    /// Values written; a value is written by one step. What nobody reads is the step's scratch.
+    /// Values written, each by this step only. One that no step reads is this step's scratch.
     pub writes: Vec<usize>,
-    /// (read, written): the step may write the second over the first, if nobody else needs that.
+    /// Pairs (read, written): the written value may take the memory of the one read, if no later step reads that.
     pub in_place: Vec<(usize, usize)>,
 }
 
@@ -61,8 +62,8 @@ pub struct Layout {
     pub arena_bytes: usize,
 }
 
-/// Lays values out: `len_bytes` each, touched by `steps` in order. A value in `kept` outlives the last step; one that is
-/// read but never written is given from outside before the first.
+/// Lays values out: `len_bytes[v]` bytes for value `v`. `steps` run in order. A value in `kept` must outlive the last step;
+/// one that is read but never written is there before the first.
 pub fn lay_out(len_bytes: &[usize], steps: &[Access], kept: &[usize], align: usize) -> Layout {
     let n = len_bytes.len();
     let mut last_read = alloc::vec![NONE; n];
@@ -179,14 +180,6 @@ fn assign(blocks: &[Block], align: usize) -> (Vec<usize>, usize) {
         placed.insert(place, b);
     }
     (offsets, arena)
-}
-
-/// Every step input of a graph, for backends that stage them.
-pub fn inputs(graph: &Graph) -> impl Iterator<Item = (crate::tensor::Input, TensorId)> + '_ {
-    graph.tensors.iter().enumerate().filter_map(|(i, t)| match t.storage {
-        Storage::Input(input) => Some((input, TensorId(i as u32))),
-        _ => None,
-    })
 }
 
 #[cfg(test)]

@@ -1,198 +1,102 @@
 //! Thread pools as [`Executor`]s: our own, made for regions of a few microseconds, and rayon's for bulk work.
-//!
-//! A region is opened by publishing its tasks and an epoch in one atomic word; workers that are awake join, take task
-//! numbers from a counter and leave; a worker that wakes up too late finds the region closed and never delays it.
-//! Nothing is allocated and no thread is spawned after construction.
-//!
-//! `unsafe` is for one thing: workers hold a pointer to the region's closure, whose lifetime the type system cannot
-//! see. It is alive while anyone has joined, because [`Executor::run`] returns only when all have left.
 
 use std::any::Any;
-use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crate::executor::Executor;
+use crate::workers::{MAX_WORKERS, Parking, Workers};
 
 /// How long an idle worker spins before it sleeps: longer than the gap between two regions of a step, shorter than
 /// anybody notices.
 const SPIN: Duration = Duration::from_micros(100);
 
-/// Workers that joined: the low bits of the state word.
-const JOINED: u64 = (1 << 16) - 1;
-/// Whether the region takes workers.
-const OPEN: u64 = 1 << 16;
-/// One epoch: the high bits.
-const EPOCH: u64 = 1 << 17;
+/// Sleeping threads, by worker; each enters itself when it starts.
+struct Threads(Box<[OnceLock<Thread>]>);
 
-/// What a region runs.
-#[derive(Clone, Copy)]
-struct Region {
-    task: *const (dyn Fn(usize) + Sync),
-    n_tasks: usize,
-}
-
-struct Inner {
-    /// Epoch, [`OPEN`] and the number of joined workers.
-    state: AtomicU64,
-    region: UnsafeCell<Option<Region>>,
-    next: AtomicUsize,
-    stop: AtomicBool,
-    /// One per worker: whether it sleeps or is about to.
-    asleep: Vec<AtomicBool>,
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
-}
-
-// SAFETY: `region` is written only by the holder of `Pool::running`, while no worker has joined and `OPEN` is unset; it
-// is read only by joined workers. The task it points to is `Sync`.
-unsafe impl Sync for Inner {}
-// SAFETY: as above.
-unsafe impl Send for Inner {}
-
-impl Inner {
-    /// Takes tasks until none is left; a panic ends the region early and is kept for the caller.
-    fn work(&self, region: Region) {
-        // SAFETY: the region is open or has this worker joined, so `run` has not returned and the closure lives.
-        let task = unsafe { &*region.task };
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let i = self.next.fetch_add(1, Ordering::Relaxed);
-                if i >= region.n_tasks {
-                    break;
-                }
-                task(i);
-            }
-        }));
-        if let Err(payload) = result {
-            self.next.store(region.n_tasks, Ordering::Relaxed);
-            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
-        }
-    }
-
-    fn worker(&self, me: usize) {
-        let mut seen = 0;
-        while !self.stop.load(Ordering::Acquire) {
-            let state = self.state.load(Ordering::Acquire);
-            if state / EPOCH == seen || state & OPEN == 0 {
-                self.wait(me, state);
-                continue;
-            }
-            if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-                continue;
-            }
-            seen = state / EPOCH;
-            // SAFETY: joined, so the region is set and nobody writes it.
-            if let Some(region) = unsafe { *self.region.get() } {
-                self.work(region);
-            }
-            self.state.fetch_sub(1, Ordering::Release);
-        }
-    }
-
-    /// Until the state changes: spins, then sleeps.
-    fn wait(&self, me: usize, state: u64) {
-        let idle = || self.state.load(Ordering::Acquire) == state && !self.stop.load(Ordering::Acquire);
+impl Parking for Threads {
+    fn spin(&self, go_on: &dyn Fn() -> bool) {
         let start = Instant::now();
-        loop {
+        while start.elapsed() <= SPIN {
+            // The clock costs more than a look at the state.
             for _ in 0..64 {
-                if !idle() {
+                if go_on() {
                     return;
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() > SPIN {
-                break;
-            }
         }
-        self.asleep[me].store(true, Ordering::SeqCst);
-        // Pairs with the fence in `wake`: either we see the new state, or the caller sees us asleep.
-        fence(Ordering::SeqCst);
-        while idle() && self.asleep[me].load(Ordering::SeqCst) {
+    }
+
+    fn park(&self, _worker: usize, go_on: &dyn Fn() -> bool) {
+        if !go_on() {
             std::thread::park();
         }
-        self.asleep[me].store(false, Ordering::SeqCst);
+    }
+
+    fn unpark(&self, worker: usize) {
+        // A worker that is not entered yet does not sleep yet.
+        if let Some(thread) = self.0[worker].get() {
+            thread.unpark();
+        }
+    }
+
+    fn yield_now(&self) {
+        std::thread::yield_now();
     }
 }
 
 /// `n` threads: the caller and `n − 1` workers, which spin briefly between regions and then sleep.
 ///
-/// A region that is started while another runs (from a task, or by another thread) runs on its caller alone.
+/// A region that is started while another runs (from a task, or by another thread) runs on its caller alone. A panic of a
+/// task ends the region early and goes on in the caller.
 pub struct Pool {
-    inner: Arc<Inner>,
-    workers: Vec<(Thread, Option<JoinHandle<()>>)>,
-    running: Mutex<()>,
+    workers: Arc<Workers<Threads>>,
+    handles: Vec<JoinHandle<()>>,
 }
 
 impl Pool {
     /// A pool of `n_threads` (at least one, the caller).
     pub fn new(n_threads: usize) -> std::io::Result<Pool> {
-        let n_workers = n_threads.clamp(1, JOINED as usize) - 1;
-        let inner = Arc::new(Inner {
-            state: AtomicU64::new(0),
-            region: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
-            stop: AtomicBool::new(false),
-            asleep: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
-            panic: Mutex::new(None),
-        });
-        let mut pool = Pool { inner, workers: Vec::with_capacity(n_workers), running: Mutex::new(()) };
+        let n_workers = n_threads.clamp(1, MAX_WORKERS + 1) - 1;
+        let threads = Threads((0..n_workers).map(|_| OnceLock::new()).collect());
+        let workers = Arc::new(Workers::new(n_workers, threads));
+        let mut pool = Pool { workers, handles: Vec::with_capacity(n_workers) };
         for me in 0..n_workers {
-            let inner = Arc::clone(&pool.inner);
-            let name = format!("runik-{}", me + 1);
+            let workers = Arc::clone(&pool.workers);
+            let work = move || {
+                workers.parking().0[me].get_or_init(std::thread::current);
+                workers.work(me);
+            };
             // On failure `pool` is dropped, which stops the workers that did start.
-            let handle = std::thread::Builder::new().name(name).spawn(move || inner.worker(me))?;
-            pool.workers.push((handle.thread().clone(), Some(handle)));
+            let handle = std::thread::Builder::new().name(format!("runik-{}", me + 1)).spawn(work)?;
+            pool.handles.push(handle);
         }
         Ok(pool)
-    }
-
-    fn wake(&self) {
-        fence(Ordering::SeqCst);
-        for (asleep, (thread, _)) in self.inner.asleep.iter().zip(&self.workers) {
-            if asleep.swap(false, Ordering::SeqCst) {
-                thread.unpark();
-            }
-        }
     }
 }
 
 impl Executor for Pool {
     fn n_threads(&self) -> usize {
-        self.workers.len() + 1
+        self.workers.n_threads()
     }
 
     fn run(&self, n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        let guard = match self.running.try_lock() {
-            Ok(guard) if n_tasks > 1 && !self.workers.is_empty() => guard,
-            _ => return (0..n_tasks).for_each(task),
-        };
-        let inner = &*self.inner;
-        // SAFETY: only the lifetime changes; the pointer is used only until all workers have left, below.
-        let task = unsafe {
-            std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(
-                task,
-            )
-        };
-        let region = Region { task, n_tasks };
-        // SAFETY: we hold `running`, and the previous region was closed and left by all.
-        unsafe { *inner.region.get() = Some(region) };
-        inner.next.store(0, Ordering::Relaxed);
-        inner.state.fetch_add(EPOCH + OPEN, Ordering::AcqRel);
-        self.wake();
-        inner.work(region);
-        inner.state.fetch_sub(OPEN, Ordering::AcqRel);
-        let mut spins = 0u32;
-        while inner.state.load(Ordering::Acquire) & JOINED != 0 {
-            spins += 1;
-            // A worker without a processor cannot finish its task: give it ours.
-            if spins.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
-        }
-        let panic = inner.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(guard);
-        if let Some(payload) = panic {
+        let panicked = AtomicBool::new(false);
+        let panic: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
+        self.workers.run(n_tasks, &|i| {
+            if panicked.load(Ordering::Relaxed) {
+                return;
+            }
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(i))) {
+                panicked.store(true, Ordering::Relaxed);
+                panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+            }
+        });
+        if let Some(payload) = panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(payload);
         }
     }
@@ -200,14 +104,10 @@ impl Executor for Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.inner.stop.store(true, Ordering::Release);
-        self.wake();
-        for (thread, handle) in &mut self.workers {
-            thread.unpark();
-            if let Some(handle) = handle.take() {
-                // A worker's panics were caught and handed on; there is nothing left to report.
-                let _ = handle.join();
-            }
+        self.workers.stop();
+        for handle in self.handles.drain(..) {
+            // A worker's panics were caught and handed on; there is nothing left to report.
+            let _ = handle.join();
         }
     }
 }
@@ -230,5 +130,30 @@ impl Executor for RayonExecutor {
     fn run(&self, n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         use rayon::prelude::*;
         (0..n_tasks).into_par_iter().for_each(task);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+        for n_threads in [1, 4] {
+            let pool = Pool::new(n_threads).unwrap();
+            for round in 0..50 {
+                let caught = catch_unwind(AssertUnwindSafe(|| {
+                    pool.run(8, &|i| assert!(i != round % 8, "task {i} of round {round}"));
+                }));
+                let message = caught.unwrap_err().downcast::<String>().unwrap();
+                assert_eq!(*message, format!("task {} of round {round}", round % 8));
+                let done = AtomicUsize::new(0);
+                pool.run(8, &|_| {
+                    done.fetch_add(1, Ordering::Relaxed);
+                });
+                assert_eq!(done.into_inner(), 8);
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@
 use engine::backend::StepSequence;
 use engine::backends::cpu::simd::*;
 use engine::executor::{Executor, Serial};
+use engine::kv_cache::PAGE;
 use engine::op::{AttentionParams, Glu, RopeMode, RopeParams, Unary};
 use engine::pool::{Pool, RayonExecutor};
 use proptest::prelude::*;

@@ -285,11 +285,6 @@ impl<'a> ArrayView<'a> {
         self.numbers()
     }
 
-    /// [`Self::numbers`] as u64.
-    pub fn u64s(&self) -> Result<Numbers<'a, u64>, GgufError> {
-        self.numbers()
-    }
-
     /// [`Self::numbers`] as f32.
     pub fn f32s(&self) -> Result<Numbers<'a, f32>, GgufError> {
         self.numbers()
@@ -552,21 +547,21 @@ pub struct Array {
 }
 
 impl Array {
-    /// Of numbers or booleans.
+    /// An array of numbers or booleans.
     pub fn numbers<T: Number>(items: &[T]) -> Array {
         let mut bytes = Vec::with_capacity(size_of_val(items));
         items.iter().for_each(|&item| item.encode(Endian::Little, &mut bytes));
         Array { elem: T::TYPE, len: items.len(), bytes }
     }
 
-    /// Of strings.
+    /// An array of strings.
     pub fn strs<S: AsRef<[u8]>>(items: &[S]) -> Array {
         let mut bytes = Vec::new();
         items.iter().for_each(|item| item.as_ref().encode(Endian::Little, &mut bytes));
         Array { elem: ValueType::Str, len: items.len(), bytes }
     }
 
-    /// Of arrays. An error if they are then nested too deep.
+    /// An array of arrays. An error if that nests too deep.
     pub fn nested(items: &[Array]) -> Result<Array, GgufError> {
         let mut bytes = Vec::new();
         items.iter().try_for_each(|item| Value::from(item).encode(Endian::Little, &mut bytes))?;

@@ -25,17 +25,10 @@ pub struct Writer {
     alignment: u32,
     /// Key, and type and value as bytes.
     kvs: Vec<(String, Vec<u8>)>,
-    tensors: Vec<Tensor>,
+    /// Entries of the tensor list, as bytes.
+    tensors: Vec<Vec<u8>>,
     names: BTreeSet<String>,
     data_bytes: u64,
-}
-
-/// A tensor to be written.
-#[derive(Clone, Debug)]
-struct Tensor {
-    /// Its entry in the tensor list, as bytes.
-    entry: Vec<u8>,
-    n_bytes: u64,
 }
 
 impl Default for Writer {
@@ -142,7 +135,7 @@ impl Writer {
         }
         let mut entry = Vec::new();
         tensor.encode(self.data_bytes, self.endian, &mut entry);
-        self.tensors.push(Tensor { entry, n_bytes });
+        self.tensors.push(entry);
         self.data_bytes = data_bytes;
         Ok(n_bytes)
     }
@@ -155,11 +148,6 @@ impl Writer {
     /// Zeros to write after `n_bytes` bytes of a tensor's data: fewer than the alignment.
     pub fn padding(&self, n_bytes: u64) -> u64 {
         n_bytes.wrapping_neg() % u64::from(self.alignment)
-    }
-
-    /// Bytes of each tensor's data, without padding, in order.
-    pub fn tensor_bytes(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
-        self.tensors.iter().map(|tensor| tensor.n_bytes)
     }
 
     /// Bytes that follow the header: all data and its padding.
@@ -178,9 +166,7 @@ impl Writer {
             key.as_bytes().encode(self.endian, &mut out);
             out.extend_from_slice(value);
         }
-        for tensor in &self.tensors {
-            out.extend_from_slice(&tensor.entry);
-        }
+        self.tensors.iter().for_each(|entry| out.extend_from_slice(entry));
         out.resize(out.len() + self.padding(out.len() as u64) as usize, 0);
         out
     }

@@ -44,9 +44,9 @@ impl Lookup for Portable {
 pub enum Book {
     /// None.
     None,
-    /// Of eight bytes.
+    /// Entries of eight bytes.
     Octets(&'static [u64]),
-    /// Of four bytes.
+    /// Entries of four bytes.
     Words(&'static [u32]),
 }
 

@@ -17,13 +17,6 @@ pub struct FormatInfo {
     pub bytes: usize,
 }
 
-impl FormatInfo {
-    /// Bits per weight.
-    pub fn bits_per_weight(&self) -> f32 {
-        self.bytes as f32 * 8.0 / self.elems as f32
-    }
-}
-
 /// What to do with a format once its type is known.
 pub trait Visitor {
     /// The result.

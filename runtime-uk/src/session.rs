@@ -45,6 +45,76 @@ impl Ring {
     fn staging(&self) -> u64 {
         RingPlace::bytes(self.place.slots) as u64
     }
+
+    /// Submits commands, of which the first has the number `from`, and waits; the replies take the commands' places.
+    fn submit_and_wait(
+        &self,
+        link: &mut dyn Link,
+        frames: &mut Frames,
+        slots: &mut [Slot],
+        from: u64,
+    ) -> Result<(), String> {
+        let to = from + slots.len() as u64;
+        for (slot, number) in slots.iter().zip(from..) {
+            self.memory.write(self.local(self.place.command(number)), slot);
+        }
+        // The doorbell orders the writes above before the broker's reads: it is a system call or a device's exit, and
+        // the fence holds the compiler and other cores to it.
+        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+        let doorbell = Frame::Submit { to, slots: 0, data_bytes: 0, reply_bytes: 0 };
+        link.send(&doorbell.encode()).map_err(|error| error.to_string())?;
+        let mut spin_until = link.now() + SPIN;
+        let mut give_up = link.now() + PATIENCE;
+        loop {
+            let done = self.memory.load_acquire(self.local(self.place.done()));
+            if done == to {
+                break;
+            }
+            if done > to {
+                return Err(alloc::format!("the broker says that {done} slots of {to} are done"));
+            }
+            let now = link.now();
+            if now < spin_until {
+                core::hint::spin_loop();
+                continue;
+            }
+            match frames.poll(link)? {
+                Some(Frame::Alive) => give_up = now + PATIENCE,
+                Some(Frame::End) => return Err(String::from("the broker ended the session")),
+                Some(other) => return Err(alloc::format!("the broker sent {other:?}")),
+                None if now > give_up => return Err(silent()),
+                None => link.pause(),
+            }
+            spin_until = now;
+        }
+        for (slot, number) in slots.iter_mut().zip(from..) {
+            *slot = self.memory.slot(self.local(self.place.reply(number)));
+        }
+        Ok(())
+    }
+}
+
+/// Puts frames together, which may come in pieces.
+#[derive(Default)]
+struct Frames {
+    /// The bytes of a frame that is not whole yet.
+    partial: Vec<u8>,
+}
+
+impl Frames {
+    /// The next frame, if all of it has come.
+    fn poll(&mut self, link: &mut dyn Link) -> Result<Option<Frame>, String> {
+        let mut slot = [0; SLOT_BYTES];
+        let had = self.partial.len();
+        let got = link.receive(&mut slot[had..]).map_err(|error| error.to_string())?;
+        self.partial.extend_from_slice(&slot[had..had + got]);
+        if self.partial.len() < SLOT_BYTES {
+            return Ok(None);
+        }
+        slot.copy_from_slice(&self.partial);
+        self.partial.clear();
+        Frame::parse(&slot).map(Some).map_err(|error| error.to_string())
+    }
 }
 
 /// The connection.
@@ -63,8 +133,7 @@ pub struct Session {
     outgoing: Vec<u8>,
     /// Data of the last replies, without a window.
     incoming: Vec<u8>,
-    /// Half a frame.
-    partial: Vec<u8>,
+    frames: Frames,
     /// Why nothing works any more.
     dead: Option<String>,
 }
@@ -96,7 +165,7 @@ impl Session {
             staged: 0,
             outgoing: Vec::new(),
             incoming: Vec::new(),
-            partial: Vec::new(),
+            frames: Frames::default(),
             dead: None,
         };
         let hello = Hello { ring: session.ring.as_ref().map(|ring| ring.place) };
@@ -260,44 +329,9 @@ impl Session {
     fn submit_and_wait(&mut self, reply_bytes: usize) -> Result<(), String> {
         let from = self.submitted;
         let to = from + self.pending.len() as u64;
-        let closed = |error: LinkError| error.to_string();
-        let Some(ring) = &self.ring else { return self.submit_inline(to, reply_bytes) };
-        for (slot, number) in self.pending.iter().zip(from..) {
-            ring.memory.write(ring.local(ring.place.command(number)), slot);
-        }
-        // The doorbell orders the writes above before the broker's reads: it is a system call or a device's exit, and
-        // the fence holds the compiler and other cores to it.
-        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
-        let doorbell = Frame::Submit { to, slots: 0, data_bytes: 0, reply_bytes: 0 };
-        self.link.send(&doorbell.encode()).map_err(closed)?;
-        let mut spin_until = self.link.now() + SPIN;
-        let mut give_up = self.link.now() + PATIENCE;
-        loop {
-            let Some(ring) = &self.ring else { return Err(String::from("the ring is gone")) };
-            let done = ring.memory.load_acquire(ring.local(ring.place.done()));
-            if done == to {
-                break;
-            }
-            if done > to {
-                return Err(alloc::format!("the broker says that {done} slots of {to} are done"));
-            }
-            let now = self.link.now();
-            if now < spin_until {
-                core::hint::spin_loop();
-                continue;
-            }
-            match self.poll_frame()? {
-                Some(Frame::Alive) => give_up = now + PATIENCE,
-                Some(Frame::End) => return Err(String::from("the broker ended the session")),
-                Some(other) => return Err(alloc::format!("the broker sent {other:?}")),
-                None if now > give_up => return Err(silent()),
-                None => self.link.pause(),
-            }
-            spin_until = now;
-        }
-        let Some(ring) = &self.ring else { return Ok(()) };
-        for (slot, number) in self.pending.iter_mut().zip(from..) {
-            *slot = ring.memory.slot(ring.local(ring.place.reply(number)));
+        match &self.ring {
+            Some(ring) => ring.submit_and_wait(&mut *self.link, &mut self.frames, &mut self.pending, from)?,
+            None => self.submit_inline(to, reply_bytes)?,
         }
         self.submitted = to;
         Ok(())
@@ -317,7 +351,7 @@ impl Session {
         self.link.send(&self.outgoing).map_err(closed)?;
         let mut give_up = self.link.now() + PATIENCE;
         loop {
-            match self.poll_frame()? {
+            match self.frames.poll(&mut *self.link)? {
                 Some(Frame::Alive) => give_up = self.link.now() + PATIENCE,
                 Some(Frame::Complete { to: done, slots: n, data_bytes }) if done == to && n == slots => {
                     let mut replies = vec![0; n as usize * SLOT_BYTES];
@@ -327,7 +361,6 @@ impl Session {
                     incoming.resize(data_bytes as usize, 0);
                     self.receive_all(&mut incoming)?;
                     self.incoming = incoming;
-                    self.submitted = to;
                     return Ok(());
                 }
                 Some(Frame::End) => return Err(String::from("the broker ended the session")),
@@ -336,20 +369,6 @@ impl Session {
                 None => self.link.pause(),
             }
         }
-    }
-
-    /// A frame, if a whole one has come.
-    fn poll_frame(&mut self) -> Result<Option<Frame>, String> {
-        let mut slot = [0; SLOT_BYTES];
-        let had = self.partial.len();
-        let got = self.link.receive(&mut slot[had..]).map_err(|error| error.to_string())?;
-        self.partial.extend_from_slice(&slot[had..had + got]);
-        if self.partial.len() < SLOT_BYTES {
-            return Ok(None);
-        }
-        slot.copy_from_slice(&self.partial);
-        self.partial.clear();
-        Frame::parse(&slot).map(Some).map_err(|error| error.to_string())
     }
 
     fn receive_all(&mut self, mut into: &mut [u8]) -> Result<(), String> {

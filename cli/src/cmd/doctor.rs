@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::args::DoctorArgs;
+use crate::device::backends;
 use crate::hub::Cache;
 use crate::{gpu, machine, ui};
 
@@ -35,7 +36,7 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
             "read_bandwidth_gbps": (bandwidth / 1e7).round() / 100.0,
             "gpu": gpus.as_ref().ok().map(|gpus| gpus.iter().map(|(_, json)| json).collect::<Vec<_>>()),
             "gpu_note": gpus.as_ref().err(),
-            "backends": ["cpu"],
+            "backends": backends(),
             "cache": cache.root().map(|p| p.display().to_string()),
             "problems": problems,
         }));

@@ -70,14 +70,14 @@ pub struct RemoteFile {
     /// Git's name of the content.
     #[serde(rename = "blobId")]
     pub blob_id: Option<String>,
-    /// Of large files.
+    /// What git-lfs knows, for large files.
     pub lfs: Option<Lfs>,
 }
 
 /// What git-lfs knows of a file.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Lfs {
-    /// Of the content, in hex.
+    /// SHA-256 of the content, in hex.
     pub sha256: String,
     /// Bytes.
     pub size: u64,

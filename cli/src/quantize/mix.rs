@@ -1,7 +1,7 @@
 //! Which tensor gets which format: llama-quantize's mixes, so that files made here equal files made there.
 //!
-//! The facts are those of llama.cpp's `src/llama-quant.cpp`; `tests/quantize.rs` compares the result for every file type
-//! with what llama-quantize gave. The rules count the tensors of a kind in file order ([`Mixer`] keeps the counts), so
+//! The facts are those of llama.cpp's `src/llama-quant.cpp`; `quantize/tests.rs` compares the result for every
+//! file type with what llama-quantize gave. The rules count the tensors of a kind in file order ([`Mixer`] keeps the counts), so
 //! tensors must be asked for in the order in which they are written.
 
 use anyhow::{Result, bail};

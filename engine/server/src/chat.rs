@@ -34,7 +34,7 @@ pub struct ChatFormat {
     assistant: Around,
     /// What the system says is put before the next user's message, with a blank line between.
     system_joins_user: bool,
-    /// Whose messages lose the white space around them.
+    /// The roles whose messages lose the white space around them.
     trims: Trims,
     /// Opens an answer.
     answer: &'static str,

@@ -16,6 +16,7 @@ extern crate std;
 
 pub mod api;
 pub mod chat;
+mod config;
 pub mod error;
 pub mod http;
 mod metrics;
@@ -23,5 +24,6 @@ mod reply;
 pub mod scheduler;
 mod server;
 
+pub use config::{Limits, ServerConfig};
 pub use error::ApiError;
-pub use server::{ConnectionId, Limits, Message, Server, ServerConfig, Templates};
+pub use server::{ConnectionId, Message, Server, Templates};

@@ -20,7 +20,7 @@ pub(crate) struct Metrics {
     pub completed: u64,
 }
 
-/// What is so now.
+/// Values of the moment.
 pub(crate) struct Gauges {
     pub active: usize,
     pub queued: usize,

@@ -240,7 +240,7 @@ impl<'m> Scheduler<'m> {
         let most = job.prompt.len() - 1;
         let shared = |held: &[u32]| held.iter().zip(&job.prompt[..most]).take_while(|(a, b)| a == b).count();
         let is_free = |seq: usize| self.active.iter().all(|a| a.seq != seq);
-        // Of equals the one that loses least.
+        // Among equals the sequence that loses the fewest tokens.
         let best = (0..self.tokens.len())
             .filter(|&seq| is_free(seq))
             .max_by_key(|&seq| (shared(&self.tokens[seq]), core::cmp::Reverse(self.tokens[seq].len())))

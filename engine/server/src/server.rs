@@ -17,6 +17,7 @@ use engine::{Context, Model, Tokenizer};
 use serde_json::{Value, json};
 
 use crate::api::{self, Fields, Generation, Prompt};
+use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::http::{self, Framed, Incoming, Reader, Request};
 use crate::metrics::{Gauges, Metrics};
@@ -34,68 +35,7 @@ pub trait Templates {
     fn encode(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Vec<u32>, String>;
 }
 
-/// What bounds clients.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// Bytes of a request's head.
-    pub head_bytes: usize,
-    /// Bytes of a body.
-    pub body_bytes: usize,
-    /// Bytes that wait for a client that does not read; beyond, a stream is cut off and requests sent ahead wait.
-    pub output_bytes: usize,
-    /// Connections at a time.
-    pub connections: usize,
-    /// Requests that wait for a sequence.
-    pub queue: usize,
-    /// Time for a request to arrive whole.
-    pub request_ms: u64,
-    /// Time that a connection may lie idle between requests.
-    pub idle_ms: u64,
-    /// Time without progress while output waits.
-    pub write_ms: u64,
-    /// Time between comments that keep a silent stream alive.
-    pub ping_ms: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits {
-            head_bytes: 16 << 10,
-            // A prompt of 1M tokens of some 4 bytes, escaped.
-            body_bytes: 8 << 20,
-            output_bytes: 4 << 20,
-            connections: 512,
-            queue: 256,
-            request_ms: 30_000,
-            idle_ms: 60_000,
-            write_ms: 30_000,
-            // Proxies give up after 30 to 60 s of silence.
-            ping_ms: 20_000,
-        }
-    }
-}
-
-/// What the host decides.
-#[derive(Clone, Debug)]
-pub struct ServerConfig {
-    /// Name of the model for clients.
-    pub model_name: String,
-    /// How to sample where the client does not say.
-    pub sampling: SamplerParams,
-    /// Seed of answers whose client names none: this one always, or another each time.
-    pub seed: Option<u64>,
-    /// Start of the seeds that are another each time.
-    pub entropy: u64,
-    /// Tokens of an answer where the client does not say; `None` = until the context is full.
-    pub max_tokens: Option<usize>,
-    /// Key that clients must show (`Authorization: Bearer`), except for `/health`.
-    pub api_key: Option<String>,
-    /// Seconds since 1970 when the host's clock said 0.
-    pub epoch_s: u64,
-    /// Bounds.
-    pub limits: Limits,
-}
-
+/// What a request asks for, and how far its answer has come.
 enum Kind {
     Completion { job: JobId, stream: bool, completion: Box<Completion> },
     Embeddings { inputs: VecDeque<Vec<u32>>, vectors: Vec<Vec<f32>>, n_tokens: usize },
@@ -115,9 +55,9 @@ struct Connection {
     exchange: Option<Exchange>,
     /// Close once `out` is sent; nothing more is read.
     closing: bool,
-    /// When the request in the reader, or the silence, began.
+    /// When the request in the reader began to arrive, or, without one, when the connection fell silent.
     waiting_since_ms: u64,
-    /// When output last went away or came to an empty buffer.
+    /// When output was last sent, or put into an empty buffer.
     wrote_ms: u64,
 }
 
@@ -334,7 +274,7 @@ impl<'m> Server<'m> {
         }
     }
 
-    /// Answers requests in the reader until one takes steps.
+    /// Answers the requests in the reader, up to one whose answer takes steps.
     fn advance(&mut self, id: ConnectionId, now_ms: u64) {
         let max = self.config.limits.output_bytes;
         // A client that asks ahead and does not read waits, too.
@@ -693,7 +633,7 @@ impl<'m> Server<'m> {
             self.metrics.prompt_tokens += tokens.len() as u64;
         }
         if !inputs.is_empty() {
-            // In turn with others.
+            // Its next input waits behind the other requests.
             return self.embeddings.push_back(id);
         }
         let value = reply::embeddings(vectors, &self.config.model_name, n_tokens);
@@ -762,7 +702,7 @@ impl<'m> Server<'m> {
                 }
                 None => self.finished(id, framed, now_ms),
             }
-            // What the client sent ahead.
+            // Requests that the client sent ahead.
             self.advance(id, now_ms);
         }
         // A whole answer may be longer; a stream that nobody reads has no end.

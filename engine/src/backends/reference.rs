@@ -13,7 +13,7 @@ use crate::backend::{Backend, BackendInfo, PlanId, Step};
 use crate::error::EngineError;
 use crate::graph::{Graph, Node};
 use crate::kv_cache::{KvLayout, PAGE};
-use crate::op::{AttentionParams, Binary, Glu, KvPart, Op, RopeMode, RopeParams, Unary};
+use crate::op::{AttentionParams, Binary, Glu, KvPart, MoeRouteParams, Op, RopeMode, RopeParams, Unary};
 use crate::plan::Plan;
 use crate::tensor::{Input, Storage, TensorId};
 use crate::weights::Weights;
@@ -98,7 +98,7 @@ impl Backend for Reference {
         values.clear();
         values.resize(graph.tensors.len(), Vec::new());
         for (tensor, given) in step.given {
-            // Ids are bits where they come from.
+            // Ids arrive as the bits of an i32; here they are kept as floats.
             values[tensor.0 as usize] = match graph.tensor(*tensor).format {
                 FormatId::I32 => given.iter().map(|v| v.to_bits() as f32).collect(),
                 _ => given.to_vec(),
@@ -116,7 +116,7 @@ impl Backend for Reference {
         let base = plan.graph.base(tensor);
         let values = &values[base.0 as usize];
         match plan.graph.tensor(base).format {
-            // Ids are kept as floats here, and read as the bits they have elsewhere.
+            // Ids are kept as floats here; the caller gets the bits of an i32, as from other backends.
             FormatId::I32 => out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(*v as u32)),
             _ => out.copy_from_slice(values),
         }
@@ -184,7 +184,7 @@ impl Run<'_> {
                 let (x, cols) = self.rows(*x);
                 let w = weight.map(|w| self.value(w));
                 one(by_row(&x, cols, |row| {
-                    let mean = row.iter().map(|v| (*v as f64).squared()).sum::<f64>() / cols as f64;
+                    let mean = row.iter().map(|v| square(*v as f64)).sum::<f64>() / cols as f64;
                     let scale = 1.0 / libm::sqrt(mean + *eps as f64);
                     row.iter().enumerate().map(|(i, v)| *v as f64 * scale * at(&w, i, 1.0)).collect()
                 }))
@@ -194,7 +194,7 @@ impl Run<'_> {
                 let (w, b) = (weight.map(|w| self.value(w)), bias.map(|b| self.value(b)));
                 one(by_row(&x, cols, |row| {
                     let mean = row.iter().map(|v| *v as f64).sum::<f64>() / cols as f64;
-                    let var = row.iter().map(|v| (*v as f64 - mean).squared()).sum::<f64>() / cols as f64;
+                    let var = row.iter().map(|v| square(*v as f64 - mean)).sum::<f64>() / cols as f64;
                     let scale = 1.0 / libm::sqrt(var + *eps as f64);
                     row.iter()
                         .enumerate()
@@ -242,7 +242,7 @@ impl Run<'_> {
             }
             Op::Rope { x, table, mode } => {
                 let [_, heads, head_dim] = *self.graph.tensor(*x).shape.dims() else {
-                    unreachable!("checked by builder")
+                    unreachable!("checked by the builder")
                 };
                 let (table, n_dims) = self.rows(*table);
                 let mut out = self.value(*x);
@@ -286,22 +286,10 @@ impl Run<'_> {
                 let (logits, n_expert) = self.rows(*logits);
                 let (mut ids, mut weights) = (Vec::new(), Vec::new());
                 for row in logits.chunks_exact(n_expert) {
-                    let mut order: Vec<usize> = (0..n_expert).collect();
-                    order.sort_by(|a, b| row[*b].total_cmp(&row[*a]).then(a.cmp(b)));
-                    order.truncate(params.n_used);
-                    let over: &[usize] = &(0..n_expert).collect::<Vec<_>>();
-                    let over = if params.softmax_after { &order } else { over };
-                    let max = row.iter().fold(f64::NEG_INFINITY, |m, v| m.max(*v as f64));
-                    let total: f64 = over.iter().map(|e| libm::exp(row[*e] as f64 - max)).sum();
-                    let mut w: Vec<f64> =
-                        order.iter().map(|e| libm::exp(row[*e] as f64 - max) / total).collect();
-                    if params.normalise {
-                        // The smallest normal half: llama.cpp's guard against dividing by nothing.
-                        let sum = w.iter().sum::<f64>().max(6.103515625e-5);
-                        w.iter_mut().for_each(|w| *w /= sum);
+                    for (expert, weight) in route(row, params) {
+                        ids.push(expert as f32);
+                        weights.push(weight as f32);
                     }
-                    ids.extend(order.iter().map(|e| *e as f32));
-                    weights.extend(w.iter().map(|w| (*w * params.scale as f64) as f32));
                 }
                 alloc::vec![ids, weights]
             }
@@ -389,16 +377,11 @@ impl Run<'_> {
     }
 }
 
-trait Square {
-    fn squared(self) -> f64;
+fn square(v: f64) -> f64 {
+    v * v
 }
 
-impl Square for f64 {
-    fn squared(self) -> f64 {
-        self * self
-    }
-}
-
+/// `values[i]`, or the default if there are none.
 fn at(values: &Option<Vec<f32>>, i: usize, default: f64) -> f64 {
     values.as_ref().map_or(default, |v| v[i] as f64)
 }
@@ -424,6 +407,27 @@ fn matvec(w: &[f32], k: usize, x: &[f32], bias: Option<&[f32]>) -> Vec<f64> {
                 + bias.map_or(0.0, |b| b[i] as f64)
         })
         .collect()
+}
+
+/// The experts of one token by its router's logits, best first, each with its weight.
+fn route(logits: &[f32], params: &MoeRouteParams) -> Vec<(usize, f64)> {
+    let mut best: Vec<usize> = (0..logits.len()).collect();
+    best.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+    best.truncate(params.n_used);
+    let max = logits.iter().fold(f64::NEG_INFINITY, |m, v| m.max(*v as f64));
+    let exp = |e: usize| libm::exp(logits[e] as f64 - max);
+    let total: f64 = if params.softmax_after {
+        best.iter().map(|e| exp(*e)).sum()
+    } else {
+        (0..logits.len()).map(exp).sum()
+    };
+    let mut weights: Vec<f64> = best.iter().map(|e| exp(*e) / total).collect();
+    if params.normalise {
+        // The smallest normal half: llama.cpp's guard against dividing by nothing.
+        let sum = weights.iter().sum::<f64>().max(6.103515625e-5);
+        weights.iter_mut().for_each(|w| *w /= sum);
+    }
+    best.into_iter().zip(weights.into_iter().map(|w| w * params.scale as f64)).collect()
 }
 
 /// (cos, sin) of every pair at a position. YaRN: pairs that turn more than `beta_fast` times over the original context

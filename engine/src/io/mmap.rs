@@ -1,6 +1,6 @@
 //! A file as bytes through the page cache: nothing is read until it is used, nothing is copied.
 //!
-//! Who wants a copy all the same, in pinned memory say, has the file read there: that takes no page faults.
+//! A copy, for example in pinned memory, is made by reading the file and not from the mapping, which would cause page faults.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ pub struct Mapped {
     file: File,
     /// For messages.
     path: PathBuf,
-    /// Whether the system once could not write where it was to read to.
+    /// Whether the system has once refused to read into the caller's memory.
     cannot_read: AtomicBool,
 }
 

@@ -109,66 +109,122 @@ fn rope_factors(b: &mut Build<'_>) -> Option<TensorId> {
     b.weight_opt(if long { "rope_factors_long.weight" } else { "rope_factors_short.weight" })
 }
 
+/// Rotary tables of a step: for layers of full attention, and for those with a window.
+struct RopeTables {
+    full: TensorId,
+    window: TensorId,
+}
+
+impl RopeTables {
+    fn new(b: &mut Build<'_>) -> RopeTables {
+        let positions = b.g.input(Input::Positions, b.shape.n_tokens);
+        let factors = rope_factors(b);
+        let full = b.g.rope_table(positions, factors, b.hp.rope);
+        let window = match b.hp.rope_swa {
+            Some(params) => b.g.rope_table(positions, factors, params),
+            None => full,
+        };
+        RopeTables { full, window }
+    }
+}
+
+/// The attention of layer `il` on the normed stream `h`, before the output projection. The step's keys and values go
+/// to the cache; `None` where only that is wanted: in the last layer of a step without outputs.
+fn attend(
+    b: &mut Build<'_>,
+    d: &Decoder<'_>,
+    il: usize,
+    h: TensorId,
+    tables: &RopeTables,
+) -> Option<TensorId> {
+    let (hp, layer, n) = (b.hp, &b.hp.layers[il], b.shape.n_tokens);
+    let (q, k, v) = qkv(b, il, h, d.fused);
+    let table = if layer.window > 0 { tables.window } else { tables.full };
+    let rotated = |b: &mut Build<'_>, x: TensorId, heads: usize, norm: &str| {
+        let mut x = b.g.reshape(x, &[n, heads, hp.head_dim_k]);
+        if let Some(w) = b.layer_opt(il, norm) {
+            x = b.g.rms_norm(x, Some(w), hp.norm_eps);
+        }
+        let x = b.g.rope(x, table, hp.rope_mode);
+        b.g.reshape(x, &[n, heads * hp.head_dim_k])
+    };
+    let q = rotated(b, q, layer.n_head, "attn_q_norm.weight");
+    let k = rotated(b, k, layer.n_head_kv, "attn_k_norm.weight");
+    b.g.kv_store(k, v, il);
+    let sinks = b.layer_opt(il, "attn_sinks.weight");
+    if il + 1 == hp.n_layer() && b.shape.n_outputs == 0 {
+        return None;
+    }
+    let params = AttentionParams {
+        il,
+        n_head: layer.n_head,
+        n_head_kv: layer.n_head_kv,
+        head_dim_k: hp.head_dim_k,
+        head_dim_v: hp.head_dim_v,
+        scale: hp.attn_scale,
+        softcap: hp.attn_softcap,
+        window: layer.window,
+        causal: hp.causal,
+    };
+    Some(b.g.attention(q, sinks, params))
+}
+
+/// The feed-forward part of layer `il`, or its experts, on the normed stream `h`.
+fn feed_forward(b: &mut Build<'_>, d: &Decoder<'_>, il: usize, h: TensorId) -> TensorId {
+    if b.hp.moe.is_some() {
+        return moe_ffn(b, il, h, d.act, d.gating);
+    }
+    let weights = if d.fused { FfnWeights::FusedUp } else { FfnWeights::Separate };
+    gated_ffn(b, il, h, d.act, weights, "")
+}
+
+/// What the step is for, of the last layer's output: hidden states, logits, or the likeliest tokens.
+fn output_head(b: &mut Build<'_>, x: TensorId, token_embd: TensorId) {
+    let norm = b.weight("output_norm.weight");
+    let x = b.g.rms_norm(x, Some(norm), b.hp.norm_eps);
+    b.g.tap("result_norm", None, x);
+    if b.shape.embeddings {
+        b.g.output(Output::Embeddings, x);
+        return;
+    }
+    // A file without an output matrix ties it to the embeddings.
+    let head = b.weight_opt("output.weight").unwrap_or(token_embd);
+    let mut logits = b.g.matmul(x, head, None);
+    if b.hp.final_softcap != 0.0 {
+        logits = b.g.softcap(logits, b.hp.final_softcap);
+    }
+    if b.shape.greedy {
+        let tokens = b.g.argmax(logits);
+        b.g.output(Output::Tokens, tokens);
+    } else {
+        b.g.output(Output::Logits, logits);
+    }
+}
+
 /// Builds the graph of one step of a decoder.
 pub fn decoder(b: &mut Build<'_>, d: &Decoder<'_>) {
     let hp = b.hp;
     let (n, n_outputs) = (b.shape.n_tokens, b.shape.n_outputs);
     let tokens = b.g.input(Input::Tokens, n);
-    let positions = b.g.input(Input::Positions, n);
-    let table = b.weight("token_embd.weight");
-    let mut x = b.g.get_rows(table, tokens);
+    let token_embd = b.weight("token_embd.weight");
+    let mut x = b.g.get_rows(token_embd, tokens);
     if hp.embd_scale != 1.0 {
         x = b.g.scale(x, hp.embd_scale);
         b.g.tap("inp_scaled", None, x);
     }
-    let factors = rope_factors(b);
-    let rope_full = b.g.rope_table(positions, factors, hp.rope);
-    let rope_swa = match hp.rope_swa {
-        Some(params) => b.g.rope_table(positions, factors, params),
-        None => rope_full,
-    };
-    for (il, layer) in hp.layers.iter().enumerate() {
+    let tables = RopeTables::new(b);
+    for il in 0..hp.n_layer() {
         let norm = b.layer(il, "attn_norm.weight");
         let h = b.g.rms_norm(x, Some(norm), hp.norm_eps);
-        let (q, k, v) = qkv(b, il, h, d.fused);
-        let rope = if layer.window > 0 { rope_swa } else { rope_full };
-        let rotated = |b: &mut Build<'_>, x: TensorId, heads: usize, norm: &str| {
-            let mut x = b.g.reshape(x, &[n, heads, hp.head_dim_k]);
-            if let Some(w) = b.layer_opt(il, norm) {
-                x = b.g.rms_norm(x, Some(w), hp.norm_eps);
-            }
-            let x = b.g.rope(x, rope, hp.rope_mode);
-            b.g.reshape(x, &[n, heads * hp.head_dim_k])
-        };
-        let q = rotated(b, q, layer.n_head, "attn_q_norm.weight");
-        let k = rotated(b, k, layer.n_head_kv, "attn_k_norm.weight");
-        b.g.kv_store(k, v, il);
-        let sinks = b.layer_opt(il, "attn_sinks.weight");
-        let params = AttentionParams {
-            il,
-            n_head: layer.n_head,
-            n_head_kv: layer.n_head_kv,
-            head_dim_k: hp.head_dim_k,
-            head_dim_v: hp.head_dim_v,
-            scale: hp.attn_scale,
-            softcap: hp.attn_softcap,
-            window: layer.window,
-            causal: hp.causal,
-        };
-        let last = il + 1 == hp.n_layer();
-        if last && n_outputs == 0 {
-            return; // only the cache is wanted
-        }
-        let mut h = b.g.attention(q, sinks, params);
-        if last && n_outputs < n {
+        let Some(mut h) = attend(b, d, il, h, &tables) else { return };
+        if il + 1 == hp.n_layer() && n_outputs < n {
             // Everything after the last attention is row by row: only the wanted rows go on.
             let rows = b.g.input(Input::OutputRows, n_outputs);
             h = b.g.get_rows(h, rows);
             x = b.g.get_rows(x, rows);
         }
-        let wo = b.layer(il, "attn_output.weight");
-        let wo_bias = b.layer_opt(il, "attn_output.bias");
-        let mut h = b.g.matmul(h, wo, wo_bias);
+        let (wo, bias) = (b.layer(il, "attn_output.weight"), b.layer_opt(il, "attn_output.bias"));
+        h = b.g.matmul(h, wo, bias);
         // Where the norm before the feed-forward part goes by this name, there is none after the attention.
         if d.ffn_norm != "post_attention_norm.weight"
             && let Some(w) = b.layer_opt(il, "post_attention_norm.weight")
@@ -178,38 +234,12 @@ pub fn decoder(b: &mut Build<'_>, d: &Decoder<'_>) {
         x = b.g.add(h, x);
         let norm = b.layer(il, d.ffn_norm);
         let h = b.g.rms_norm(x, Some(norm), hp.norm_eps);
-        let mut h = if hp.moe.is_some() {
-            moe_ffn(b, il, h, d.act, d.gating)
-        } else {
-            let weights = if d.fused { FfnWeights::FusedUp } else { FfnWeights::Separate };
-            gated_ffn(b, il, h, d.act, weights, "")
-        };
+        let mut h = feed_forward(b, d, il, h);
         if let Some(w) = b.layer_opt(il, "post_ffw_norm.weight") {
             h = b.g.rms_norm(h, Some(w), hp.norm_eps);
         }
         x = b.g.add(h, x);
         b.g.tap("l_out", Some(il), x);
     }
-    let norm = b.weight("output_norm.weight");
-    let x = b.g.rms_norm(x, Some(norm), hp.norm_eps);
-    b.g.tap("result_norm", None, x);
-    if b.shape.embeddings {
-        b.g.output(Output::Embeddings, x);
-        return;
-    }
-    // A file without an output matrix ties it to the embeddings.
-    let head = match b.weight_opt("output.weight") {
-        Some(w) => w,
-        None => table,
-    };
-    let mut logits = b.g.matmul(x, head, None);
-    if hp.final_softcap != 0.0 {
-        logits = b.g.softcap(logits, hp.final_softcap);
-    }
-    if b.shape.greedy {
-        let tokens = b.g.argmax(logits);
-        b.g.output(Output::Tokens, tokens);
-        return;
-    }
-    b.g.output(Output::Logits, logits);
+    output_head(b, x, token_embd);
 }

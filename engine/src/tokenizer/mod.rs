@@ -134,7 +134,7 @@ impl Tokenizer {
         let model = match (pre, source.model) {
             (Some(pre), _) => {
                 let merges = source.merges.unwrap_or_default();
-                // Of byte-pair vocabularies only those of single words normalise case, and by default not.
+                // `Bpe` uses this only for vocabularies that drop white space; by default case is kept.
                 Model::Bpe(Bpe::new(&vocab, pre, merges.into_iter(), source.lowercase.unwrap_or(false))?)
             }
             (None, "bert") => {

@@ -119,8 +119,8 @@ enum Frame {
 #[derive(Default)]
 pub(super) struct Stack {
     frames: Vec<Frame>,
-    /// Of the last `Through`: how far its run went and where its match ended. Matches that begin further on in the run
-    /// end there too, so a run is gone over once however often it is tried.
+    /// How far the run of the last `Through` went, and where its match ended. A match that begins further on in the same run
+    /// ends there too, so a run is searched once however often it is tried.
     through: Option<(usize, Option<usize>)>,
 }
 

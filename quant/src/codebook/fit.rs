@@ -56,7 +56,7 @@ pub(crate) fn split_signs<const LEN: usize>(x: &[f32], weight: &[f32; LEN], even
     split
 }
 
-/// Of `candidates` the entry with the least `sum(weight * (scale*value(level) - x)^2)`, the first of equals.
+/// The entry of `candidates` with the least `sum(weight * (scale*value(level) - x)^2)`; the first of equals.
 #[inline(always)]
 pub(crate) fn closest<B: Codebook>(
     candidates: &[core::sync::atomic::AtomicU16],

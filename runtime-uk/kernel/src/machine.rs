@@ -45,7 +45,7 @@ static READY: AtomicU32 = AtomicU32::new(0);
 struct Shared {
     root: u64,
     interrupts: InterruptTable,
-    cores: Arc<Cores<Halt>>,
+    cores: Arc<Cores>,
 }
 
 /// Where the linker put the image.
@@ -97,7 +97,7 @@ pub struct Machine {
     /// All RAM.
     pub ram: Vec<Range>,
     /// The cores to compute on.
-    pub cores: Arc<Cores<Halt>>,
+    pub cores: Arc<Cores>,
     tables: PageTables,
 }
 
@@ -186,7 +186,7 @@ fn start_workers(
     apic_ids: &[u32],
     interrupts: InterruptTable,
     trampoline: &[u8],
-) -> Arc<Cores<Halt>> {
+) -> Arc<Cores> {
     let apic = Apic::this();
     let me = apic.id();
     let wanted = options.threads.unwrap_or(apic_ids.len()).saturating_sub(1);

@@ -174,7 +174,7 @@ impl Network {
         let mac = HardwareAddress::Ethernet(EthernetAddress(card.mac_address()));
         let mut phy = Phy { card: RefCell::new(card), listening: true };
         let mut config = Config::new(mac);
-        // Of sequence numbers and ports: time at boot differs from boot to boot.
+        // For sequence numbers and ports; the clock's ticks differ from boot to boot.
         config.random_seed = clock::ticks();
         let mut interface = Interface::new(config, &mut phy, now());
         let mut sockets = SocketSet::new(Vec::new());

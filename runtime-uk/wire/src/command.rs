@@ -80,7 +80,7 @@ impl<const N: usize> core::fmt::Debug for Short<N> {
     }
 }
 
-/// How a launch stands to the others of its stream.
+/// How a launch is ordered with the others of its stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
     /// It starts when the one before has ended.

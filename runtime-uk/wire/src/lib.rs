@@ -62,7 +62,7 @@ pub enum WireError {
     },
     /// No message has this number.
     Unknown {
-        /// Of what.
+        /// Kind of message.
         what: &'static str,
         /// The number.
         number: u32,

@@ -1,7 +1,7 @@
 //! The activations' memory: one aligned block that the plan cuts into slots.
 //!
-//! The only `unsafe` outside the kernels: views of several slots at once, exclusive for outputs. Every call checks that
-//! no output overlaps another view, so a wrong plan is a panic, never undefined behaviour.
+//! `unsafe` is for one thing: views of several slots at once, exclusive for outputs. Every call checks that no output
+//! overlaps another view, so a wrong plan is a panic, never undefined behaviour.
 #![allow(unsafe_code)]
 
 use alloc::vec::Vec;

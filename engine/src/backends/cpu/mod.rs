@@ -50,6 +50,7 @@ struct Memory {
     scratch: Scratch,
     /// Whose query each token is.
     rows: Vec<QueryRow>,
+    /// All of one segment: zeros.
     token_types: Vec<i32>,
 }
 
@@ -205,16 +206,6 @@ impl<'a> Run<'a> {
         id.map(|id| self.vector(id))
     }
 
-    /// Ids that come with the step or that a router wrote.
-    fn input_ids(&self, id: TensorId) -> Option<&'a [i32]> {
-        match self.graph.tensor(self.graph.base(id)).storage {
-            Storage::Input(Input::Tokens) => Some(self.step.tokens),
-            Storage::Input(Input::Positions) => Some(self.step.positions),
-            Storage::Input(Input::OutputRows) => Some(self.step.output_rows),
-            _ => None,
-        }
-    }
-
     /// Views for an op that maps `x` to `out` of the same size: `x` is `None` where they are the same memory.
     fn map<const N: usize>(&mut self, x: TensorId, out: TensorId, others: [Slot; N]) -> MapViews<'_, N> {
         let (x, out) = (self.slot(x), self.slot(out));
@@ -244,21 +235,7 @@ impl<'a> Run<'a> {
                 simd::layer_norm(isa, exec, v.x, cols, w.as_deref(), b.as_deref(), *eps, v.out)
             }
             Op::MatMul { x, weights, biases } => self.matmul(*x, weights, biases, &node.outputs),
-            Op::MatMulId { x, weight, bias, ids } => {
-                let [n_expert, rows, cols] = *self.plan.shape(*weight).dims() else {
-                    unreachable!("checked by builder")
-                };
-                let [n, n_used] = *self.plan.shape(*ids).dims() else { unreachable!("checked by builder") };
-                let per_used = self.plan.shape(*x).dims()[1] == n_used && n_used > 1;
-                let view = ExpertView { n_expert, rows, cols, ..self.expert_view(*weight) };
-                let bias = self.opt_vector(*bias);
-                let slots = [self.slot(*x), self.slot(*ids)];
-                let out = self.slot(out());
-                let Memory { arena, scratch, .. } = &mut *self.memory;
-                let ([x, ids], [out]) = arena.views(slots, [out]);
-                let ids = bytemuck::cast_slice(ids);
-                simd::matmul_id(isa, exec, view, bias.as_deref(), x, per_used, ids, n, n_used, out, scratch)
-            }
+            Op::MatMulId { x, weight, bias, ids } => self.matmul_id(*x, *weight, *bias, *ids, out()),
             Op::RopeTable { freq_factors, params, .. } => {
                 let (factors, out) = (self.opt_vector(*freq_factors), self.slot(out()));
                 let ([], [out]) = self.memory.arena.views([], [out]);
@@ -266,7 +243,7 @@ impl<'a> Run<'a> {
             }
             Op::Rope { x, table, mode } => {
                 let [n, heads, head_dim] = *self.plan.shape(*x).dims() else {
-                    unreachable!("checked by builder")
+                    unreachable!("checked by the builder")
                 };
                 let (n_dims, table) = (self.plan.shape(*table).cols(), self.slot(*table));
                 let v = self.map(*x, out(), [table]);
@@ -358,29 +335,51 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn expert_view(&self, id: TensorId) -> ExpertView<'a> {
-        let w = self.weight_view(id);
-        ExpertView { format: w.format, bytes: w.bytes, n_expert: 0, rows: 0, cols: 0 }
-    }
-
     fn get_rows(&mut self, table: TensorId, ids: TensorId, out: TensorId) -> Result<(), simd::KernelError> {
         let (cols, out) = (self.plan.shape(table).cols(), self.slot(out));
-        let ids = self.input_ids(ids).unwrap_or(&[]);
-        let types = core::mem::take(&mut self.memory.token_types);
-        let ids = if ids.is_empty() { &types[..] } else { ids };
-        let result = match self.weight(table) {
+        let weight = self.weight(table);
+        let Memory { arena, token_types, .. } = &mut *self.memory;
+        let ids: &[i32] = match self.graph.tensor(self.graph.base(ids)).storage {
+            Storage::Input(Input::Tokens) => self.step.tokens,
+            Storage::Input(Input::Positions) => self.step.positions,
+            Storage::Input(Input::OutputRows) => self.step.output_rows,
+            Storage::Input(Input::TokenTypes) => token_types,
+            other => unreachable!("ids of rows come with the step, these are {other:?}"),
+        };
+        match weight {
             Some(bytes) => {
-                let ([], [out]) = self.memory.arena.views([], [out]);
+                let ([], [out]) = arena.views([], [out]);
                 simd::get_rows(self.graph.tensor(table).format, bytes, cols, ids, out)
             }
             None => {
-                let table = self.slot(table);
-                let ([table], [out]) = self.memory.arena.views([table], [out]);
+                let table = self.plan.slot(table).expect("an activation");
+                let ([table], [out]) = arena.views([table], [out]);
                 simd::get_rows(FormatId::F32, bytemuck::cast_slice(table), cols, ids, out)
             }
+        }
+    }
+
+    fn matmul_id(
+        &mut self,
+        x: TensorId,
+        weight: TensorId,
+        bias: Option<TensorId>,
+        ids: TensorId,
+        out: TensorId,
+    ) -> Result<(), simd::KernelError> {
+        let [n_expert, rows, cols] = *self.plan.shape(weight).dims() else {
+            unreachable!("checked by the builder")
         };
-        self.memory.token_types = types;
-        result
+        let [n, n_used] = *self.plan.shape(ids).dims() else { unreachable!("checked by the builder") };
+        let per_used = self.plan.shape(x).dims()[1] == n_used && n_used > 1;
+        let WeightView { format, bytes, .. } = self.weight_view(weight);
+        let experts = ExpertView { format, bytes, n_expert, rows, cols };
+        let bias = self.opt_vector(bias);
+        let (slots, out) = ([self.slot(x), self.slot(ids)], self.slot(out));
+        let Memory { arena, scratch, .. } = &mut *self.memory;
+        let ([x, ids], [out]) = arena.views(slots, [out]);
+        let (isa, exec, ids) = (self.isa, self.exec, bytemuck::cast_slice(ids));
+        simd::matmul_id(isa, exec, experts, bias.as_deref(), x, per_used, ids, n, n_used, out, scratch)
     }
 
     fn matmul(

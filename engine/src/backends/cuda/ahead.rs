@@ -1,8 +1,8 @@
-//! Kernels that are loaded before a plan asks for them, while weights are on their way: the first time a driver compiles
-//! each, for up to a second, and one after the other whatever the threads.
+//! Kernels that are loaded before a plan asks for them, while weights are on their way. The first time a kernel is used on
+//! a machine the driver compiles it, which takes up to a second, and it compiles one at a time whatever the threads.
 //!
-//! It is a guess at what the first steps launch. What is loaded in vain costs a little memory; what is forgotten is loaded
-//! when a plan asks, as ever.
+//! Which kernels the first steps launch is a guess. One that is loaded in vain costs a little memory; one that was not
+//! foreseen is loaded when a plan asks for it.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -46,7 +46,7 @@ impl Ahead {
         missing
     }
 
-    /// Has [`Ahead::load`] return once the kernel at hand is loaded.
+    /// Makes [`Ahead::load`] return after the kernel that it is loading.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
     }
@@ -55,7 +55,7 @@ impl Ahead {
     fn entries(&self, steps: &[(Graph, Range<usize>)], kv: &KvLayout) -> Vec<&'static str> {
         let mut found: Vec<(&'static str, usize)> = Vec::new();
         for (i, (graph, positions)) in steps.iter().enumerate() {
-            // Who prepares such a step is told why it cannot be done.
+            // A step that cannot be lowered is reported when it is prepared, not here.
             for entry in self.entries_of(graph, positions, kv).unwrap_or_default() {
                 match found.iter_mut().find(|(name, _)| *name == entry) {
                     Some((_, of_steps)) => *of_steps |= 1 << i,

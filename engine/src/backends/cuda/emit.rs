@@ -27,7 +27,7 @@ use super::program::{
     Store, Table, Value,
 };
 use crate::backend::Step;
-use crate::kv_cache::{KvLayer, KvLayout};
+use crate::kv_cache::{self, KvLayer, KvLayout};
 use crate::op::{self, AttentionParams, Binary, RopeMode, Unary};
 use crate::plan::Slot;
 
@@ -37,11 +37,13 @@ pub const MMVQ_MAX_COLS: usize = mmvq::MAX_COLS;
 pub const MMVF_MAX_PLAIN_COLS: usize = 8;
 
 /// Positions in a span of the cache: what attention sums before it adds anything else.
-pub const KV_SPAN: usize = 256;
+pub const KV_SPAN: usize = flash::SPAN;
+// The kernels take pages as the engine makes them.
+const _: () = assert!(flash::PAGE == kv_cache::PAGE);
 /// Tokens of one sequence from which on attention works on tiles of them.
 const PREFILL_TOKENS: usize = 16;
 
-/// What of a step's sizes, beside the plan's shape, launches depend on. Steps of one class replay the same launches.
+/// The sizes of a step, beside its plan's shape, that launches depend on. Steps of one class replay the same launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SizeClass {
     /// Most spans of the cache that any sequence has, rounded up to a power of two.
@@ -51,7 +53,7 @@ pub struct SizeClass {
 }
 
 impl SizeClass {
-    /// Of a step.
+    /// The class of a step.
     pub fn of(step: &Step<'_>) -> SizeClass {
         let longest = step.sequences.iter().map(|s| s.len as usize).max().unwrap_or(0);
         // Tokens of one sequence are counted until there are enough.
@@ -64,7 +66,7 @@ impl SizeClass {
         }
     }
 
-    /// Of a step whose tokens have these positions, all of one sequence.
+    /// The class of a step whose tokens are all of one sequence and have these positions.
     pub fn of_positions(positions: &Range<usize>) -> SizeClass {
         SizeClass {
             max_spans: positions.end.div_ceil(KV_SPAN).next_power_of_two(),
@@ -79,28 +81,31 @@ impl SizeClass {
     }
 }
 
-/// Adds what an action's kernel needs on this device beside its operands: sorted pairs, room for partial results.
+/// Adds what an action's kernel needs on this device beside its operands: room for partial results, sorted pairs.
 pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo) {
+    add_partials(program, class, device);
+    sort_pairs(program, device);
+}
+
+/// Gives attention that is split over spans room for the spans' results.
+fn add_partials(program: &mut Program, class: SizeClass, device: &DeviceInfo) {
+    for i in 0..program.actions.len() {
+        let Action::Attention { params: p, n, .. } = &program.actions[i] else { continue };
+        let geometry = class.geometry(device.sm, device.n_sm, *n, p.n_head_kv);
+        let Geometry::Split { n_spans, .. } = geometry else { continue };
+        let bytes = flash::scratch_bytes(*n, p.n_head, p.head_dim_v, n_spans);
+        let room = program.value(bytes);
+        if let Action::Attention { partials, .. } = &mut program.actions[i] {
+            *partials = Some(room);
+        }
+    }
+}
+
+/// Sorts the pairs of a mixture by expert before the first integer product of many tokens that needs them in that order.
+fn sort_pairs(program: &mut Program, device: &DeviceInfo) {
     let mut found: Vec<(Place, Sorted)> = Vec::new();
     let mut i = 0;
     while i < program.actions.len() {
-        let bytes = match &program.actions[i] {
-            Action::Attention { params: p, n, .. } => {
-                match class.geometry(device.sm, device.n_sm, *n, p.n_head_kv) {
-                    Geometry::Split { n_spans, .. } => {
-                        Some(flash::scratch_bytes(*n, p.n_head, p.head_dim_v, n_spans))
-                    }
-                    _ => None,
-                }
-            }
-            _ => None,
-        };
-        if let Some(bytes) = bytes {
-            let room = program.value(bytes);
-            if let Action::Attention { partials, .. } = &mut program.actions[i] {
-                *partials = Some(room);
-            }
-        }
         if let Action::ExpertProduct(p) = &program.actions[i]
             && matches!(p.x, Factor::Acts(_))
             && p.n > MMVQ_MAX_COLS
@@ -128,7 +133,7 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
     }
 }
 
-/// Where everything is that actions name.
+/// The addresses and sizes that turn actions into launches.
 pub struct Emit<'a> {
     /// Start of the arena.
     pub arena: DevicePtr,
@@ -599,7 +604,7 @@ impl Emit<'_> {
             };
             let n_expert = p.parts[0].w.n_expert;
             let rows = parts.iter().map(|part| part.n_rows).sum();
-            // As when the tiles were sorted.
+            // The same choice as in `sort_pairs`.
             let cut = Cut::choose_mixture(format, rows, n_expert, n_pairs, glu.is_some(), self.device);
             let sorted = mmq::Sorted { order: self.value(order), tiles: self.value(tiles), n_expert };
             return one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }));

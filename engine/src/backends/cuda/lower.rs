@@ -1,4 +1,5 @@
-//! From a graph to all that launches are made of, but for addresses: its program, merged, with the place of each value.
+//! From a graph to everything that its launches are made of except addresses: the program, with actions merged, and the
+//! place of each value in the arena.
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
@@ -19,7 +20,7 @@ const ALIGN_BYTES: usize = 256;
 
 /// A graph for a device.
 pub struct Lowered {
-    /// What is to be done.
+    /// The actions.
     pub program: Program,
     /// Value of each activation of the graph, by base tensor.
     pub values: BTreeMap<TensorId, Value>,
@@ -28,7 +29,7 @@ pub struct Lowered {
 }
 
 impl Lowered {
-    /// Of a graph in steps of a class; which node cannot be translated, and why.
+    /// Lowers a graph for steps of a size class. An error is the index of a node that cannot be translated, and the reason.
     pub fn new(
         graph: &Graph,
         addresses: &dyn Addresses,

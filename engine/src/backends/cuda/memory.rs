@@ -1,4 +1,4 @@
-//! What a device lends, as values that give it back.
+//! Device memory, streams and events as values that give themselves back to the driver when they are dropped.
 
 use alloc::sync::Arc;
 

@@ -119,13 +119,13 @@ struct Ready {
 
 /// How far the capture of a plan's launches has come.
 enum Captured {
-    /// They have not run yet: what runs once only, as most prefills do, is not worth it.
+    /// They have not run yet. A plan that runs once only, as most prefills do, is not worth a capture.
     NotYet,
-    /// They have run; the next time they are captured.
+    /// They have run once, and are captured when they run next.
     Next,
-    /// They are launched as one.
+    /// They were captured and are launched as one graph.
     Graph { device: Device, id: GraphId },
-    /// The driver cannot.
+    /// The driver cannot capture.
     Never,
 }
 
@@ -181,18 +181,19 @@ impl Ready {
     }
 }
 
-/// Tensors that other devices made, pinned on their way here.
+/// Pinned memory that tensors of other devices go through on their way to this one.
 struct Given {
     host: Growing,
-    /// The last ones have left.
+    /// After this event the memory is free again.
     copied: Option<Mark>,
 }
 
-/// Bytes of them that one thread copies at a time: it copies a few a nanosecond, the bus some fifty.
+/// Bytes of such tensors that one thread copies at a time. Several threads are needed: one copies a few bytes a nanosecond,
+/// the bus some fifty.
 const GIVEN_PART_BYTES: usize = 512 << 10;
 
 impl Given {
-    /// Queues their copies to these places.
+    /// Queues copies of tensors, each to its place on the device.
     fn send(
         &mut self,
         device: &Device,
@@ -216,7 +217,7 @@ impl Given {
                 }
             });
             if failed.into_inner() {
-                // Once more in one piece, for the error, or for good.
+                // Once more in one piece: it gives the error, or succeeds after all.
                 device.write_host(at, bytes)?;
             }
             device.copy(to, at, bytes.len() as u64, StreamId::DEFAULT)?;
@@ -227,7 +228,7 @@ impl Given {
     }
 }
 
-/// Values that the translation computes and kernels read, each kept once.
+/// Values that the translation computes and kernels read; equal ones are stored once.
 struct Constants {
     device: Device,
     list: Vec<(Vec<f32>, Memory)>,
@@ -312,7 +313,7 @@ impl Cuda {
         self.weights.place(&translate::weights_of(graph), &mut self.modules, progress)
     }
 
-    /// Who loads kernels while [`Cuda::load`] copies weights, on a thread of the caller's.
+    /// What loads kernels, on a thread of the caller's, while [`Cuda::load`] copies weights.
     pub fn ahead(&self) -> Ahead {
         Ahead::new(self.device.clone(), self.rules)
     }
@@ -331,7 +332,7 @@ impl Cuda {
         [self.arena.generation, self.inputs.generation, self.kv_generation]
     }
 
-    /// Where an output of a plan's last run is.
+    /// Address of an output of a plan's last run.
     fn of_last_run(&self, plan: PlanId, tensor: TensorId) -> DevicePtr {
         let prepared = &self.plans[&plan.0];
         let slot = prepared.ready[&prepared.last].slots[&prepared.plan.graph.base(tensor)];
@@ -423,7 +424,7 @@ impl Backend for Cuda {
     }
 
     fn supports(&self, graph: &Graph, node: &Node) -> Result<(), String> {
-        // What the launchers say of the node's own actions, wherever its tensors may be.
+        // The launchers decide, for the node's own actions; addresses do not matter to them.
         let mut t = translate::Translator::new(graph, &Anywhere, &self.info);
         t.node(node)?;
         let slots: Vec<Option<Slot>> =
@@ -453,7 +454,7 @@ impl Backend for Cuda {
                 here
             }));
         }
-        // What was never written is read where a page is not full, and masked: it must be numbers.
+        // Attention reads whole pages and masks what was never written, which must be numbers and not NaN.
         self.device.fill(memory.at(), 0, memory.bytes() as u64, StreamId::DEFAULT)?;
         self.kv = Some(Kv { layout: layout.clone(), parts, _memory: memory });
         Ok(())
@@ -478,7 +479,7 @@ impl Backend for Cuda {
     fn run(&mut self, plan: PlanId, step: &Step<'_>) -> Result<(), EngineError> {
         let class = SizeClass::of(step);
         let layout = InputLayout::new(step.tokens.len(), step.output_rows.len());
-        // As many pages as there are: the block need not grow with the sequences.
+        // Room for all pages of the cache, so that the block does not grow with the sequences.
         let n_pages = self.kv.as_ref().map_or(0, |kv| kv.layout.n_pages).max(step.pages.len());
         self.inputs.reserve(&self.device, layout.bytes(n_pages))?;
         let prepared = &self.plans[&plan.0];

@@ -21,11 +21,11 @@ use crate::models::StepShape;
 use crate::op::{KvPart, Op};
 use crate::tensor::Storage;
 
-/// What the driver itself takes when the first kernels run (context, modules), and what fragments: measured on no device,
-/// chosen well above what drivers of today take.
+/// Device memory left for the driver itself (context, modules) and for fragmentation. An estimate on the safe side, not a
+/// measurement.
 const RESERVE_BYTES: u64 = 600 << 20;
 
-/// Who has a weight that is not where its layer is.
+/// The place of a weight that is not where its layer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Site {
     /// The host.
@@ -43,10 +43,10 @@ pub struct Needs {
     pub layer_kv: Vec<usize>,
     /// Weights outside the layers.
     pub other_weights: usize,
-    /// Weights that each GPU has whatever its layers are; GPUs without any may be missing.
+    /// Weights that each GPU has regardless of its layers; the list may end before GPUs that have none.
     pub apart: Vec<usize>,
-    /// Of each layer, what products of prompts need on a GPU if the layer is on the host, and what if it is not. Without
-    /// such products there are no layers in it.
+    /// Per layer: weights that products of prompts copy to a GPU, if the layer is on the host and if it is not. Empty without
+    /// op offload.
     pub brought: Vec<[usize; 2]>,
     /// The arena of the largest step.
     pub activations: usize,
@@ -63,20 +63,20 @@ pub struct Share {
     pub activations: u64,
     /// Room for weights that products of prompts bring from the host.
     pub brought: u64,
-    /// Pinned memory of the host for copies of all these weights, of which fewer do: no memory of the device.
+    /// Pinned host memory for copies of all these weights (no device memory). With less, fewer layers have copies.
     pub pinned: u64,
 }
 
 impl Share {
-    /// All of it that is on the device.
+    /// Bytes on the device.
     pub fn total(&self) -> u64 {
         self.weights + self.kv_cache + self.activations + self.brought
     }
 }
 
 impl Needs {
-    /// Of a model in a context of these sizes on a device; some weights have sites of their own, by index, and with
-    /// `offload` products of prompts bring weights from the host.
+    /// What a model needs in a context of these sizes on a device. `sites` names, by index, the weights that are not where
+    /// their layer is; with `offload`, products of prompts copy weights from the host.
     pub fn of(
         model: &Model,
         params: &ContextParams,

@@ -1,8 +1,8 @@
 //! A program: what the device does in one step of a plan, after translation from the graph and before memory is assigned.
 //!
-//! A [`Value`] is a piece of the arena, written by one operation. Everything else (weights, the cache, the step's inputs)
-//! has a fixed address. Operations are coarser than the graph's where one kernel does several nodes' work: the rules in
-//! [`super::fuse`] merge them. [`super::emit`] turns an operation into launches once addresses are known.
+//! It is a list of [`Action`]s on [`Value`]s. A value is a piece of the arena, written by one action; everything else
+//! (weights, the cache, the step's inputs) has a fixed address. Where one kernel can do the work of several actions, the
+//! rules in [`super::fuse`] merge them. [`super::emit`] turns an action into launches once addresses are known.
 
 use alloc::vec::Vec;
 
@@ -248,7 +248,7 @@ pub enum Table {
     Floats(Place),
 }
 
-/// One operation.
+/// What one kernel does, or a few launches together.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // fields are named as in `Op`
 pub enum Action {
@@ -378,7 +378,7 @@ pub enum Action {
     },
 }
 
-/// Operations in order and the values they work on.
+/// Actions in order and the values they work on.
 #[derive(Clone, Debug, Default)]
 pub struct Program {
     /// Bytes of each value.
@@ -451,7 +451,7 @@ impl Factor {
 }
 
 impl Action {
-    /// Calls `f` for every place read.
+    /// Calls `f` for every value read.
     pub fn for_each_read(&self, f: &mut dyn FnMut(Value)) {
         fn place(p: Place, f: &mut dyn FnMut(Value)) {
             if let Place::Value(v) = p {

@@ -1,15 +1,17 @@
-//! A GPU that multiplies with weights it does not keep: products of prompts with weights in host memory, brought layer by
-//! layer as they are needed ([`Offload`](crate::backends::split::Offload)).
+//! A GPU that multiplies with weights it does not keep: products of prompts with weights in host memory, which are copied
+//! to the device layer by layer when they are needed ([`Offload`](crate::backends::split::Offload)).
 //!
-//! * There are two areas, which layers take in turns, so the next layer's weights are on their way while this one's
-//!   products run ([`Backend::prefetch`]). A weight's place in its area is fixed: launches, and graphs of them, name it.
-//! * Of as many layers as the caller allows there are tiled copies in pinned memory, made at the start by way of the
-//!   areas. Their weights come by plain copies, which the host only queues. The others come through the staging's buffers
-//!   and are tiled on the way, as at load.
-//! * Both come part by part, one part ahead, and not layer by layer: copies of one direction follow each other, so a
-//!   product's activations would wait for all weights that were queued before.
-//! * All this is on streams of its own. Events say when a part's weights are there, and when an area's readers are done.
-//! * What is there stays until another layer needs the area: one or two layers are brought once.
+//! * There are two areas of device memory, and layers use them in turn, so the next layer's weights are on their way while
+//!   this one's products run ([`Backend::prefetch`]). A weight has a fixed place in its area, because launches, and graphs
+//!   of launches, contain its address.
+//! * For as many layers as the caller allows there are tiled copies in pinned memory, made when the backend is made, by
+//!   way of the areas. The weights of these layers come by plain copies, which cost the host nothing but queueing them.
+//!   Those of the other layers come through the staging buffers and are tiled on the way, as at load.
+//! * Weights are copied one part of the graph ahead, not one layer ahead: copies of one direction run one after the other,
+//!   so a product's activations would wait for all weights queued before them.
+//! * All copies are on streams of their own. Events say when a part's weights have arrived, and when the work that reads an
+//!   area is done.
+//! * Weights stay in an area until another layer needs it, so with one or two layers they are copied once.
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
@@ -37,19 +39,19 @@ pub struct Streaming {
     copies: Queue,
     cuda: Cuda,
     layers: Vec<Layer>,
-    /// Layer, counted among those that are brought, of each weight.
+    /// Each weight's index into `layers`.
     layer_of: BTreeMap<WeightKey, usize>,
     areas: [Area; 2],
-    /// What plans need of it, all of one layer.
+    /// Weights that each plan needs, all of one layer.
     plans: BTreeMap<usize, Vec<WeightKey>>,
 }
 
-/// What is brought for a layer.
+/// The weights of a layer that are copied when they are needed.
 struct Layer {
     /// In the order in which they are needed.
     weights: Vec<Part>,
     bytes: usize,
-    /// As the area has it, in pinned memory.
+    /// The area's contents for this layer, in pinned memory.
     copy: Option<Memory>,
 }
 
@@ -64,21 +66,22 @@ struct Part {
 /// Room for the weights of a layer.
 struct Area {
     memory: Memory,
-    /// Whose weights are in it.
+    /// The layer whose weights are in it.
     layer: Option<usize>,
     present: Vec<Present>,
-    /// Nobody reads what is in it after this.
+    /// After this event nothing reads the area any more.
     read: Option<Mark>,
 }
 
-/// Weights that are in an area once these streams have come so far.
+/// Weights that are in an area once these events have happened.
 struct Present {
     keys: Vec<WeightKey>,
     filled: Vec<Mark>,
 }
 
 impl Area {
-    /// Makes it a layer's. What this stream does from now on comes after all that read or filled it for another.
+    /// Gives the area to a layer. Work queued on `stream` from now on waits for all that filled or read the area for another
+    /// layer.
     fn turn_to(&mut self, layer: usize, device: &Device, stream: StreamId) -> Result<(), DriverError> {
         if self.layer == Some(layer) {
             return Ok(());
@@ -98,8 +101,8 @@ impl Area {
 }
 
 impl Streaming {
-    /// Of a backend, with room for the weights of these graphs' nodes: a layer each, in the order in which they run.
-    /// Copies take at most `pinned_bytes` of the host's memory, and fewer where the system refuses them.
+    /// Adds to a backend the areas for the weights that the nodes of these graphs need; each graph is a layer, in the order
+    /// in which layers run. Pinned copies take at most `pinned_bytes` of host memory, less if the system grants less.
     pub fn new(mut cuda: Cuda, layers: &[Graph], pinned_bytes: u64) -> Result<Streaming, EngineError> {
         let mut layers: Vec<Layer> =
             layers.iter().map(|graph| Layer::new(cuda.weights.source(), graph)).collect();
@@ -117,7 +120,7 @@ impl Streaming {
             }
         }
         for (l, layer) in layers.iter_mut().enumerate() {
-            // One that two layers have is the last one's.
+            // A weight that two layers use belongs to the later one.
             layer.weights.retain(|part| layer_of[&part.key] == l);
         }
         let brought: Vec<WeightKey> = layer_of.keys().copied().collect();
@@ -155,7 +158,7 @@ impl Streaming {
             }
             let copy = match Memory::new(&device, MemKind::Host, bytes) {
                 Ok(copy) => copy,
-                // What is too much to pin is not too much to bring.
+                // The rest is brought from the file.
                 Err(DriverError::OutOfMemory { .. }) => break,
                 Err(error) => return Err(error.into()),
             };
@@ -174,7 +177,8 @@ impl Streaming {
         Ok(device.synchronise(self.copies.id)?)
     }
 
-    /// Queues the copies of what a plan needs and is not there; the index of its area, if it needs any.
+    /// Queues copies of the weights that a plan needs and its area does not have. Returns the area's index, or `None` if the
+    /// plan needs no such weights.
     fn bring(&mut self, plan: PlanId) -> Result<Option<usize>, EngineError> {
         let Some(keys) = self.plans.get(&plan.0) else { return Ok(None) };
         let layer = self.layer_of[&keys[0]];
@@ -187,7 +191,7 @@ impl Streaming {
         Ok(Some(layer % 2))
     }
 
-    /// Brings weights of a layer from pinned memory, those that are not there.
+    /// Queues copies of a layer's missing weights from pinned memory.
     fn fetch(&mut self, l: usize, keys: &[WeightKey]) -> Result<(), DriverError> {
         let (device, stream) = (&self.cuda.device, self.copies.id);
         let (layer, area) = (&self.layers[l], &mut self.areas[l % 2]);
@@ -209,14 +213,14 @@ impl Streaming {
                 Ok(())
             }
             Err(error) => {
-                // Nobody could wait for what is under way, so it ends here.
+                // Nothing could wait for the copies under way later on, so they are waited for here.
                 let _ = device.synchronise(stream);
                 Err(error)
             }
         }
     }
 
-    /// Brings weights of a layer from the file, those that are not there.
+    /// Queues copies of a layer's missing weights from the file.
     fn stage(&mut self, l: usize, keys: &[WeightKey]) -> Result<(), EngineError> {
         let device = self.cuda.device.clone();
         let area = &mut self.areas[l % 2];
@@ -225,7 +229,7 @@ impl Streaming {
         if missing.is_empty() {
             return Ok(());
         }
-        // One stream has waited for the area, the staging's wait for it.
+        // The copy stream has waited for the area; the staging's streams wait for the copy stream.
         self.staging.after(Mark::on(&device, self.copies.id)?);
         let copied = self.cuda.weights.bring(&missing, &self.staging, &mut self.cuda.modules);
         match copied.and_then(|()| Ok(self.staging.marks()?)) {

@@ -312,86 +312,12 @@ impl<'a> Translator<'a> {
                 let out = self.value(out());
                 self.push(Action::GetRows { table: rows, ids, n, cols, out });
             }
-            Op::RmsNorm { x, weight, eps } => {
-                let norm = Norm {
-                    kind: NormKind::Rms,
-                    x: self.place(*x),
-                    add: None,
-                    weight: self.opt_vector(*weight)?,
-                    bias: None,
-                    eps: *eps,
-                    rows: shape(*x).rows(),
-                    cols: shape(*x).cols(),
-                    out: Some(self.value(out())),
-                    acts: None,
-                };
-                self.push(Action::Norm(norm));
-            }
+            Op::RmsNorm { x, weight, eps } => self.norm(NormKind::Rms, *x, [*weight, None], *eps, out())?,
             Op::LayerNorm { x, weight, bias, eps } => {
-                let norm = Norm {
-                    kind: NormKind::Layer,
-                    x: self.place(*x),
-                    add: None,
-                    weight: self.opt_vector(*weight)?,
-                    bias: self.opt_vector(*bias)?,
-                    eps: *eps,
-                    rows: shape(*x).rows(),
-                    cols: shape(*x).cols(),
-                    out: Some(self.value(out())),
-                    acts: None,
-                };
-                self.push(Action::Norm(norm));
+                self.norm(NormKind::Layer, *x, [*weight, *bias], *eps, out())?;
             }
-            Op::MatMul { x, weights, biases } => {
-                let (n, k) = (shape(*x).rows(), shape(*x).cols());
-                let x = self.place(*x);
-                let mut parts = Vec::new();
-                for ((w, bias), out) in weights.iter().zip(biases).zip(&node.outputs) {
-                    let w = self.matrix(*w, 1)?;
-                    let bias = self.opt_vector(*bias)?;
-                    parts.push(Part { w, bias, residual: None, out: self.value(*out) });
-                }
-                // Matrices of one format go together; a mixed file (Q4_K_M has some Q6_K) makes more than one product.
-                while let Some(first) = parts.first() {
-                    let format = first.w.format;
-                    let (now, later): (Vec<Part>, Vec<Part>) =
-                        parts.into_iter().partition(|p| p.w.format == format);
-                    let x = self.factor(x, n, k, format);
-                    self.push(Action::Product(Product { parts: now, x, n, k, glu: None, acts: None }));
-                    parts = later;
-                }
-            }
-            Op::MatMulId { x, weight, bias, ids } => {
-                let n_expert = shape(*weight).dims()[0];
-                let [n, n_used] = *shape(*ids).dims() else { unreachable!("checked by the builder") };
-                let per_used = shape(*x).dims()[1] == n_used && n_used > 1;
-                let (rows, k) = (shape(*x).rows(), shape(*x).cols());
-                let w = self.matrix(*weight, n_expert)?;
-                let bias = self.opt_vector(*bias)?;
-                let (x, ids) = (self.place(*x), self.place(*ids));
-                // A mixture's float products round on the way, whatever the number of tokens.
-                let (x, sorted) = match w.format.act_kind() {
-                    Some(_) if self.dequantises => {
-                        let sorted = self.sorted(ids, n * n_used, n_expert);
-                        let per_x = if per_used { 1 } else { n_used };
-                        (Factor::Halves(self.halves(x, rows, k, Some((ids, per_x, sorted)))), Some(sorted))
-                    }
-                    Some(_) => (self.factor(x, rows, k, w.format), None),
-                    None => (Factor::Floats(x), None),
-                };
-                let parts = vec![Part { w, bias, residual: None, out: self.value(out()) }];
-                self.push(Action::ExpertProduct(ExpertProduct {
-                    parts,
-                    x,
-                    per_used,
-                    ids,
-                    n,
-                    n_used,
-                    k,
-                    glu: None,
-                    sorted,
-                }));
-            }
+            Op::MatMul { x, weights, biases } => self.products(*x, weights, biases, &node.outputs)?,
+            Op::MatMulId { x, weight, bias, ids } => self.expert_product(*x, *weight, *bias, *ids, out())?,
             Op::RopeTable { positions, freq_factors, params } => {
                 let n = shape(*positions).elems();
                 let factors = self.opt_vector(*freq_factors)?;
@@ -468,6 +394,93 @@ impl<'a> Translator<'a> {
                 self.push(Action::RowGate { x, gate, n, cols, out });
             }
         }
+        Ok(())
+    }
+
+    fn norm(
+        &mut self,
+        kind: NormKind,
+        x: TensorId,
+        [weight, bias]: [Option<TensorId>; 2],
+        eps: f32,
+        out: TensorId,
+    ) -> Result<(), String> {
+        let shape = self.graph.tensor(x).shape;
+        let norm = Norm {
+            kind,
+            x: self.place(x),
+            add: None,
+            weight: self.opt_vector(weight)?,
+            bias: self.opt_vector(bias)?,
+            eps,
+            rows: shape.rows(),
+            cols: shape.cols(),
+            out: Some(self.value(out)),
+            acts: None,
+        };
+        self.push(Action::Norm(norm));
+        Ok(())
+    }
+
+    /// The products of `x` with several matrices.
+    fn products(
+        &mut self,
+        x: TensorId,
+        weights: &[TensorId],
+        biases: &[Option<TensorId>],
+        outputs: &[TensorId],
+    ) -> Result<(), String> {
+        let shape = self.graph.tensor(x).shape;
+        let (n, k) = (shape.rows(), shape.cols());
+        let x = self.place(x);
+        let mut parts = Vec::new();
+        for ((w, bias), out) in weights.iter().zip(biases).zip(outputs) {
+            let w = self.matrix(*w, 1)?;
+            let bias = self.opt_vector(*bias)?;
+            parts.push(Part { w, bias, residual: None, out: self.value(*out) });
+        }
+        // Matrices of one format go together; a mixed file (Q4_K_M has some Q6_K) makes more than one product.
+        while let Some(first) = parts.first() {
+            let format = first.w.format;
+            let (now, later): (Vec<Part>, Vec<Part>) = parts.into_iter().partition(|p| p.w.format == format);
+            let x = self.factor(x, n, k, format);
+            self.push(Action::Product(Product { parts: now, x, n, k, glu: None, acts: None }));
+            parts = later;
+        }
+        Ok(())
+    }
+
+    /// The products of `x` with the experts that `ids` name.
+    fn expert_product(
+        &mut self,
+        x: TensorId,
+        weight: TensorId,
+        bias: Option<TensorId>,
+        ids: TensorId,
+        out: TensorId,
+    ) -> Result<(), String> {
+        let graph = self.graph;
+        let shape = |id: TensorId| graph.tensor(id).shape;
+        let n_expert = shape(weight).dims()[0];
+        let [n, n_used] = *shape(ids).dims() else { unreachable!("checked by the builder") };
+        let per_used = shape(x).dims()[1] == n_used && n_used > 1;
+        let (rows, k) = (shape(x).rows(), shape(x).cols());
+        let w = self.matrix(weight, n_expert)?;
+        let bias = self.opt_vector(bias)?;
+        let (x, ids) = (self.place(x), self.place(ids));
+        let (x, sorted) = match w.format.act_kind() {
+            Some(_) if self.dequantises => {
+                let sorted = self.sorted(ids, n * n_used, n_expert);
+                let per_x = if per_used { 1 } else { n_used };
+                (Factor::Halves(self.halves(x, rows, k, Some((ids, per_x, sorted)))), Some(sorted))
+            }
+            Some(_) => (self.factor(x, rows, k, w.format), None),
+            // A mixture's float products round on the way, whatever the number of tokens.
+            None => (Factor::Floats(x), None),
+        };
+        let parts = vec![Part { w, bias, residual: None, out: self.value(out) }];
+        let product = ExpertProduct { parts, x, per_used, ids, n, n_used, k, glu: None, sorted };
+        self.push(Action::ExpertProduct(product));
         Ok(())
     }
 }

@@ -1,12 +1,12 @@
 //! The model's weights on the device: read once from the file, tiled for the kernels, at fixed addresses.
 //!
 //! A weight is placed in the form in which graphs use it ([`WeightKey`]): matrices tiled, vectors as they are. Tied
-//! embeddings are one matrix, since rows are taken from tiles too. Placing is asked for per graph and does nothing for
-//! what is there already.
+//! embeddings are one matrix, because rows can be taken from tiles too. Weights are placed graph by graph; those that are
+//! on the device already stay where they are.
 //!
-//! All weights are cut into pieces, in the order of the file, each tiled by itself ([`Piece`]). Every thread takes the next
-//! piece, reads it into pinned memory of its own, and queues its copy and its tiling ([`Staging`]): no thread waits for
-//! another, and none for a weight's end.
+//! All weights are cut into pieces, in the order of the file; each is tiled by itself ([`Piece`]). A thread takes the next
+//! piece, reads it into pinned memory of its own, and queues its copy and its tiling ([`Staging`]). No thread waits for
+//! another one, nor for a weight to be complete.
 
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -31,12 +31,13 @@ use crate::weights::Weights;
 /// Alignment of a weight: what the widest bulk copies of tiles ask for, with room to spare.
 const ALIGN: usize = 256;
 
-/// Bytes of a piece with many threads: long enough that calls of the driver do not count.
+/// Least bytes of a piece: long enough that the time of the driver's calls does not matter.
 const MIN_PIECE_BYTES: usize = 2 << 20;
-/// With few of them, which are slower than the bus: pieces need not be short.
+/// Most bytes of a piece, used with few threads: they read more slowly than the bus copies, so nothing is gained by
+/// shorter pieces.
 const MAX_PIECE_BYTES: usize = 16 << 20;
 
-/// Pieces of one thread that are under way: one is copied while it reads the other.
+/// Pieces that one thread has under way: one is copied while the thread reads the other.
 const SLOTS: usize = 2;
 
 /// Weights on a device.
@@ -63,12 +64,12 @@ impl DeviceWeights {
         DeviceWeights { source, device, executor, placed: BTreeMap::new(), memory: Vec::new() }
     }
 
-    /// Where they come from.
+    /// The model's weights in host memory.
     pub fn source(&self) -> &Weights {
         &self.source
     }
 
-    /// Who helps.
+    /// The threads that read the file.
     pub fn executor(&self) -> &dyn Executor {
         &*self.executor
     }
@@ -127,20 +128,20 @@ impl DeviceWeights {
         Ok(())
     }
 
-    /// Makes a place that is another's a weight's: it counts as placed, whoever fills it.
+    /// Sets a weight's address to memory that the caller owns and fills; the weight counts as placed from now on.
     pub fn lend(&mut self, key: WeightKey, at: DevicePtr) {
         self.placed.insert(key, at);
     }
 
-    /// Buffers for these weights on their way.
+    /// Buffers that these weights go through on their way to the device.
     pub fn staging(&self, keys: &[WeightKey]) -> Result<Staging, DriverError> {
         let sizes =
             keys.iter().map(|key| (self.file_bytes(*key).len(), self.source.get(key.weight).row_bytes()));
         Staging::new(&self.device, Room::new(self.executor.n_threads(), sizes))
     }
 
-    /// Queues the copies of weights that have a place; nothing else is waited for. [`Staging::marks`] says when they are
-    /// there, [`Staging::finish`] ends what is under way after a failure.
+    /// Queues copies of weights that have a place already, without waiting for them. [`Staging::marks`] gives the events of
+    /// their arrival; after a failure, [`Staging::finish`] waits for what is still under way.
     pub fn bring(
         &self,
         keys: &[WeightKey],
@@ -154,13 +155,13 @@ impl DeviceWeights {
         self.send(&pieces, staging, &mut |_| {})
     }
 
-    /// A weight's bytes in the file, counted from the start of the tensor that it is, or is part of.
+    /// A weight's bytes in the file, counted from the start of its tensor, of which it may be a part.
     fn file_bytes(&self, key: WeightKey) -> Range<usize> {
         let row_bytes = self.source.get(key.weight).row_bytes();
         key.first_row * row_bytes..(key.first_row + key.rows) * row_bytes
     }
 
-    /// Cuts a weight that goes to `at` into pieces: equal ones, since with a short one at the end as much is to be done.
+    /// Cuts a weight whose place is `at` into pieces of equal size: a short last piece would cost as many calls as a long one.
     fn cut(
         &self,
         key: WeightKey,
@@ -179,7 +180,7 @@ impl DeviceWeights {
             }
             return Ok(());
         };
-        // Matrices without padding lie as one, which takes fewer pieces than many small experts.
+        // Experts whose rows fill whole tiles lie like one matrix; cutting them as one gives fewer pieces.
         let one = (key.rows / n_expert).is_multiple_of(tile::ROWS);
         let n_matrices = if one { 1 } else { n_expert };
         let (n_rows, k, row_bytes) = (key.rows / n_matrices, w.cols(), w.row_bytes());
@@ -213,8 +214,8 @@ impl DeviceWeights {
         repack::launch(args).map_err(|e| EngineError::Unsupported { what: format!("weight {}: {e}", name()) })
     }
 
-    /// Has all threads send pieces, which they take as they come. Returns when the file is no longer needed. After a failure
-    /// no thread begins another piece.
+    /// Sends all pieces; each thread takes the next one whenever it is free. Returns when all bytes have been read. After a
+    /// failure no thread begins another piece.
     fn send(
         &self,
         pieces: &[Piece],
@@ -235,7 +236,7 @@ impl DeviceWeights {
                     break;
                 }
                 done.fetch_add(piece.bytes.len(), Ordering::Relaxed);
-                // Who comes while another tells is told of by the next.
+                // If another thread is reporting, the next report will include this piece.
                 if let Some(mut progress) = progress.try_lock() {
                     progress(Progress { done_bytes: done.load(Ordering::Relaxed), total_bytes });
                 }
@@ -250,7 +251,7 @@ impl DeviceWeights {
         }
     }
 
-    /// Reads a piece and queues the rest of its way.
+    /// Reads a piece and queues its copy and its tiling.
     fn send_piece(&self, piece: &Piece, slot: &Slot) -> Result<(), EngineError> {
         let (device, n) = (&self.device, piece.bytes.len() as u64);
         let &Slot { host, raw, ref queue, .. } = slot;
@@ -293,26 +294,27 @@ struct Piece {
 
 /// What becomes of a piece on the device.
 enum Target {
-    /// It lies there as in the file.
+    /// It is stored as it is in the file.
     Plain(DevicePtr),
-    /// Whole row tiles, which this module's kernel makes of it; where it lies before is known once it is sent.
+    /// This module's kernel makes whole row tiles of it. The arguments lack the address of the piece before it is tiled, which
+    /// is known once a thread sends it.
     Tiles(ModuleId, repack::Args),
 }
 
-/// Pieces on their way to the device: each thread has a lane of its own.
+/// Buffers and streams for pieces on their way to the device: each thread has a lane of its own.
 ///
-/// Slots are all made before the first of them is used: memory that is pinned, and streams that are made, wait in the
-/// driver for copies under way, and those for them.
+/// All slots are made before the first is used: while copies are under way, the driver makes calls wait that pin memory or
+/// create streams.
 pub struct Staging {
     device: Device,
-    // First, so that they go first: streams wait for the work that uses the rest.
+    // The first field, so that it is dropped first: dropping a stream waits for the work that uses the memory below.
     lanes: Vec<Spinlock<Lane>>,
     _host: Memory,
     _raw: Memory,
     piece_bytes: usize,
-    /// What is staged comes after this.
+    /// Pieces are copied after this event.
     start: Option<Mark>,
-    /// Counts these.
+    /// How often `start` was set.
     turn: u64,
 }
 
@@ -327,24 +329,24 @@ struct Slot {
     /// Pinned room for a piece, and the device's.
     host: DevicePtr,
     raw: DevicePtr,
-    /// [`Staging::turn`] that the stream has waited for.
+    /// The [`Staging::turn`] whose start this slot's stream has waited for.
     turn: u64,
-    /// Used since its last mark.
+    /// Whether it was used since [`Staging::marks`] was called last.
     used: bool,
 }
 
-/// How much is under way at a time.
+/// Sizes of a [`Staging`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Room {
     n_lanes: usize,
-    /// Bytes of a piece, where a row tile has no more.
+    /// Bytes of a piece, unless one row tile is longer.
     piece_bytes: usize,
     /// Bytes of a slot.
     slot_bytes: usize,
 }
 
 impl Room {
-    /// For weights of so many bytes, in rows of so many, read by so many threads.
+    /// For weights of these sizes, (bytes, bytes of a row) each, read by `n_threads` threads.
     fn new(n_threads: usize, sizes: impl Iterator<Item = (usize, usize)>) -> Room {
         let (mut total, mut longest, mut row_tile) = (0, 1, 0);
         sizes.for_each(|(bytes, row_bytes)| {
@@ -353,15 +355,15 @@ impl Room {
         });
         let piece_bytes =
             (2 * MAX_PIECE_BYTES / n_threads).clamp(MIN_PIECE_BYTES, MAX_PIECE_BYTES).min(longest);
-        // A thread more takes its share of the reading, and its slots must be pinned first, at 6 GB/s where a thread reads
-        // 5: with total / (5 n) + 2 n piece / 6 to wait, this many are best.
+        // Each of n threads reads its share at some 5 GB/s, and before that all their slots must be pinned, at some 6 GB/s.
+        // That takes total / (5 n) + 2 n piece / 6; it is least for about this n.
         let n_lanes = (total / (2 * piece_bytes)).isqrt().clamp(1, n_threads);
         Room { n_lanes, piece_bytes, slot_bytes: piece_bytes.max(row_tile).next_multiple_of(ALIGN) }
     }
 }
 
 impl Staging {
-    /// Nothing under way.
+    /// Makes all slots.
     fn new(device: &Device, room: Room) -> Result<Staging, DriverError> {
         let Room { n_lanes, piece_bytes, slot_bytes } = room;
         let bytes = n_lanes * SLOTS * slot_bytes;
@@ -380,20 +382,20 @@ impl Staging {
         Ok(Staging { device, lanes, _host: host, _raw: raw, piece_bytes, start: None, turn: 0 })
     }
 
-    /// Has what is staged from now on come after this.
+    /// From now on pieces are copied after this event.
     pub fn after(&mut self, start: Mark) {
         self.start = Some(start);
         self.turn += 1;
     }
 
-    /// The ends of all that was staged since they were last asked for.
+    /// Events that mark the end of all that was staged since this was called last.
     pub fn marks(&mut self) -> Result<Vec<Mark>, DriverError> {
         let slots = self.lanes.iter_mut().flat_map(|lane| &mut lane.get_mut().slots);
         let used = slots.filter_map(|slot| core::mem::take(&mut slot.used).then_some(&slot.queue));
         used.map(|queue| Mark::on(&self.device, queue.id)).collect()
     }
 
-    /// Waits for everything, and says what went wrong in it.
+    /// Waits for everything under way; an error if something of it failed.
     pub fn finish(&self) -> Result<(), DriverError> {
         self.lanes.iter().try_for_each(|lane| {
             lane.lock().slots.iter().try_for_each(|slot| self.device.synchronise(slot.queue.id))
@@ -402,7 +404,7 @@ impl Staging {
 }
 
 impl Lane {
-    /// The slot whose turn it is, once what used it before is done with it.
+    /// The slot whose turn it is, after waiting for the piece that used it before.
     fn next(&mut self, staging: &Staging) -> Result<&Slot, DriverError> {
         let device = &staging.device;
         let slot = &mut self.slots[self.next];

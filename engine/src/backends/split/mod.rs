@@ -2,8 +2,8 @@
 //! changes ([`Placement`]), and what crosses a cut is copied.
 //!
 //! Each part of a graph is a plan of its own on its backend. Layers are computed by the same rules on every device, so the
-//! answers differ only by the devices' rounding. Weights that a device brings for a part ([`Offload`]) are asked for as
-//! soon as the part before that brings some is under way ([`Backend::prefetch`]).
+//! answers differ only by the devices' rounding. Weights that a device brings for a part ([`Offload`]) are asked for
+//! ([`Backend::prefetch`]) as soon as the part before it that weights are brought for is under way.
 
 mod placement;
 
@@ -37,9 +37,9 @@ struct Part {
     plan: PlanId,
     /// Tensors that other parts made, as indices into the borders and by the part's ids.
     given: Vec<(usize, TensorId)>,
-    /// Tensors that later parts read, likewise.
+    /// Tensors that later parts read, in the same form.
     made: Vec<(usize, TensorId)>,
-    /// The next part for which weights are brought, if some are for this one.
+    /// If weights are brought for this part: the next one that weights are brought for.
     next: Option<usize>,
 }
 
@@ -52,7 +52,67 @@ struct Parts {
     writers: BTreeMap<TensorId, (usize, TensorId)>,
 }
 
-/// Some of a graph's nodes as a graph of their own: with many parts, each must not hold all tensors.
+/// The tensors that one part of a graph makes and another reads: the borders.
+struct Crossings {
+    tensors: Vec<TensorId>,
+    /// Per part: indices of borders that it reads and does not make.
+    given: Vec<Vec<usize>>,
+    /// Per part: indices of borders that it makes.
+    made: Vec<Vec<usize>>,
+}
+
+impl Crossings {
+    /// The crossings of a graph whose parts have these nodes. An error if more than [`MAX_GIVEN`] tensors cross into one
+    /// part.
+    fn new(graph: &Graph, parts: &[Vec<Node>]) -> Result<Crossings, EngineError> {
+        let mut maker: BTreeMap<TensorId, usize> = BTreeMap::new();
+        for (p, nodes) in parts.iter().enumerate() {
+            maker.extend(nodes.iter().flat_map(|node| node.outputs.iter().map(move |t| (*t, p))));
+        }
+        let none = alloc::vec![Vec::new(); parts.len()];
+        let mut crossings = Crossings { tensors: Vec::new(), given: none.clone(), made: none };
+        for (p, nodes) in parts.iter().enumerate() {
+            for t in made_elsewhere(graph, nodes) {
+                let border = match crossings.tensors.iter().position(|known| *known == t) {
+                    Some(border) => border,
+                    None => {
+                        crossings.tensors.push(t);
+                        let border = crossings.tensors.len() - 1;
+                        crossings.made[maker[&t]].push(border);
+                        border
+                    }
+                };
+                crossings.given[p].push(border);
+            }
+            let n = crossings.given[p].len();
+            if n > MAX_GIVEN {
+                return Err(EngineError::Unsupported {
+                    what: format!("{n} tensors that cross from device to device at one place"),
+                });
+            }
+        }
+        Ok(crossings)
+    }
+}
+
+/// The activations that some nodes read and none of them makes, each once.
+fn made_elsewhere(graph: &Graph, nodes: &[Node]) -> Vec<TensorId> {
+    let own: Vec<TensorId> = nodes.iter().flat_map(|node| node.outputs.iter().copied()).collect();
+    let mut found: Vec<TensorId> = Vec::new();
+    for node in nodes {
+        node.op.for_each_input(|t| {
+            let base = graph.base(t);
+            let is_activation = graph.tensor(base).storage == Storage::Activation;
+            if is_activation && !own.contains(&base) && !found.contains(&base) {
+                found.push(base);
+            }
+        });
+    }
+    found
+}
+
+/// Some of a graph's nodes as a graph of their own, with only the tensors that they use: a graph cut into many parts
+/// would otherwise have all its tensors in each of them.
 struct Excerpt<'a> {
     whole: &'a Graph,
     graph: Graph,
@@ -72,7 +132,7 @@ impl<'a> Excerpt<'a> {
         excerpt
     }
 
-    /// Its id of a tensor, which it gets if it has it not.
+    /// The excerpt's id of a tensor of the whole graph, which is added if the excerpt does not have it yet.
     fn id(&mut self, tensor: TensorId) -> TensorId {
         if let Some(id) = self.ids.get(&tensor) {
             return *id;
@@ -88,7 +148,7 @@ impl<'a> Excerpt<'a> {
     }
 }
 
-/// The backends and who has what.
+/// The backends, and the placement that says which of them has what.
 pub struct Split {
     backends: Vec<Box<dyn Backend>>,
     placement: Placement,
@@ -144,7 +204,7 @@ impl Backend for Split {
             let mut own = layout.clone();
             for (layer, device) in own.layers.iter_mut().zip(&self.placement.layers) {
                 if *device != d {
-                    // Of other devices' layers this one keeps nothing.
+                    // No cache for layers of other devices.
                     layer.n_head_kv = 0;
                 }
             }
@@ -158,50 +218,15 @@ impl Backend for Split {
         let cut = self.placement.cut(graph, &self.weights);
         let nodes_of = |s: &Section| s.pieces.iter().map(|piece| piece.node(graph)).collect();
         let nodes: Vec<Vec<Node>> = cut.iter().map(nodes_of).collect();
-        let mut wrote: BTreeMap<TensorId, usize> = BTreeMap::new();
-        for (p, nodes) in nodes.iter().enumerate() {
-            wrote.extend(nodes.iter().flat_map(|node| node.outputs.iter().map(move |t| (*t, p))));
-        }
-        let mut borders: Vec<(TensorId, Vec<f32>)> = Vec::new();
-        let mut given: Vec<Vec<usize>> = alloc::vec![Vec::new(); cut.len()];
-        let mut made = given.clone();
-        for (p, nodes) in nodes.iter().enumerate() {
-            let own: Vec<TensorId> = nodes.iter().flat_map(|node| node.outputs.clone()).collect();
-            let mut foreign: Vec<TensorId> = Vec::new();
-            for node in nodes {
-                node.op.for_each_input(|t| {
-                    let base = graph.base(t);
-                    let is_activation = graph.tensor(base).storage == Storage::Activation;
-                    if is_activation && !own.contains(&base) && !foreign.contains(&base) {
-                        foreign.push(base);
-                    }
-                });
-            }
-            for t in foreign {
-                let b = match borders.iter().position(|(id, _)| *id == t) {
-                    Some(b) => b,
-                    None => {
-                        borders.push((t, alloc::vec![0.0; graph.tensor(t).shape.elems()]));
-                        made[wrote[&t]].push(borders.len() - 1);
-                        borders.len() - 1
-                    }
-                };
-                given[p].push(b);
-            }
-            if given[p].len() > MAX_GIVEN {
-                return Err(EngineError::Unsupported {
-                    what: format!("{} tensors that cross from device to device at one place", given[p].len()),
-                });
-            }
-        }
+        let crossings = Crossings::new(graph, &nodes)?;
         let mut parts: Vec<Part> = Vec::with_capacity(cut.len());
         let mut writers = BTreeMap::new();
         for (p, section) in cut.iter().enumerate() {
             let mut own = Excerpt::new(graph, &nodes[p]);
-            let mut ids = |borders: &[usize], all: &[(TensorId, Vec<f32>)]| {
-                borders.iter().map(|&b| (b, own.id(all[b].0))).collect::<Vec<_>>()
+            let mut with_ids = |borders: &[usize]| {
+                borders.iter().map(|&b| (b, own.id(crossings.tensors[b]))).collect::<Vec<_>>()
             };
-            let (given, made) = (ids(&given[p], &borders), ids(&made[p], &borders));
+            let (given, made) = (with_ids(&crossings.given[p]), with_ids(&crossings.made[p]));
             own.graph.outputs = made.iter().map(|(_, id)| (Output::Tap, *id)).collect();
             for &(kind, t) in &graph.outputs {
                 let base = graph.base(t);
@@ -229,7 +254,8 @@ impl Backend for Split {
         }
         let id = self.next_plan;
         self.next_plan += 1;
-        let borders = borders.into_iter().map(|(_, values)| values).collect();
+        let room = |t: &TensorId| alloc::vec![0.0; graph.tensor(*t).shape.elems()];
+        let borders = crossings.tensors.iter().map(room).collect();
         self.plans.insert(id, Parts { parts, borders, writers });
         Ok(PlanId(id))
     }
@@ -250,7 +276,7 @@ impl Backend for Split {
             let step = Step { given: &given[..part.given.len()], ..*step };
             let backend = &mut self.backends[part.device];
             backend.run(part.plan, &step)?;
-            // Before its results are waited for.
+            // Asked for before this part's results are waited for, so that the copies run beside it.
             if let Some(next) = part.next {
                 self.backends[parts[next].device].prefetch(parts[next].plan)?;
             }

@@ -1,13 +1,14 @@
-//! Who has what: layers, and single weights, on devices by index; and from that the device of each node of a graph.
+//! Which device (by index) has which layers and single weights, and from that the device of each node of a graph.
 //!
-//! A node runs where its first weight is, a product of several matrices in as many pieces as these are on devices; small
-//! vectors beside it (biases, sinks) come along. The cache of a layer is where the layer is, and with it attention. A node
-//! without weights runs where most of what it reads was made, its layer's device where that is even. Nodes that need only
-//! the step's inputs (rotary angles) are run again on every device that reads them, which is cheaper than a copy.
+//! A node runs where its first weight is; small vectors that it also reads (biases, sinks) are taken along. A product of
+//! several matrices on different devices becomes one piece per device. The cache of a layer is where the layer is, and
+//! attention runs there. A node without weights runs where most of what it reads was made, or on its layer's device if no
+//! device made more than that one. Nodes that need only the step's inputs (rotary angles) are run again on every device
+//! that reads their results, which is cheaper than a copy.
 //!
 //! With [`Offload`], products of prompts with weights of layers that lie on one device run on another, which brings the
-//! weights as it needs them. All of this depends on the graph, and whether it is a prompt's, and never on how many tokens
-//! it has: what a node reads grows with them alike.
+//! weights as it needs them. Where a node runs depends on the graph and on whether its tokens are a prompt's, never on their
+//! number: all that a node reads grows with it in the same proportion.
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -29,16 +30,16 @@ pub struct Placement {
     pub output: usize,
     /// Weights that are elsewhere than the rest of their layer, by index into the model's weights.
     pub tensors: BTreeMap<u32, usize>,
-    /// Products that prompts' tokens have elsewhere.
+    /// If set: where products of prompts' tokens are computed instead.
     pub offload: Option<Offload>,
 }
 
-/// Products of prompts with weights of layers on one device, computed by another.
+/// Products of prompts' tokens with the weights of layers that lie on one device, computed by another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offload {
     /// Where the weights are: the host.
     pub from: usize,
-    /// Who brings and multiplies them.
+    /// The device that they are copied to, and that multiplies with them.
     pub to: usize,
 }
 
@@ -55,7 +56,7 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// It as a node of its own.
+    /// The piece as a node of its own.
     pub fn node(&self, graph: &Graph) -> Node {
         let node = &graph.nodes[self.node];
         match &node.op {
@@ -76,13 +77,13 @@ impl Piece {
 pub struct Section {
     /// The device.
     pub device: usize,
-    /// Layer whose weights are brought for some of them; never those of two.
+    /// Layer whose weights are brought for some of the pieces; a section never needs those of two layers.
     pub brings: Option<usize>,
     /// In order.
     pub pieces: Vec<Piece>,
 }
 
-/// Where the weight of a node is used.
+/// Where a weight that a node reads is used.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Place {
     device: usize,
@@ -155,7 +156,7 @@ impl Placement {
         let device = self.tensors.get(&weight).copied().unwrap_or(home);
         let is_product = matches!(op, Op::MatMul { .. } | Op::MatMulId { .. });
         Some(match self.offload {
-            // Of a prompt one row of logits is wanted: the output matrix would be brought for that.
+            // Not the output matrix: it would be copied for the one row of logits that is wanted of a prompt.
             Some(Offload { from, to }) if graph.prompt && is_product && layer.is_some() && device == from => {
                 Place { device: to, brings: layer, home }
             }

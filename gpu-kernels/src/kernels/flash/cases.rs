@@ -88,7 +88,7 @@ const PROMPT: Case = Case { geometry: Geometry::Prompt, ..BASE };
 /// A large model's heads.
 const BENCH_BASE: Case = Case { dims: [128, 128], n_head: 32, n_head_kv: 8, ..BASE };
 const BENCH_PROMPT: Case = Case { geometry: Geometry::Prompt, ..BENCH_BASE };
-/// numbers.md's: head 256, 4 KV heads of 6.
+/// Wide heads: 256 elements, 4 key/value heads with 6 query heads each.
 const BENCH_256: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
 
 const fn split(len: usize) -> Geometry {

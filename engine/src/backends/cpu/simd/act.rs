@@ -160,7 +160,7 @@ pub(super) struct Quantise<'a> {
     pub rows: Rows<'a>,
     pub first: usize,
     pub tokens: usize,
-    /// Of exactly these tokens.
+    /// The cells of exactly these tokens.
     pub cells: &'a mut [Cell],
 }
 

@@ -6,6 +6,8 @@
 //! positions a query sees. So the bits of a query's output depend on its own cache alone, and whatever lies beyond it
 //! (also NaN) has no effect.
 
+use core::ops::Range;
+
 use quant::FormatId;
 
 use super::error::{KernelError, check_len};
@@ -16,10 +18,9 @@ use super::shared::Shared;
 use super::vector::{Simd, SimdOp};
 use crate::backend::StepSequence;
 use crate::executor::Executor;
+use crate::kv_cache::PAGE;
 use crate::op::AttentionParams;
 
-/// Positions of a page of the KV cache.
-pub const PAGE: usize = 64;
 /// Query vectors of a job: enough to pay for widening a page.
 const JOB_QUERIES: usize = 96;
 
@@ -95,124 +96,180 @@ fn job_bytes(queries: usize, params: &AttentionParams) -> usize {
     4 * floats + queries * size_of::<State>() + 16 * 64
 }
 
-impl SimdOp for Job<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let p = self.params;
-        let group = p.n_head / p.n_head_kv;
-        let (dk, dv) = (p.head_dim_k, p.head_dim_v);
-        let stride = round_up(dv);
-        let queries = self.n_rows * group;
-        let mut memory = self.memory;
-        let memory = &mut memory;
-        let keys = take::<[f32; PAGE]>(memory, round_up(dk));
-        let values = take::<f32>(memory, PAGE * stride);
-        let wide = take::<f32>(memory, PAGE * round_up(dk.max(dv)));
-        let scores = take::<[f32; PAGE]>(memory, queries);
-        let q = take::<f32>(memory, queries * dk);
-        let acc = take::<f32>(memory, queries * stride);
-        let states = take::<State>(memory, queries);
+/// Working memory of a job, cut from its lines.
+struct Work<'a> {
+    /// The page's keys, transposed: `[head_dim_k][PAGE]`.
+    keys: &'a mut [[f32; PAGE]],
+    /// The page's values, rows `stride` apart.
+    values: &'a mut [f32],
+    /// A page as f32 before it is transposed.
+    wide: &'a mut [f32],
+    /// Per query vector.
+    scores: &'a mut [[f32; PAGE]],
+    /// Query vectors of `head_dim_k`, one after the other.
+    q: &'a mut [f32],
+    /// Sums of weighted values per query vector, `stride` apart.
+    acc: &'a mut [f32],
+    /// Per query vector.
+    states: &'a mut [State],
+    /// `head_dim_v`, rounded up to whole vectors.
+    stride: usize,
+}
 
-        acc.fill(0.0);
+impl<'a> Work<'a> {
+    /// Cuts [`job_bytes`] of lines for so many query vectors.
+    #[inline(always)]
+    fn new(mut lines: &'a mut [Line], queries: usize, params: &AttentionParams) -> Work<'a> {
+        let (dk, dv) = (params.head_dim_k, params.head_dim_v);
+        let stride = round_up(dv);
+        let memory = &mut lines;
+        Work {
+            keys: take(memory, round_up(dk)),
+            values: take(memory, PAGE * stride),
+            wide: take(memory, PAGE * round_up(dk.max(dv))),
+            scores: take(memory, queries),
+            q: take(memory, queries * dk),
+            acc: take(memory, queries * stride),
+            states: take(memory, queries),
+            stride,
+        }
+    }
+
+    /// Adds a page to the query vectors `first..first + R`: scores, softmax, weighted values. `base` is the position of
+    /// the page's first row, of which `used` rows are filled. Returns `R`.
+    #[inline(always)]
+    fn add_page<S: Simd, const R: usize>(
+        &mut self,
+        s: S,
+        params: &AttentionParams,
+        first: usize,
+        base: u32,
+        used: usize,
+    ) -> usize {
+        let (dk, stride) = (params.head_dim_k, self.stride);
+        let range = |state: &State| {
+            let hi = state.hi.saturating_sub(base).min(PAGE as u32);
+            (state.lo.saturating_sub(base).min(hi) as usize, hi as usize)
+        };
+        let tile = first..first + R;
+        s.call(Score::<R> {
+            q: &self.q[first * dk..],
+            keys: &self.keys[..dk],
+            blocks: used.div_ceil(16),
+            scores: &mut self.scores[tile.clone()],
+        });
+        for i in tile.clone() {
+            let (lo, hi) = range(&self.states[i]);
+            if lo < hi {
+                let (scores, state) = (&mut self.scores[i], &mut self.states[i]);
+                let acc = &mut self.acc[i * stride..][..stride];
+                s.call(Soften { params, scores, lo, hi, state, acc });
+            }
+        }
+        // Positions that all see go together; the ragged ends one query at a time, in order.
+        let lo = tile.clone().map(|i| range(&self.states[i]).0).max().unwrap_or(0);
+        let hi = tile.clone().map(|i| range(&self.states[i]).1).min().unwrap_or(0).max(lo);
+        let values = &*self.values;
+        for i in tile.clone() {
+            let (from, to) = range(&self.states[i]);
+            let (scores, acc) = (&self.scores[i..], &mut self.acc[i * stride..]);
+            if from < to.min(lo) {
+                s.call(Weigh::<1> { scores, values, stride, from, to: to.min(lo), acc });
+            }
+        }
+        let (scores, acc) = (&self.scores[first..], &mut self.acc[first * stride..]);
+        s.call(Weigh::<R> { scores, values, stride, from: lo, to: hi, acc });
+        for i in tile {
+            let (from, to) = range(&self.states[i]);
+            let (scores, acc) = (&self.scores[i..], &mut self.acc[i * stride..]);
+            if from.max(hi) < to {
+                s.call(Weigh::<1> { scores, values, stride, from: from.max(hi), to, acc });
+            }
+        }
+        R
+    }
+}
+
+impl Job<'_> {
+    /// Query heads that share the job's key/value head.
+    fn group(&self) -> usize {
+        self.params.n_head / self.params.n_head_kv
+    }
+
+    /// Row and head of query vector `i`.
+    fn query(&self, i: usize) -> (usize, usize) {
+        let group = self.group();
+        (self.first_row + i / group, self.head_kv * group + i % group)
+    }
+
+    /// Sets the query vectors and their states up; returns the positions that any of them sees.
+    #[inline(always)]
+    fn begin(&self, work: &mut Work<'_>) -> Range<u32> {
+        let (p, dk) = (self.params, self.params.head_dim_k);
+        work.acc.fill(0.0);
         let (mut lowest, mut highest) = (u32::MAX, 0);
-        for i in 0..queries {
-            let (row, head) = (self.first_row + i / group, self.head_kv * group + i % group);
+        for i in 0..work.states.len() {
+            let (row, head) = self.query(i);
             let pos = self.rows[row].pos;
             let hi = if p.causal { self.seq.len.min(pos.saturating_add(1)) } else { self.seq.len };
             let lo = if p.window > 0 { pos.saturating_add(1).saturating_sub(p.window).min(hi) } else { 0 };
             (lowest, highest) = (lowest.min(lo), highest.max(hi));
-            q[i * dk..][..dk].copy_from_slice(&self.q[(row * p.n_head + head) * dk..][..dk]);
+            work.q[i * dk..][..dk].copy_from_slice(&self.q[(row * p.n_head + head) * dk..][..dk]);
             // A sink is a score without a value.
             let (max, sum) = self.sinks.map_or((f32::NEG_INFINITY, 0.0), |sinks| (sinks[head], 1.0));
-            states[i] = State { max, sum, lo, hi };
+            work.states[i] = State { max, sum, lo, hi };
         }
+        lowest..highest
+    }
 
-        for page in lowest as usize / PAGE..(highest as usize).div_ceil(PAGE) {
-            let base = (page * PAGE) as u32;
-            let used = (highest - base).min(PAGE as u32) as usize;
-            let id = self.seq.pages[page] as usize;
-            let (head, dk_stride) = (self.head_kv, round_up(dk));
-            let columns = Some(&mut *keys);
-            s.call(Load { view: &self.k, page: id, head, used, stride: dk_stride, out: &mut *wide, columns });
-            s.call(Load { view: &self.v, page: id, head, used, stride, out: &mut *values, columns: None });
-            let range = |state: &State| {
-                let hi = state.hi.saturating_sub(base).min(PAGE as u32);
-                (state.lo.saturating_sub(base).min(hi) as usize, hi as usize)
-            };
-            let mut first = 0;
-            while first < queries {
-                let n = match queries - first {
-                    6.. if S::WIDE => 6,
-                    3.. => 3,
-                    _ => 1,
-                };
-                let some = first..first + n;
-                let blocks = used.div_ceil(16);
-                {
-                    let (q, keys, scores) = (&q[first * dk..], &keys[..dk], &mut scores[some.clone()]);
-                    match n {
-                        6 => s.call(Score::<6> { q, keys, blocks, scores }),
-                        3 => s.call(Score::<3> { q, keys, blocks, scores }),
-                        _ => s.call(Score::<1> { q, keys, blocks, scores }),
-                    }
-                }
-                for i in some.clone() {
-                    let (lo, hi) = range(&states[i]);
-                    if lo < hi {
-                        let acc = &mut acc[i * stride..][..stride];
-                        s.call(Soften {
-                            params: p,
-                            scores: &mut scores[i],
-                            lo,
-                            hi,
-                            state: &mut states[i],
-                            acc,
-                        });
-                    }
-                }
-                // Positions that all see go together; the ragged ends one query at a time, in order.
-                let lo = some.clone().map(|i| range(&states[i]).0).max().unwrap_or(0);
-                let hi = some.clone().map(|i| range(&states[i]).1).min().unwrap_or(0).max(lo);
-                for i in some.clone() {
-                    let (from, to) = range(&states[i]);
-                    let (scores, acc) = (&scores[i..], &mut acc[i * stride..]);
-                    if from < to.min(lo) {
-                        s.call(Weigh::<1> { scores, values, stride, from, to: to.min(lo), acc });
-                    }
-                }
-                {
-                    let (scores, acc) = (&scores[first..], &mut acc[first * stride..]);
-                    match n {
-                        6 => s.call(Weigh::<6> { scores, values, stride, from: lo, to: hi, acc }),
-                        3 => s.call(Weigh::<3> { scores, values, stride, from: lo, to: hi, acc }),
-                        _ => s.call(Weigh::<1> { scores, values, stride, from: lo, to: hi, acc }),
-                    }
-                }
-                for i in some {
-                    let (from, to) = range(&states[i]);
-                    let (scores, acc) = (&scores[i..], &mut acc[i * stride..]);
-                    if from.max(hi) < to {
-                        s.call(Weigh::<1> { scores, values, stride, from: from.max(hi), to, acc });
-                    }
-                }
-                first += n;
-            }
-        }
-
-        for (i, state) in states.iter().enumerate() {
-            let (row, head) = (self.first_row + i / group, self.head_kv * group + i % group);
+    /// Divides by the sums and writes the outputs.
+    #[inline(always)]
+    fn finish(&self, work: &Work<'_>) {
+        let (n_head, dv) = (self.params.n_head, self.params.head_dim_v);
+        for (i, state) in work.states.iter().enumerate() {
+            let (row, head) = self.query(i);
             // A query that sees nothing gives zeros.
             let inverse = if state.sum > 0.0 || state.sum.is_nan() { 1.0 / state.sum } else { 0.0 };
-            for (d, value) in acc[i * stride..][..dv].iter().enumerate() {
+            for (d, value) in work.acc[i * work.stride..][..dv].iter().enumerate() {
                 // SAFETY: within `out` (checked by the caller); no other job has this row and head.
-                unsafe { *self.out.at((row * p.n_head + head) * dv + d) = value * inverse };
+                unsafe { *self.out.at((row * n_head + head) * dv + d) = value * inverse };
             }
         }
     }
 }
 
-/// The parts of a job are compiled one by one: in one piece there are too few registers for all of them.
+impl SimdOp for Job<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let (p, head) = (self.params, self.head_kv);
+        let queries = self.n_rows * self.group();
+        let mut work = Work::new(core::mem::take(&mut self.memory), queries, p);
+        let seen = self.begin(&mut work);
+        for page in seen.start as usize / PAGE..(seen.end as usize).div_ceil(PAGE) {
+            let base = (page * PAGE) as u32;
+            let used = (seen.end - base).min(PAGE as u32) as usize;
+            let page = self.seq.pages[page] as usize;
+            let (view, stride, columns) = (&self.k, round_up(p.head_dim_k), Some(&mut *work.keys));
+            s.call(Load { view, page, head, used, stride, out: &mut *work.wide, columns });
+            let (view, stride) = (&self.v, work.stride);
+            s.call(Load { view, page, head, used, stride, out: &mut *work.values, columns: None });
+            let mut first = 0;
+            while first < queries {
+                first += match queries - first {
+                    6.. if S::WIDE => work.add_page::<S, 6>(s, p, first, base, used),
+                    3.. => work.add_page::<S, 3>(s, p, first, base, used),
+                    _ => work.add_page::<S, 1>(s, p, first, base, used),
+                };
+            }
+        }
+        self.finish(&work);
+    }
+}
+
+// The parts of a job are functions of their own: in one piece there are too few registers for all of them.
+
+/// [`score`] as a function of its own.
 struct Score<'a, const R: usize> {
     q: &'a [f32],
     keys: &'a [[f32; PAGE]],
@@ -228,6 +285,7 @@ impl<const R: usize> SimdOp for Score<'_, R> {
     }
 }
 
+/// [`soften`] as a function of its own.
 struct Soften<'a> {
     params: &'a AttentionParams,
     scores: &'a mut [f32; PAGE],
@@ -245,6 +303,7 @@ impl SimdOp for Soften<'_> {
     }
 }
 
+/// [`weigh`] as a function of its own.
 struct Weigh<'a, const R: usize> {
     scores: &'a [[f32; PAGE]],
     values: &'a [f32],
@@ -262,6 +321,7 @@ impl<const R: usize> SimdOp for Weigh<'_, R> {
     }
 }
 
+/// [`widen`], and [`transpose`] if asked for, as a function of its own.
 struct Load<'a> {
     view: &'a KvView<'a>,
     page: usize,

@@ -62,7 +62,7 @@ book!(IQ1, IQ1, 8, 1);
 /// Compiled on its own on purpose: with the features of AVX-512 it becomes gathers, which are slower.
 ///
 /// # Safety
-/// * As there.
+/// * As [`super::vector::Simd::codewords`].
 #[inline(never)]
 pub(super) unsafe fn load_entries<const PAGES: usize, const WORDS: usize>(
     book: &Codebook<PAGES, WORDS>,

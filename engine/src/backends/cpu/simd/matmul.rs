@@ -205,26 +205,21 @@ impl Cut {
     }
 }
 
-/// Products of `x` [m, cols] with each weight: `out[i]` is [m, rows of weight i], `biases[i]` has one entry per row.
-///
-/// `residual` is allowed with a single weight.
-pub fn matmul(
-    isa: Isa,
-    exec: &dyn Executor,
+/// Checks every length that [`matmul`] relies on; `k` is the columns of the first weight.
+fn check_matmul(
     weights: &[WeightView],
     biases: &[Option<&[f32]>],
     x: &[f32],
     m: usize,
+    k: usize,
     residual: Residual,
-    out: &mut [&mut [f32]],
-    scratch: &mut Scratch,
+    out: &[&mut [f32]],
 ) -> Result<(), KernelError> {
     const OP: &str = "matmul";
-    let Some(k) = weights.first().map(|w| w.cols) else { return Ok(()) };
     check_len(OP, "biases", biases.len(), weights.len())?;
     check_len(OP, "out", out.len(), weights.len())?;
     check_len(OP, "x", x.len(), m * k)?;
-    for ((w, bias), out) in weights.iter().zip(biases).zip(&*out) {
+    for ((w, bias), out) in weights.iter().zip(biases).zip(out) {
         check_len(OP, "weight columns", w.cols, k)?;
         check_len(OP, "weight bytes", w.bytes.len(), w.rows * quant::row::row_bytes(w.format, k)?)?;
         check_len(OP, "out[i]", out.len(), m * w.rows)?;
@@ -239,6 +234,25 @@ pub fn matmul(
     if let Residual::Other(r) = residual {
         check_len(OP, "residual", r.len(), out[0].len())?;
     }
+    Ok(())
+}
+
+/// Products of `x` [m, cols] with each weight: `out[i]` is [m, rows of weight i], `biases[i]` has one entry per row.
+///
+/// `residual` is allowed with a single weight.
+pub fn matmul(
+    isa: Isa,
+    exec: &dyn Executor,
+    weights: &[WeightView],
+    biases: &[Option<&[f32]>],
+    x: &[f32],
+    m: usize,
+    residual: Residual,
+    out: &mut [&mut [f32]],
+    scratch: &mut Scratch,
+) -> Result<(), KernelError> {
+    let Some(k) = weights.first().map(|w| w.cols) else { return Ok(()) };
+    check_matmul(weights, biases, x, m, k, residual, out)?;
     let Scratch { workers, forms, .. } = scratch;
     let rows = Rows { x, k, slots: None, x_div: 1 };
     let mut ready = [Ready { rows, cells: Shared(core::ptr::null_mut()) }; Form::ALL.len()];
@@ -306,6 +320,44 @@ pub fn matmul(
     Ok(())
 }
 
+/// The (token, slot) pairs of a mixture, sorted by expert: each expert's are a run.
+#[derive(Clone, Copy)]
+struct PairsByExpert<'a> {
+    /// End of each expert's run.
+    ends: &'a [u32],
+    /// The pairs, by index into the ids.
+    slots: &'a [u32],
+}
+
+impl<'a> PairsByExpert<'a> {
+    /// Counting sort of `ids`, all below `n_expert`, in the memory of `lists`.
+    fn sort(ids: &[i32], n_expert: usize, lists: &'a mut Vec<u32>) -> PairsByExpert<'a> {
+        lists.clear();
+        lists.resize(n_expert + ids.len(), 0);
+        let (ends, slots) = lists.split_at_mut(n_expert);
+        for &id in ids {
+            ends[id as usize] += 1;
+        }
+        // Counts become starts, and these move to the ends as the runs fill.
+        let mut start = 0;
+        for end in ends.iter_mut() {
+            start += core::mem::replace(end, start);
+        }
+        for (pair, &id) in ids.iter().enumerate() {
+            let at = &mut ends[id as usize];
+            slots[*at as usize] = pair as u32;
+            *at += 1;
+        }
+        PairsByExpert { ends, slots }
+    }
+
+    /// Start and length of an expert's run.
+    fn of(self, expert: usize) -> (usize, usize) {
+        let start = if expert == 0 { 0 } else { self.ends[expert - 1] as usize };
+        (start, self.ends[expert] as usize - start)
+    }
+}
+
 /// Products with the experts that `ids` [n, n_used] name: `out[t, j] = w[ids[t, j]] · x[t, j or 0] (+ bias of the
 /// expert)`, with `x` [n, n_used or 1, cols] by `x_per_used`, `bias` [n_expert, rows], `out` [n, n_used, rows].
 ///
@@ -340,38 +392,18 @@ pub fn matmul_id(
         }
     }
 
-    // Counting sort: `ends` becomes the end of each expert's run of `slots`.
     let n_pairs = ids.len();
     let Scratch { forms, workers, rows: lists } = scratch;
     let memory = &mut forms[0];
-    lists.clear();
-    lists.resize(n_expert + n_pairs, 0);
-    let (ends, slots) = lists.split_at_mut(n_expert);
-    for &id in ids {
-        ends[id as usize] += 1;
-    }
-    let mut start = 0;
-    for end in ends.iter_mut() {
-        start += core::mem::replace(end, start);
-    }
-    for (pair, &id) in ids.iter().enumerate() {
-        let at = &mut ends[id as usize];
-        slots[*at as usize] = pair as u32;
-        *at += 1;
-    }
-    let (ends, slots) = (&*ends, &*slots);
-    let run = |expert: usize| {
-        let start = if expert == 0 { 0 } else { ends[expert - 1] as usize };
-        (start, ends[expert] as usize - start)
-    };
-
-    let rows = Rows { x, k, slots: Some(slots), x_div: if x_per_used { 1 } else { n_used } };
+    let pairs = PairsByExpert::sort(ids, n_expert, lists);
+    let slots = Some(pairs.slots);
+    let rows = Rows { x, k, slots, x_div: if x_per_used { 1 } else { n_used } };
     let groups = k / GROUP;
     let ready = if let Form::Block(kind) = form {
         reserve(memory, n_pairs * groups * size_of::<Cell>());
         let at = Shared(bytemuck::cast_slice_mut::<Line, Cell>(memory).as_mut_ptr());
         let quantise = |expert: usize| {
-            let (first, tokens) = run(expert);
+            let (first, tokens) = pairs.of(expert);
             // SAFETY: experts have disjoint runs of cells, all reserved above.
             let cells = unsafe { core::slice::from_raw_parts_mut(at.at(first * groups), tokens * groups) };
             isa.run(Quantise { kind, rows, first, tokens, cells });
@@ -386,18 +418,18 @@ pub fn matmul_id(
         prepare(isa, exec, form, rows, n_pairs, memory, workers)
     };
 
-    let used = (0..n_expert).filter(|&e| run(e).1 > 0).count();
+    let used = (0..n_expert).filter(|&e| pairs.of(e).1 > 0).count();
     let shares = Cut::new(form.is_block(), n_rows, n_rows * used, n_pairs, stride, exec.n_threads());
     let target = Shared(out.as_mut_ptr());
     region(exec, workers, WORKER_BYTES, n_expert * shares.row_jobs, |memory, i| {
         let (expert, row_job) = (i / shares.row_jobs, i % shares.row_jobs);
-        let (start, tokens) = run(expert);
+        let (start, tokens) = pairs.of(expert);
         let first_row = row_job * shares.rows_per_job;
         for first in (0..tokens).step_by(JOB_TOKENS) {
             let store = Store {
                 out: target,
                 rows: n_rows,
-                slots: Some(slots),
+                slots,
                 bias: bias.map(|b| &b[expert * n_rows..][..n_rows]),
                 residual: None,
             };

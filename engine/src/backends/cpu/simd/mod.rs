@@ -1,4 +1,4 @@
-//! SIMD kernels of the CPU backend: the only place of the CPU engine, besides the thread pool, with `unsafe`.
+//! SIMD kernels of the CPU backend. Of the engine's `unsafe` code most is here; ARCHITECTURE.md lists the rest.
 //!
 //! **Bits.** A result depends on the inputs of its own row alone: not on the CPU's instructions, the number of threads,
 //! or what else is in the batch. Every kernel is written once, against [`vector::Simd`], whose methods are exact or
@@ -49,7 +49,7 @@ mod unpack_blocks;
 mod unpack_codebook;
 mod vector;
 
-pub use attention::{KvView, PAGE, QueryRow, attention};
+pub use attention::{KvView, QueryRow, attention};
 pub use elementwise::{add, glu, mul, scale, softcap, unary};
 pub use error::KernelError;
 pub use isa::Isa;

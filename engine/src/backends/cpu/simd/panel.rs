@@ -20,12 +20,13 @@ pub(super) struct Panel {
     pub offset: *mut [f32; ROWS],
 }
 
-/// How much further on lines are sent for to the second-level cache: a core waits for too few lines at a time to fill
-/// its first-level cache from memory (measured on Zen 4: a third more bytes a second; half or twice as far is no better).
+/// With each line that is fetched into the first-level cache, the line this far behind it is fetched into the second-level
+/// one: a core can have too few misses of its first-level cache under way to keep memory busy. (Measured on Zen 4: a third
+/// more bytes a second; half or twice the distance is no better.)
 pub(super) const FAR_BYTES: usize = 16 * 1024;
 
-/// Memory that is to be in the cache soon, fetched a little with each [`columns`]: many lines at once fill the queue
-/// of misses, and what waits behind them waits too. Few lines are better fetched at once.
+/// Memory that will be needed soon, prefetched a few lines with each call of [`columns`]: many lines at once would fill
+/// the queue of misses, and loads behind them would wait. Where there are few lines, all are fetched at once.
 pub(super) struct Ahead {
     from: *const u8,
     lines: usize,
@@ -84,7 +85,7 @@ impl Ahead {
 /// [`Simd::transpose4`], fetching ahead.
 ///
 /// # Safety
-/// * As there.
+/// * As [`Simd::transpose4`].
 #[inline(always)]
 pub(super) unsafe fn columns<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize) -> [S::I; 4] {
     ahead.step(s);

@@ -2,13 +2,13 @@
 
 use quant::FormatId;
 
-use super::attention::PAGE;
 use super::elementwise::for_runs;
 use super::error::{KernelError, check_len};
 use super::isa::Isa;
 use super::shared::Shared;
 use super::vector::{Simd, SimdOp};
 use crate::executor::Executor;
+use crate::kv_cache::PAGE;
 
 /// Rows `ids` of a table of `cols` columns, decoded to f32: `out` is [ids, cols].
 pub fn get_rows(

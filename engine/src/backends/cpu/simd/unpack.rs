@@ -13,7 +13,8 @@ use super::{unpack_blocks, unpack_codebook};
 
 /// Unpacks `groups` groups starting at `first_group` of 16 rows.
 ///
-/// Both are multiples of the format's groups per block. *Maker must*: give 16 rows of whole blocks at `rows + i·stride`, and a panel with room for all groups.
+/// Both are multiples of the format's groups per block. *Maker must*: give 16 rows of whole blocks at `rows + i·stride`,
+/// and a panel with room for all groups.
 pub(super) struct Unpack<F> {
     pub rows: *const u8,
     pub stride: usize,

@@ -60,59 +60,11 @@ pub(super) unsafe fn scales<S: Simd>(
                 scale(s, panel, 0, s.gather_f16(p, stride));
                 offset(s, panel, 0, s.gather_f16(p.add(2), stride));
             }
-            FormatId::IQ4_XS => {
-                let head = columns(s, ahead, p, stride);
-                let d = s.low_f16(head[0]);
-                let (mut high, mut low) = (s.shr::<16>(head[0]), head[1]);
-                for g in 0..8 {
-                    let six = s.or(s.and(low, 0xf), s.shl::<4>(s.and(high, 3)));
-                    (high, low) = (s.shr::<2>(high), s.shr::<4>(low));
-                    scale(s, panel, g, s.mul(d, s.sub(s.i32_to_f32(six), s.splat(32.0))));
-                }
-            }
+            FormatId::IQ4_XS => iq4_xs_scales(s, ahead, p, stride, panel),
             FormatId::Q4_K | FormatId::Q5_K => scales_and_mins(s, ahead, p, stride, panel),
-            FormatId::Q6_K => {
-                let d = s.gather_f16(p.add(208), stride);
-                // Signed bytes as words: flipping the sign bit adds 128, which is taken off again exactly.
-                for (w, word) in columns(s, ahead, p.add(192), stride).into_iter().enumerate() {
-                    let mut word = s.xor(word, 0x8080_8080);
-                    for i in 0..4 {
-                        let byte = s.sub(s.i32_to_f32(s.and(word, 0xff)), s.splat(128.0));
-                        scale(s, panel, 4 * w + i, s.mul(d, byte));
-                        word = s.shr::<8>(word);
-                    }
-                }
-            }
-            FormatId::Q2_K => {
-                let d = columns(s, ahead, p.add(68), stride)[3];
-                let dmin = s.sub(s.splat(0.0), s.low_f16(s.shr::<16>(d)));
-                let d = s.low_f16(d);
-                for (w, mut word) in columns(s, ahead, p, stride).into_iter().enumerate() {
-                    for i in 0..4 {
-                        scale(s, panel, 4 * w + i, s.mul(d, s.i32_to_f32(s.and(word, 0xf))));
-                        let min = s.i32_to_f32(s.and(s.shr::<4>(word), 0xf));
-                        offset(s, panel, 4 * w + i, s.mul(dmin, min));
-                        word = s.shr::<8>(word);
-                    }
-                }
-            }
-            FormatId::Q3_K => {
-                // Scales are at 96..108, the half after them: two bytes off a load that ends with the block.
-                let tail = columns(s, ahead, p.add(94), stride);
-                let a = s.or(s.shr::<16>(tail[0]), s.shl::<16>(tail[1]));
-                let b = s.or(s.shr::<16>(tail[1]), s.shl::<16>(tail[2]));
-                let mut high = s.or(s.shr::<16>(tail[2]), s.shl::<16>(tail[3]));
-                let d = s.low_f16(s.shr::<16>(tail[3]));
-                for (w, low) in [a, b, s.shr::<4>(a), s.shr::<4>(b)].into_iter().enumerate() {
-                    let mut six = s.or(s.and(low, NIBBLES), s.shl::<4>(s.and(high, 0x0303_0303)));
-                    high = s.shr::<2>(high);
-                    for i in 0..4 {
-                        let signed = s.sub(s.i32_to_f32(s.and(six, 0xff)), s.splat(32.0));
-                        scale(s, panel, 4 * w + i, s.mul(d, signed));
-                        six = s.shr::<8>(six);
-                    }
-                }
-            }
+            FormatId::Q6_K => q6_k_scales(s, ahead, p, stride, panel),
+            FormatId::Q2_K => q2_k_scales(s, ahead, p, stride, panel),
+            FormatId::Q3_K => q3_k_scales(s, ahead, p, stride, panel),
             FormatId::TQ2_0 => {
                 let d = s.gather_f16(p.add(64), stride);
                 for g in 0..8 {
@@ -136,34 +88,17 @@ pub(super) unsafe fn scales<S: Simd>(
                 scale(s, panel, 0, d);
                 scale(s, panel, 1, d);
             }
-            FormatId::MXFP4 => {
-                // 2^(e - 128) as two factors, because the smallest are subnormal.
-                let e = s.i32_to_f32(s.and(columns(s, ahead, p, stride)[0], 0xff));
-                let e = s.sub(e, s.splat(128.0));
-                let normal = s.max(e, s.splat(-126.0));
-                scale(s, panel, 0, s.mul(s.pow2(normal), s.pow2(s.sub(e, normal))));
-            }
-            FormatId::NVFP4 => {
-                let mut scales = columns(s, ahead, p, stride)[0];
-                for i in 0..4 {
-                    // E4M3 bits are those of a half whose exponent is biased by 8 more; halved, 2^7 remain. 0x7f is 0.
-                    let value = s.low_f16(s.shl::<7>(s.and(scales, 0x7f)));
-                    let byte = s.i32_to_f32(s.and(scales, 0xff));
-                    let from_nan = s.abs(s.sub(byte, s.splat(127.0)));
-                    let value = s.mul(value, s.splat(128.0));
-                    scale(s, panel, i, s.select_lt(from_nan, s.splat(0.5), s.splat(0.0), value));
-                    scales = s.shr::<8>(scales);
-                }
-            }
+            FormatId::MXFP4 => mxfp4_scales(s, ahead, p, stride, panel),
+            FormatId::NVFP4 => nvfp4_scales(s, ahead, p, stride, panel),
             _ => unreachable!("no vector unpacker for {id}"),
         }
     }
 }
 
-/// Codes of one block of each of 16 rows, as [`scales`].
+/// Codes of one block of each of 16 rows into `panel`, as [`scales`] does with scales and offsets.
 ///
 /// # Safety
-/// * As there.
+/// * As [`scales`].
 #[inline(always)]
 pub(super) unsafe fn codes<S: Simd>(
     s: S,
@@ -207,87 +142,13 @@ pub(super) unsafe fn codes<S: Simd>(
                     nibbles(s, words, panel.codes.add(g * CODE_BYTES), look);
                 }
             }
-            FormatId::Q4_K => {
-                for pair in 0..4 {
-                    let codes = panel.codes.add(2 * pair * CODE_BYTES);
-                    for half in 0..2 {
-                        let words = columns(s, ahead, p.add(16 + 32 * pair + 16 * half), stride);
-                        for (c, word) in words.into_iter().enumerate() {
-                            let at = codes.add((4 * half + c) * 64);
-                            s.store_i32(s.and(word, NIBBLES), at);
-                            s.store_i32(s.and(s.shr::<4>(word), NIBBLES), at.add(CODE_BYTES));
-                        }
-                    }
-                }
-            }
-            FormatId::Q5_K => {
-                for half in 0..2 {
-                    let mut fifth = columns(s, ahead, p.add(16 + 16 * half), stride);
-                    for pair in 0..4 {
-                        let codes = panel.codes.add(2 * pair * CODE_BYTES);
-                        let words = columns(s, ahead, p.add(48 + 32 * pair + 16 * half), stride);
-                        for c in 0..4 {
-                            let at = codes.add((4 * half + c) * 64);
-                            let even = s.shl::<4>(s.and(fifth[c], 0x0101_0101));
-                            let odd = s.shl::<3>(s.and(fifth[c], 0x0202_0202));
-                            s.store_i32(s.or(s.and(words[c], NIBBLES), even), at);
-                            s.store_i32(s.or(s.and(s.shr::<4>(words[c]), NIBBLES), odd), at.add(CODE_BYTES));
-                            fifth[c] = s.shr::<2>(fifth[c]);
-                        }
-                    }
-                }
-            }
-            FormatId::Q6_K => {
-                for plane in 0..2 {
-                    for half in 0..2 {
-                        let high = columns(s, ahead, p.add(128 + 32 * plane + 16 * half), stride);
-                        for low in 0..2 {
-                            let words = columns(s, ahead, p.add(64 * plane + 32 * low + 16 * half), stride);
-                            for c in 0..4 {
-                                let group = panel.codes.add((4 * plane + low) * CODE_BYTES);
-                                let at = group.add((4 * half + c) * 64);
-                                // Two bits each for groups low and low + 2.
-                                let bits = if low == 0 { high[c] } else { s.shr::<2>(high[c]) };
-                                let first = s.shl::<4>(s.and(bits, 0x0303_0303));
-                                let third = s.and(bits, 0x3030_3030);
-                                s.store_i32(s.or(s.and(words[c], NIBBLES), first), at);
-                                let upper = s.and(s.shr::<4>(words[c]), NIBBLES);
-                                s.store_i32(s.or(upper, third), at.add(2 * CODE_BYTES));
-                            }
-                        }
-                    }
-                }
-            }
+            FormatId::Q4_K => q4_k_codes(s, ahead, p, stride, panel),
+            FormatId::Q5_K => q5_k_codes(s, ahead, p, stride, panel),
+            FormatId::Q6_K => q6_k_codes(s, ahead, p, stride, panel),
             FormatId::Q2_K => two_bits(s, ahead, p.add(16), stride, panel.codes),
-            FormatId::Q3_K => {
-                two_bits(s, ahead, p.add(32), stride, panel.codes);
-                for half in 0..2 {
-                    for (c, mut thirds) in columns(s, ahead, p.add(16 * half), stride).into_iter().enumerate()
-                    {
-                        for g in 0..8 {
-                            let at = panel.codes.add(g * CODE_BYTES + (4 * half + c) * 64);
-                            let third = s.shl::<2>(s.and(thirds, 0x0101_0101));
-                            s.store_i32(s.or(s.load_i32(at), third), at);
-                            thirds = s.shr::<1>(thirds);
-                        }
-                    }
-                }
-            }
+            FormatId::Q3_K => q3_k_codes(s, ahead, p, stride, panel),
             FormatId::TQ2_0 => two_bits(s, ahead, p, stride, panel.codes),
-            FormatId::TQ1_0 => {
-                for part in 0..2 {
-                    for (c, word) in columns(s, ahead, p.add(16 * part), stride).into_iter().enumerate() {
-                        trits::<S, 5>(s, word, panel.codes.add((4 * part + c) * 64), CODE_BYTES);
-                    }
-                }
-                for (c, word) in columns(s, ahead, p.add(32), stride).into_iter().enumerate() {
-                    trits::<S, 5>(s, word, panel.codes.add(5 * CODE_BYTES + c * 64), CODE_BYTES / 2);
-                }
-                // Bytes 48..52: two bytes off a load that ends with the block.
-                let last = columns(s, ahead, p.add(38), stride);
-                let last = s.or(s.shr::<16>(last[2]), s.shl::<16>(last[3]));
-                trits::<S, 4>(s, last, panel.codes.add(7 * CODE_BYTES + CODE_BYTES / 2), 64);
-            }
+            FormatId::TQ1_0 => tq1_0_codes(s, ahead, p, stride, panel),
             FormatId::Q1_0 => {
                 for (g, mut bits) in columns(s, ahead, p.add(2), stride).into_iter().enumerate() {
                     for c in 0..8 {
@@ -312,17 +173,275 @@ pub(super) unsafe fn codes<S: Simd>(
                     s.store_i32(s.lookup(high, &E2M1_CODES), panel.codes.add((4 + c) * 64));
                 }
             }
-            FormatId::NVFP4 => {
-                for g in 0..2 {
-                    for (w, word) in columns(s, ahead, p.add(4 + 16 * g), stride).into_iter().enumerate() {
-                        let at = panel.codes.add(g * CODE_BYTES + (w / 2 * 4 + w % 2) * 64);
-                        let (low, high) = two_nibbles(s, word);
-                        s.store_i32(s.lookup(low, &E2M1_CODES), at);
-                        s.store_i32(s.lookup(high, &E2M1_CODES), at.add(128));
+            FormatId::NVFP4 => nvfp4_codes(s, ahead, p, stride, panel),
+            _ => unreachable!("no vector unpacker for {id}"),
+        }
+    }
+}
+
+/// Scales of IQ4_XS: the low four bits of eight 6-bit scales in a word, their top bits beside the half.
+///
+/// # Safety
+/// * As [`scales`].
+#[inline(always)]
+unsafe fn iq4_xs_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        let head = columns(s, ahead, p, stride);
+        let d = s.low_f16(head[0]);
+        let (mut high, mut low) = (s.shr::<16>(head[0]), head[1]);
+        for g in 0..8 {
+            let six = s.or(s.and(low, 0xf), s.shl::<4>(s.and(high, 3)));
+            (high, low) = (s.shr::<2>(high), s.shr::<4>(low));
+            scale(s, panel, g, s.mul(d, s.sub(s.i32_to_f32(six), s.splat(32.0))));
+        }
+    }
+}
+
+/// Scales of Q6_K: sixteen signed bytes.
+///
+/// # Safety
+/// * As [`scales`].
+#[inline(always)]
+unsafe fn q6_k_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        let d = s.gather_f16(p.add(208), stride);
+        // Signed bytes as words: flipping the sign bit adds 128, which is taken off again exactly.
+        for (w, word) in columns(s, ahead, p.add(192), stride).into_iter().enumerate() {
+            let mut word = s.xor(word, 0x8080_8080);
+            for i in 0..4 {
+                let byte = s.sub(s.i32_to_f32(s.and(word, 0xff)), s.splat(128.0));
+                scale(s, panel, 4 * w + i, s.mul(d, byte));
+                word = s.shr::<8>(word);
+            }
+        }
+    }
+}
+
+/// Scales and offsets of Q2_K: a nibble each for every 16 weights.
+///
+/// # Safety
+/// * As [`scales`].
+#[inline(always)]
+unsafe fn q2_k_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        let d = columns(s, ahead, p.add(68), stride)[3];
+        let dmin = s.sub(s.splat(0.0), s.low_f16(s.shr::<16>(d)));
+        let d = s.low_f16(d);
+        for (w, mut word) in columns(s, ahead, p, stride).into_iter().enumerate() {
+            for i in 0..4 {
+                scale(s, panel, 4 * w + i, s.mul(d, s.i32_to_f32(s.and(word, 0xf))));
+                let min = s.i32_to_f32(s.and(s.shr::<4>(word), 0xf));
+                offset(s, panel, 4 * w + i, s.mul(dmin, min));
+                word = s.shr::<8>(word);
+            }
+        }
+    }
+}
+
+/// Scales of Q3_K: sixteen of six bits, packed in twelve bytes.
+///
+/// # Safety
+/// * As [`scales`].
+#[inline(always)]
+unsafe fn q3_k_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        // Scales are at 96..108, the half after them: two bytes off a load that ends with the block.
+        let tail = columns(s, ahead, p.add(94), stride);
+        let a = s.or(s.shr::<16>(tail[0]), s.shl::<16>(tail[1]));
+        let b = s.or(s.shr::<16>(tail[1]), s.shl::<16>(tail[2]));
+        let mut high = s.or(s.shr::<16>(tail[2]), s.shl::<16>(tail[3]));
+        let d = s.low_f16(s.shr::<16>(tail[3]));
+        for (w, low) in [a, b, s.shr::<4>(a), s.shr::<4>(b)].into_iter().enumerate() {
+            let mut six = s.or(s.and(low, NIBBLES), s.shl::<4>(s.and(high, 0x0303_0303)));
+            high = s.shr::<2>(high);
+            for i in 0..4 {
+                let signed = s.sub(s.i32_to_f32(s.and(six, 0xff)), s.splat(32.0));
+                scale(s, panel, 4 * w + i, s.mul(d, signed));
+                six = s.shr::<8>(six);
+            }
+        }
+    }
+}
+
+/// The scale of MXFP4: a power of two.
+///
+/// # Safety
+/// * As [`scales`].
+#[inline(always)]
+unsafe fn mxfp4_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        // 2^(e - 128) as two factors, because the smallest are subnormal.
+        let e = s.i32_to_f32(s.and(columns(s, ahead, p, stride)[0], 0xff));
+        let e = s.sub(e, s.splat(128.0));
+        let normal = s.max(e, s.splat(-126.0));
+        scale(s, panel, 0, s.mul(s.pow2(normal), s.pow2(s.sub(e, normal))));
+    }
+}
+
+/// Scales of NVFP4: four bytes of E4M3.
+///
+/// # Safety
+/// * As [`scales`].
+#[inline(always)]
+unsafe fn nvfp4_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        let mut scales = columns(s, ahead, p, stride)[0];
+        for i in 0..4 {
+            // E4M3 bits are those of a half whose exponent is biased by 8 more; halved, 2^7 remain. 0x7f is 0.
+            let value = s.low_f16(s.shl::<7>(s.and(scales, 0x7f)));
+            let byte = s.i32_to_f32(s.and(scales, 0xff));
+            let from_nan = s.abs(s.sub(byte, s.splat(127.0)));
+            let value = s.mul(value, s.splat(128.0));
+            scale(s, panel, i, s.select_lt(from_nan, s.splat(0.5), s.splat(0.0), value));
+            scales = s.shr::<8>(scales);
+        }
+    }
+}
+
+/// Codes of Q4_K: nibbles, low ones of one group and high ones of the next.
+///
+/// # Safety
+/// * As [`codes`].
+#[inline(always)]
+unsafe fn q4_k_codes<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        for pair in 0..4 {
+            let codes = panel.codes.add(2 * pair * CODE_BYTES);
+            for half in 0..2 {
+                let words = columns(s, ahead, p.add(16 + 32 * pair + 16 * half), stride);
+                for (c, word) in words.into_iter().enumerate() {
+                    let at = codes.add((4 * half + c) * 64);
+                    s.store_i32(s.and(word, NIBBLES), at);
+                    s.store_i32(s.and(s.shr::<4>(word), NIBBLES), at.add(CODE_BYTES));
+                }
+            }
+        }
+    }
+}
+
+/// Codes of Q5_K: nibbles as in Q4_K, and a plane with the fifth bits of all groups.
+///
+/// # Safety
+/// * As [`codes`].
+#[inline(always)]
+unsafe fn q5_k_codes<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        for half in 0..2 {
+            let mut fifth = columns(s, ahead, p.add(16 + 16 * half), stride);
+            for pair in 0..4 {
+                let codes = panel.codes.add(2 * pair * CODE_BYTES);
+                let words = columns(s, ahead, p.add(48 + 32 * pair + 16 * half), stride);
+                for c in 0..4 {
+                    let at = codes.add((4 * half + c) * 64);
+                    let even = s.shl::<4>(s.and(fifth[c], 0x0101_0101));
+                    let odd = s.shl::<3>(s.and(fifth[c], 0x0202_0202));
+                    s.store_i32(s.or(s.and(words[c], NIBBLES), even), at);
+                    s.store_i32(s.or(s.and(s.shr::<4>(words[c]), NIBBLES), odd), at.add(CODE_BYTES));
+                    fifth[c] = s.shr::<2>(fifth[c]);
+                }
+            }
+        }
+    }
+}
+
+/// Codes of Q6_K: nibbles of four groups, and a plane with two more bits for each.
+///
+/// # Safety
+/// * As [`codes`].
+#[inline(always)]
+unsafe fn q6_k_codes<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        for plane in 0..2 {
+            for half in 0..2 {
+                let high = columns(s, ahead, p.add(128 + 32 * plane + 16 * half), stride);
+                for low in 0..2 {
+                    let words = columns(s, ahead, p.add(64 * plane + 32 * low + 16 * half), stride);
+                    for c in 0..4 {
+                        let group = panel.codes.add((4 * plane + low) * CODE_BYTES);
+                        let at = group.add((4 * half + c) * 64);
+                        // Two bits each for groups low and low + 2.
+                        let bits = if low == 0 { high[c] } else { s.shr::<2>(high[c]) };
+                        let first = s.shl::<4>(s.and(bits, 0x0303_0303));
+                        let third = s.and(bits, 0x3030_3030);
+                        s.store_i32(s.or(s.and(words[c], NIBBLES), first), at);
+                        let upper = s.and(s.shr::<4>(words[c]), NIBBLES);
+                        s.store_i32(s.or(upper, third), at.add(2 * CODE_BYTES));
                     }
                 }
             }
-            _ => unreachable!("no vector unpacker for {id}"),
+        }
+    }
+}
+
+/// Codes of Q3_K: two bits as in Q2_K, and a plane with the third bits of all groups.
+///
+/// # Safety
+/// * As [`codes`].
+#[inline(always)]
+unsafe fn q3_k_codes<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        two_bits(s, ahead, p.add(32), stride, panel.codes);
+        for half in 0..2 {
+            for (c, mut thirds) in columns(s, ahead, p.add(16 * half), stride).into_iter().enumerate() {
+                for g in 0..8 {
+                    let at = panel.codes.add(g * CODE_BYTES + (4 * half + c) * 64);
+                    let third = s.shl::<2>(s.and(thirds, 0x0101_0101));
+                    s.store_i32(s.or(s.load_i32(at), third), at);
+                    thirds = s.shr::<1>(thirds);
+                }
+            }
+        }
+    }
+}
+
+/// Codes of TQ1_0: five trits a byte, the last four bytes with four.
+///
+/// # Safety
+/// * As [`codes`].
+#[inline(always)]
+unsafe fn tq1_0_codes<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        for part in 0..2 {
+            for (c, word) in columns(s, ahead, p.add(16 * part), stride).into_iter().enumerate() {
+                trits::<S, 5>(s, word, panel.codes.add((4 * part + c) * 64), CODE_BYTES);
+            }
+        }
+        for (c, word) in columns(s, ahead, p.add(32), stride).into_iter().enumerate() {
+            trits::<S, 5>(s, word, panel.codes.add(5 * CODE_BYTES + c * 64), CODE_BYTES / 2);
+        }
+        // Bytes 48..52: two bytes off a load that ends with the block.
+        let last = columns(s, ahead, p.add(38), stride);
+        let last = s.or(s.shr::<16>(last[2]), s.shl::<16>(last[3]));
+        trits::<S, 4>(s, last, panel.codes.add(7 * CODE_BYTES + CODE_BYTES / 2), 64);
+    }
+}
+
+/// Codes of NVFP4: E2M1 nibbles in blocks of 16.
+///
+/// # Safety
+/// * As [`codes`].
+#[inline(always)]
+unsafe fn nvfp4_codes<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: usize, panel: Panel) {
+    // SAFETY: by this function's contract; every offset lies in the format's block.
+    unsafe {
+        for g in 0..2 {
+            for (w, word) in columns(s, ahead, p.add(4 + 16 * g), stride).into_iter().enumerate() {
+                let at = panel.codes.add(g * CODE_BYTES + (w / 2 * 4 + w % 2) * 64);
+                let (low, high) = two_nibbles(s, word);
+                s.store_i32(s.lookup(low, &E2M1_CODES), at);
+                s.store_i32(s.lookup(high, &E2M1_CODES), at.add(128));
+            }
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use quant::FormatId;
 
-use super::codebook::{IQ1, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS};
+use super::codebook::{Codebook, IQ1, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS};
 use super::panel::{Ahead, CODE_BYTES, Panel, columns};
 use super::unpack_blocks::{NIBBLES, scale, spread_bits, spread_pairs};
 use super::vector::Simd;
@@ -53,13 +53,7 @@ pub(super) unsafe fn block<S: Simd>(
                         put(s, signs_of_28_bits(s, tail), &mut marks[g]);
                     }
                 }
-                s.codewords(
-                    &IQ3_XXS,
-                    low.as_flattened().as_ptr(),
-                    high.as_flattened().as_ptr(),
-                    16,
-                    panel.codes,
-                );
+                look_up(s, &IQ3_XXS, &low, &high, 16, panel.codes);
                 signs(s, &marks, panel.codes);
             }
             FormatId::IQ3_S => {
@@ -76,13 +70,7 @@ pub(super) unsafe fn block<S: Simd>(
                     scale(s, panel, i, s.mul(d, s.add(s.add(n, n), s.splat(1.0))));
                     four_bits = s.shr::<4>(four_bits);
                 }
-                s.codewords(
-                    &IQ3_S,
-                    low.as_flattened().as_ptr(),
-                    high.as_flattened().as_ptr(),
-                    16,
-                    panel.codes,
-                );
+                look_up(s, &IQ3_S, &low, &high, 16, panel.codes);
                 signs(s, &marks, panel.codes);
             }
             FormatId::IQ2_XXS => {
@@ -97,13 +85,7 @@ pub(super) unsafe fn block<S: Simd>(
                         scale(s, panel, g, s.mul(s.mul(d, s.add(s.splat(0.5), four_bits)), s.splat(0.25)));
                     }
                 }
-                s.codewords(
-                    &IQ2_XXS,
-                    low.as_flattened().as_ptr(),
-                    high.as_flattened().as_ptr(),
-                    8,
-                    panel.codes,
-                );
+                look_up(s, &IQ2_XXS, &low, &high, 8, panel.codes);
                 signs(s, &marks, panel.codes);
             }
             FormatId::IQ2_XS => {
@@ -127,13 +109,7 @@ pub(super) unsafe fn block<S: Simd>(
                 }
                 let [.., a, b] = columns(s, ahead, p.add(58), stride);
                 quarter_scales(s, panel, d, [a, b]);
-                s.codewords(
-                    &IQ2_XS,
-                    low.as_flattened().as_ptr(),
-                    high.as_flattened().as_ptr(),
-                    8,
-                    panel.codes,
-                );
+                look_up(s, &IQ2_XS, &low, &high, 8, panel.codes);
                 signs(s, &marks, panel.codes);
             }
             FormatId::IQ2_S => {
@@ -147,13 +123,7 @@ pub(super) unsafe fn block<S: Simd>(
                     put(s, spread_pairs(s, s.shr::<16>(tops)), &mut high[2]);
                     put(s, spread_pairs(s, s.shr::<24>(tops)), &mut high[3]);
                 }
-                s.codewords(
-                    &IQ2_S,
-                    low.as_flattened().as_ptr(),
-                    high.as_flattened().as_ptr(),
-                    8,
-                    panel.codes,
-                );
+                look_up(s, &IQ2_S, &low, &high, 8, panel.codes);
                 signs(s, &marks, panel.codes);
             }
             FormatId::IQ1_S => {
@@ -201,6 +171,24 @@ pub(super) unsafe fn block<S: Simd>(
             _ => unreachable!("no codebook of {id}"),
         }
     }
+}
+
+/// [`Simd::codewords`] of the first `n` columns of indices: their low bytes, and what is above them.
+///
+/// # Safety
+/// * `4·64·n·WORDS` bytes are writable at `out`, and every byte of `high` is below `PAGES`.
+#[inline(always)]
+unsafe fn look_up<S: Simd, const PAGES: usize, const WORDS: usize>(
+    s: S,
+    book: &'static Codebook<PAGES, WORDS>,
+    low: &Columns<16>,
+    high: &Columns<16>,
+    n: usize,
+    out: *mut u8,
+) {
+    assert!(n <= 16, "{n} columns of 16");
+    // SAFETY: by this function's contract; the first `n` columns are there, and `out` is no part of them.
+    unsafe { s.codewords(book, low.as_flattened().as_ptr(), high.as_flattened().as_ptr(), n, out) }
 }
 
 /// Stores a column.
@@ -306,7 +294,7 @@ unsafe fn shifted<S: Simd>(s: S, low: &Columns<16>, high: &Columns<16>, marks: &
     // SAFETY: columns are 64 bytes; eight of indices give 32 of levels; the codes by this function's contract.
     unsafe {
         let out = levels.as_flattened_mut().as_mut_ptr();
-        s.codewords(&IQ1, low.as_flattened().as_ptr(), high.as_flattened().as_ptr(), 8, out);
+        look_up(s, &IQ1, low, high, 8, out);
         for (g, column) in marks.iter().enumerate() {
             let mut marks = s.load_i32(column.as_ptr());
             for l in 0..4 {

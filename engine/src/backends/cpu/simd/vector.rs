@@ -215,7 +215,7 @@ pub(super) trait Pairs: Simd {
     /// # Safety
     /// * 32 bytes at each are readable.
     unsafe fn pair32(self, a: *const u8, b: *const u8) -> Self::I;
-    /// Of a [`Pairs::pair16`], the low nibbles of each first copy and the high ones of each second.
+    /// From the result of [`Pairs::pair16`]: the low nibbles of each first copy and the high nibbles of each second one.
     fn pair_nibbles(self, v: Self::I) -> Self::I;
     /// `value` in byte `i` of each row where bit `i` of its word is set.
     fn pair_bits(self, a: u32, b: u32, value: u8) -> Self::I;

@@ -37,8 +37,8 @@ pub(super) struct Piece {
     pub(super) in_use: Arc<InUse>,
 }
 
-/// The ranges of a piece that the host's threads read or write now. Of two that overlap one waits; others go on side by
-/// side, since one thread copies a tenth of what the bus takes.
+/// The ranges of a piece that threads of the host read or write at the moment. A thread waits while its range overlaps
+/// another; apart from that they work side by side, because one thread copies at a tenth of the bus's rate.
 #[derive(Debug, Default)]
 pub(super) struct InUse {
     ranges: Mutex<Vec<Range<u64>>>,
@@ -127,7 +127,7 @@ pub(super) fn find(op: &'static str, at: DevicePtr, bytes: u64) -> Result<(Piece
 pub(super) fn enter(op: &'static str, at: DevicePtr, bytes: u64) -> Result<(Piece, u64, Use), DriverError> {
     let (piece, offset) = find(op, at, bytes)?;
     let held = piece.in_use.enter(offset..offset + bytes);
-    // It may have gone while we waited.
+    // The memory may have been freed while we waited.
     let (again, _) = find(op, at, bytes)?;
     if Arc::ptr_eq(&again.in_use, &piece.in_use) {
         Ok((piece, offset, held))
@@ -169,7 +169,7 @@ mod tests {
                 let _use = enter("op", DevicePtr(AT + 16), 1).unwrap();
                 assert!(left.load(Ordering::SeqCst), "in use by two");
             });
-            // In its favour: it has the time to go wrong.
+            // Gives the other thread time to enter wrongly.
             std::thread::sleep(std::time::Duration::from_millis(20));
             left.store(true, Ordering::SeqCst);
             drop(first);

@@ -7,7 +7,7 @@
 //! Compiled modules are kept by libcuda itself, in the user's compute cache: a module that was compiled before loads
 //! in about a millisecond.
 //!
-//! Threads that wait for the device sleep instead of spinning.
+//! A thread that waits for a stream spins, which wakes it sooner; one that waits for an event sleeps.
 #![allow(unsafe_code)]
 
 mod device;
@@ -66,7 +66,7 @@ struct Handles {
     peers: Vec<Context>,
 }
 
-/// How a launch stands to the others.
+/// How a launch is ordered with the others of its stream.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum How {
     /// After the one before.
@@ -259,7 +259,7 @@ impl Hosted {
                 attributes: attributes.as_ptr(),
                 n_attributes: n_attributes as u32,
             };
-            // Of a cooperative launch the driver wants the arguments one by one if it is captured.
+            // If a cooperative launch is captured, the driver wants its arguments one by one.
             let mut each = match cooperative {
                 true => function.arguments(launch, &mut params[..params_bytes])?,
                 false => Vec::new(),
