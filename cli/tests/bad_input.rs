@@ -176,6 +176,26 @@ fn failed_quantising_leaves_nothing() {
     assert_eq!(folder.names(), ["q8.gguf"]);
 }
 
+/// A result goes to a file beside its place and is renamed: that would put a file where a device or a pipe is.
+#[cfg(unix)]
+#[test]
+fn results_replace_only_files() {
+    use std::os::unix::fs::FileTypeExt;
+    let folder = Folder::new("devices");
+    let (socket, link, file) = (folder.path("socket"), folder.path("link"), folder.path("file"));
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    fails(&["quantize", MODEL, &socket, "Q8_0"], 1, "no regular file");
+    fails(&["logits", MODEL, "--tokens", "1", "--out", &socket], 1, "no regular file");
+    assert!(std::fs::symlink_metadata(&socket).unwrap().file_type().is_socket());
+    // A link stays.
+    std::fs::write(&file, "old").unwrap();
+    std::os::unix::fs::symlink("file", &link).unwrap();
+    assert!(run(&["logits", MODEL, "--tokens", "1", "--out", &link]).status.success());
+    assert!(std::fs::symlink_metadata(&link).unwrap().file_type().is_symlink());
+    assert!(std::fs::read(&file).unwrap().len() > 100);
+    assert_eq!(folder.names(), ["file", "link", "socket"]);
+}
+
 #[test]
 fn missing_parts_of_a_split_set_are_named() {
     let folder = Folder::new("split");

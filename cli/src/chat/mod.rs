@@ -5,6 +5,7 @@ pub mod template;
 #[cfg(test)]
 pub mod tests;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
@@ -12,7 +13,7 @@ use engine::tokenizer::EncodeOptions;
 use engine::{Model, Tokenizer};
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
-use server::chat::{encode_parts, holds_special, special_texts};
+use server::chat::{SpecialTexts, encode_parts};
 
 use crate::args::TemplateArgs;
 use crate::ui;
@@ -110,8 +111,8 @@ impl Format {
     pub fn encode(&self, messages: &[Message], answer: bool, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let text = self.render(messages, answer, tokenizer)?;
         let text = without_bos(&text, tokenizer);
-        let specials = special_texts(tokenizer);
-        if !messages.iter().any(|m| holds_special(&m.content, &specials)) {
+        let specials = SpecialTexts::new(tokenizer);
+        if !messages.iter().any(|m| specials.are_in(&m.content)) {
             return Ok(tokenizer
                 .encode(text.as_bytes(), EncodeOptions { add_special: true, parse_special: true })?);
         }
@@ -132,11 +133,7 @@ impl Format {
         text: &str,
         tokenizer: &Tokenizer,
     ) -> Result<Option<Vec<std::ops::Range<usize>>>> {
-        // Private-use characters in an order that no message contains.
-        let nonce = (0u32..)
-            .map(|n| format!("\u{F8F0}{n}\u{F8F1}"))
-            .find(|n| messages.iter().all(|m| !m.content.contains(n.as_str())) && !text.contains(n.as_str()));
-        let mark = nonce.unwrap_or_default();
+        let mark = mark_beside(messages.iter().map(|m| m.content.as_str()).chain([text]));
         let (open, close) = (format!("{mark}<"), format!("{mark}>"));
         for change in [|s: &str| s.to_owned(), |s: &str| s.trim().to_owned()] {
             let marked: Vec<Message> = messages
@@ -161,6 +158,19 @@ impl Format {
         }
         Ok(None)
     }
+}
+
+/// Private-use characters around the least number that none of the texts has between them. Each text is read once: who
+/// writes many such numbers must not make us look for each.
+fn mark_beside<'a>(texts: impl Iterator<Item = &'a str>) -> String {
+    let number = |rest: &str| {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).take(10).count();
+        rest[..digits].parse::<u32>().ok()
+    };
+    let used: HashSet<u32> =
+        texts.flat_map(|text| text.split('\u{F8F0}').skip(1)).filter_map(number).collect();
+    let free = (0..).find(|n| !used.contains(n)).unwrap_or(0);
+    format!("\u{F8F0}{free}\u{F8F1}")
 }
 
 /// The built-in format for files without one.

@@ -12,15 +12,27 @@
 //! What llama.cpp's engine refuses (`//`, `**`, `raw`, `|sum` …) renders here as Jinja says.
 
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use minijinja::machinery::{Token, tokenize};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior};
 use regex_lite::Regex;
 
-/// Instructions and data (64 bytes each) a rendering may take: a template is part of a file from outside.
-const FUEL: u64 = 20_000_000;
+/// Instructions and data ([`FUEL_BYTES`] each) a rendering may take: a template is part of a file from outside. Enough to
+/// go some forty times through the longest conversation that a server takes (8 MiB).
+const FUEL: u64 = 5_000_000;
+/// Bytes that cost one unit of fuel.
+const FUEL_BYTES: usize = 64;
+
+/// Levels of lists and mappings in what a template keeps; conversations with tools have about ten. Whoever walks through a
+/// value, minijinja included, calls itself at each level.
+const MAX_DEPTH: usize = 64;
+
+/// Longest source; the longest of published models have some 30 KB. An expression may nest as deep as it is long.
+const MAX_SOURCE_BYTES: usize = 256 << 10;
 
 /// A compiled template.
 pub struct Template {
@@ -39,18 +51,26 @@ pub enum Blocks {
 impl Template {
     /// Compiles a template's source.
     pub fn new(source: &str, blocks: Blocks) -> Result<Template, Error> {
+        if source.len() > MAX_SOURCE_BYTES {
+            let what =
+                format!("the template has {} bytes, at most {MAX_SOURCE_BYTES} are taken", source.len());
+            return Err(Error::new(ErrorKind::SyntaxError, what));
+        }
         let mut env = Environment::new();
         let trimmed = blocks == Blocks::Trimmed;
-        env.set_syntax(SyntaxConfig::builder().trim_blocks(trimmed).lstrip_blocks(trimmed).build()?);
+        let syntax = SyntaxConfig::builder().trim_blocks(trimmed).lstrip_blocks(trimmed).build()?;
+        env.set_syntax(syntax.clone());
         env.set_undefined_behavior(UndefinedBehavior::Chainable);
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         env.set_fuel(Some(FUEL));
-        env.set_formatter(|out, _, value| {
+        env.set_formatter(|out, state, value| {
             let mut text = String::new();
-            print(value, &mut text);
+            print(state, value, 0, &mut text)?;
             Ok(out.write_str(&text)?)
         });
         env.set_unknown_method_callback(method);
+        env.add_filter(KEPT, kept);
+        env.add_filter(STORED, stored);
         env.add_filter("d", default);
         env.add_filter("default", default);
         env.add_filter("dictsort", dictsort);
@@ -66,7 +86,7 @@ impl Template {
         env.add_global("True", true);
         env.add_global("False", false);
         env.add_global("None", ());
-        env.add_template_owned("chat", rewrite(source))?;
+        env.add_template_owned("chat", check_sets(&rewrite(source), syntax))?;
         Ok(Template { env })
     }
 
@@ -94,16 +114,123 @@ fn rewrite(source: &str) -> String {
     text.into_owned()
 }
 
+/// Filters that [`check_sets`] puts behind what is assigned to a variable, and to a namespace.
+const KEPT: &str = "__kept";
+const STORED: &str = "__stored";
+
+/// Lets every `set` check its value with [`place`]: without it values grow deeper from turn to turn of a loop, and a
+/// namespace may come to hold itself. The tokens are minijinja's own, so nothing that it takes for a `set` is missed; the
+/// tokenizer is no stable part of it.
+fn check_sets(source: &str, syntax: SyntaxConfig) -> String {
+    let mut out = String::with_capacity(source.len() + source.len() / 8);
+    let mut copied = 0;
+    let mut insert = |at: u32, text: &str| {
+        let at = at as usize;
+        out.push_str(&source[copied..at]);
+        out.push_str(text);
+        copied = at;
+    };
+    let mut tokens = tokenize(source, false, syntax).map_while(Result::ok);
+    while let Some((token, _)) = tokens.next() {
+        if !matches!(token, Token::BlockStart) || !matches!(tokens.next(), Some((Token::Ident("set"), _))) {
+            continue;
+        }
+        let (mut is_attribute, mut end) = (false, None);
+        for (token, span) in tokens.by_ref() {
+            match token {
+                Token::Dot if end.is_none() => is_attribute = true,
+                Token::Assign if end.is_none() => {
+                    insert(span.end_offset, "(");
+                    end = Some(")|");
+                }
+                // A block of text, and what a filter makes of it.
+                Token::Pipe if end.is_none() => end = Some("|"),
+                Token::BlockEnd => {
+                    let check = if is_attribute { STORED } else { KEPT };
+                    if let Some(end) = end {
+                        insert(span.start_offset, &format!("{end}{check} "));
+                    }
+                    break;
+                }
+                _ => {}
+            }
+        }
+    }
+    out.push_str(&source[copied..]);
+    out
+}
+
+/// A value that a variable keeps.
+fn kept(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    place(state, &value, 0, false)?;
+    Ok(value)
+}
+
+/// A value that a namespace keeps.
+fn stored(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    place(state, &value, 1, true)?;
+    Ok(value)
+}
+
+fn too_deep() -> Error {
+    Error::new(ErrorKind::InvalidOperation, format!("a value nests deeper than {MAX_DEPTH} levels"))
+}
+
+/// Checks that a value that comes to lie `level` levels deep stays within [`MAX_DEPTH`], and tells the lists in it that
+/// change how deep they lie now. `stores`: in something that changes, where a namespace might come to hold itself.
+fn place(state: &State<'_, '_>, value: &Value, level: usize, stores: bool) -> Result<(), Error> {
+    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map) {
+        return Ok(());
+    }
+    state.consume_fuel(1)?;
+    if level > MAX_DEPTH {
+        return Err(too_deep());
+    }
+    if let Some(list) = value.downcast_object_ref::<MutableList>() {
+        if list.level.fetch_max(level, Ordering::Relaxed) >= level {
+            return Ok(());
+        }
+        let items = list.items().clone();
+        return items.iter().try_for_each(|item| place(state, item, level + 1, stores));
+    }
+    // minijinja keeps its type to itself. What is in it was checked when it came there.
+    if value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace")) {
+        let what = "a namespace cannot be kept in a namespace or a list";
+        return if stores { Err(Error::new(ErrorKind::InvalidOperation, what)) } else { Ok(()) };
+    }
+    let is_map = value.kind() == ValueKind::Map;
+    for item in value.try_iter()? {
+        place(state, &item, level + 1, stores)?;
+        if is_map {
+            place(state, &value.get_item(&item)?, level + 1, stores)?;
+        }
+    }
+    Ok(())
+}
+
+/// Pays for a step that made so many bytes.
+fn charge(state: &State<'_, '_>, bytes: usize) -> Result<(), Error> {
+    state.consume_fuel(1 + (bytes / FUEL_BYTES) as u64)
+}
+
 /// Prints a value as llama.cpp's engine does.
-fn print(value: &Value, out: &mut String) {
+fn print(state: &State<'_, '_>, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
+    let before = out.len();
     match value.kind() {
         ValueKind::Undefined | ValueKind::None | ValueKind::Map => {}
         ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
         ValueKind::Seq | ValueKind::Iterable => {
+            if level > MAX_DEPTH {
+                return Err(too_deep());
+            }
+            state.consume_fuel(1)?;
             // What `dictsort` gives stands for a mapping, and mappings print nothing.
             if value.downcast_object_ref::<SortedItems>().is_none() {
-                value.try_iter().into_iter().flatten().for_each(|item| print(&item, out));
+                for item in value.try_iter()? {
+                    print(state, &item, level + 1, out)?;
+                }
             }
+            return Ok(());
         }
         ValueKind::Number if !value.is_integer() => match f64::try_from(value.clone()) {
             Ok(number) => out.push_str(&float(number)),
@@ -111,6 +238,7 @@ fn print(value: &Value, out: &mut String) {
         },
         _ => out.push_str(&value.to_string()),
     }
+    charge(state, out.len() - before)
 }
 
 /// Six decimals, zeros at the end dropped but one kept.
@@ -182,27 +310,31 @@ fn trim(value: Value, chars: Option<&str>) -> String {
     strip(&text, chars, true, true).to_owned()
 }
 
-fn string(value: Value) -> Value {
-    match value.kind() {
+fn string(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
+    Ok(match value.kind() {
         ValueKind::String => value,
         ValueKind::Bool => Value::from(if value.is_true() { "True" } else { "False" }),
         ValueKind::None => Value::from("None"),
         ValueKind::Undefined => Value::from(""),
         ValueKind::Number => {
             let mut text = String::new();
-            print(&value, &mut text);
+            print(state, &value, 0, &mut text)?;
             Value::from(text)
         }
         _ => {
             let mut text = String::new();
-            python_repr(&value, &mut text);
+            python_repr(state, &value, 0, &mut text)?;
             Value::from(text)
         }
-    }
+    })
 }
 
 /// Python's `repr`, which is what a list or a mapping becomes as a string.
-fn python_repr(value: &Value, out: &mut String) {
+fn python_repr(state: &State<'_, '_>, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
+    if level > MAX_DEPTH {
+        return Err(too_deep());
+    }
+    let before = out.len();
     match value.kind() {
         ValueKind::String => {
             let text = value.as_str().unwrap_or_default();
@@ -221,26 +353,31 @@ fn python_repr(value: &Value, out: &mut String) {
             out.push(quote);
         }
         ValueKind::Seq | ValueKind::Iterable => {
+            state.consume_fuel(1)?;
             out.push('[');
-            for (i, item) in value.try_iter().into_iter().flatten().enumerate() {
+            for (i, item) in value.try_iter()?.enumerate() {
                 out.push_str(if i > 0 { ", " } else { "" });
-                python_repr(&item, out);
+                python_repr(state, &item, level + 1, out)?;
             }
             out.push(']');
+            return Ok(());
         }
         ValueKind::Map => {
+            state.consume_fuel(1)?;
             out.push('{');
-            for (i, key) in value.try_iter().into_iter().flatten().enumerate() {
+            for (i, key) in value.try_iter()?.enumerate() {
                 out.push_str(if i > 0 { ", " } else { "" });
-                python_repr(&key, out);
+                python_repr(state, &key, level + 1, out)?;
                 out.push_str(": ");
-                python_repr(&value.get_item(&key).unwrap_or_default(), out);
+                python_repr(state, &value.get_item(&key).unwrap_or_default(), level + 1, out)?;
             }
             out.push('}');
+            return Ok(());
         }
         ValueKind::None | ValueKind::Undefined => out.push_str("None"),
-        _ => print(value, out),
+        _ => return print(state, value, level, out),
     }
+    charge(state, out.len() - before)
 }
 
 /// Pairs sorted by key or value. A list to loops and filters, but it prints nothing: see [`print()`].
@@ -308,11 +445,26 @@ fn strftime_now(format: &str) -> Result<String, Error> {
 
 /// A list that `append` and the like change in place, as Python's does.
 #[derive(Debug)]
-struct MutableList(Mutex<Vec<Value>>);
+struct MutableList {
+    items: Mutex<Vec<Value>>,
+    /// How deep it lies at most in what holds it: what comes into it lies deeper. See [`place`].
+    level: AtomicUsize,
+}
 
 impl MutableList {
     fn items(&self) -> std::sync::MutexGuard<'_, Vec<Value>> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.items.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Checks what is to come into the list.
+    fn admit(&self, state: &State<'_, '_>, item: &Value) -> Result<(), Error> {
+        let level = self.level.load(Ordering::Relaxed);
+        place(state, item, level + 1, true)?;
+        // It was found within the item.
+        if self.level.load(Ordering::Relaxed) != level {
+            return Err(Error::new(ErrorKind::InvalidOperation, "a list cannot hold itself"));
+        }
+        Ok(())
     }
 }
 
@@ -336,25 +488,32 @@ impl Object for MutableList {
         args: &[Value],
     ) -> Result<Value, Error> {
         let wrong = || Error::new(ErrorKind::InvalidOperation, format!("{name}: wrong arguments"));
-        let mut items = self.items();
+        // The list's lock is taken last: what comes in may be the list itself.
         match (name, args) {
-            ("append", [item]) => items.push(item.clone()),
+            ("append", [item]) => {
+                self.admit(state, item)?;
+                self.items().push(item.clone());
+            }
             ("extend", [more]) => {
                 let more: Vec<Value> = more.try_iter()?.collect();
-                items.extend(more);
+                state.consume_fuel(more.len() as u64)?;
+                more.iter().try_for_each(|item| self.admit(state, item))?;
+                self.items().extend(more);
             }
             ("insert", [at, item]) => {
+                self.admit(state, item)?;
+                let mut items = self.items();
                 let at = at.as_usize().ok_or_else(wrong)?.min(items.len());
                 items.insert(at, item.clone());
             }
             ("pop", [] | [_]) => {
+                let mut items = self.items();
                 let at = args.first().map_or(Some(-1), Value::as_i64).ok_or_else(wrong)?;
                 let at = usize::try_from(if at < 0 { at + items.len() as i64 } else { at })
                     .map_err(|_| wrong())?;
                 return if at < items.len() { Ok(items.remove(at)) } else { Err(wrong()) };
             }
             _ => {
-                drop(items);
                 let value = Value::from_dyn_object(self.clone());
                 return minijinja_contrib::pycompat::unknown_method_callback(state, &value, name, args);
             }
@@ -363,11 +522,15 @@ impl Object for MutableList {
     }
 }
 
-fn mutable_list(items: Value) -> Result<Value, Error> {
-    Ok(Value::from_object(MutableList(Mutex::new(items.try_iter()?.collect()))))
+fn mutable_list(state: &State<'_, '_>, items: Value) -> Result<Value, Error> {
+    let list = MutableList { items: Mutex::default(), level: AtomicUsize::new(0) };
+    let items: Vec<Value> = items.try_iter()?.collect();
+    items.iter().try_for_each(|item| list.admit(state, item))?;
+    list.items().extend(items);
+    Ok(Value::from_object(list))
 }
 
-fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+fn tojson(state: &State<'_, '_>, value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     let named = |name, at: usize| -> Result<Option<Value>, Error> {
         Ok(kwargs.get::<Option<Value>>(name)?.or(args.get(at).cloned()))
     };
@@ -385,7 +548,7 @@ fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Er
     };
     kwargs.assert_all_used()?;
     let mut out = String::new();
-    json.write(value, 0, &mut out)?;
+    json.write(state, value, 0, &mut out)?;
     Ok(out)
 }
 
@@ -406,28 +569,38 @@ impl Json {
         }
     }
 
-    fn write(&self, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
-        if level > 128 {
-            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: nested too deeply"));
+    fn write(
+        &self,
+        state: &State<'_, '_>,
+        value: &Value,
+        level: usize,
+        out: &mut String,
+    ) -> Result<(), Error> {
+        if level > MAX_DEPTH {
+            return Err(too_deep());
         }
+        let before = out.len();
         match value.kind() {
             ValueKind::Undefined | ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => out.push_str(&value.to_string()),
             ValueKind::Seq | ValueKind::Iterable => {
+                state.consume_fuel(1)?;
                 let items: Vec<Value> = value.try_iter()?.collect();
                 out.push('[');
                 for (i, item) in items.iter().enumerate() {
                     out.push_str(if i > 0 { &self.item } else { "" });
                     self.newline(level + 1, out);
-                    self.write(item, level + 1, out)?;
+                    self.write(state, item, level + 1, out)?;
                 }
                 if !items.is_empty() {
                     self.newline(level, out);
                 }
                 out.push(']');
+                return Ok(());
             }
             ValueKind::Map => {
+                state.consume_fuel(1)?;
                 let mut keys: Vec<Value> = value.try_iter()?.collect();
                 if self.sort {
                     keys.sort();
@@ -438,16 +611,17 @@ impl Json {
                     self.newline(level + 1, out);
                     self.text(&key.to_string(), out);
                     out.push_str(&self.key);
-                    self.write(&value.get_item(key)?, level + 1, out)?;
+                    self.write(state, &value.get_item(key)?, level + 1, out)?;
                 }
                 if !keys.is_empty() {
                     self.newline(level, out);
                 }
                 out.push('}');
+                return Ok(());
             }
             _ => self.text(&value.to_string(), out),
         }
-        Ok(())
+        charge(state, out.len() - before)
     }
 
     fn text(&self, text: &str, out: &mut String) {

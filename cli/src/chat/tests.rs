@@ -115,15 +115,75 @@ fn python_shims() {
 #[test]
 fn hostile_templates_end() {
     let vars = serde_json::json!({});
-    for source in [
+    // Each turn of the loop makes a value from the last.
+    let grown = |turns: usize, step: &str, then: &str| {
+        format!(
+            "{{% set ns = namespace(x=[1]) %}}{{% for i in range({turns}) %}}{{% set ns.x = {step} %}}{{% endfor %}}{then}"
+        )
+    };
+    let mut sources: Vec<String> = [
         "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
         "{{ 'x' * 100000000000 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for",
         "{{ range(10000000000) }}",
-    ] {
-        assert!(render(source, Blocks::Trimmed, &vars).is_err(), "{source}");
+        // What holds itself.
+        "{% set a = [] %}{{ a.append(a) }}{{ a }}",
+        "{% set a = [] %}{{ a.append([a]) }}{{ a|string }}",
+        "{% set a = [] %}{{ a.append({'x': a}) }}{{ a ~ '' }}",
+        "{% set a = [] %}{% set b = [a] %}{{ a.append(b) }}{{ a|sort }}",
+        "{% set a = [] %}{% set b = [] %}{{ b.insert(0, a) }}{{ a.extend([1, b]) }}{{ a }}",
+        "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns|string }}",
+        "{% set ns = namespace() %}{% set ns . a = [ns] -%}{{ ns ~ '' }}",
+        "{% set ns = namespace() %}{% set (ns.a, b) = ns, 1 %}{{ ns ~ '' }}",
+        "{% set ns = namespace() %}{% set ns.a|default(ns, true) %}{% endset %}{{ ns ~ '' }}",
+        "{% set ns = namespace() %}{# {% set ns.x = ' #}{% set ns.a = ns %}{# ' %} #}{{ ns ~ '' }}",
+        "{% set ns = namespace() %}{% set l = [] %}{% set ns.l = l %}{{ l.append(ns) }}{{ ns ~ '' }}",
+    ]
+    .map(String::from)
+    .to_vec();
+    // What nests ever deeper, and what has few parts but takes forever to print.
+    for then in ["", "{{ ns.x }}", "{{ ns.x|string }}", "{{ ns.x|tojson }}", "{{ ns.x ~ '' }}"] {
+        sources.push(grown(99_000, "[ns.x]", then));
+        sources.push(grown(60, "[ns.x, ns.x]", then));
     }
+    sources.push(format!("{{% set x = [] %}}{}{{{{ x ~ '' }}}}", "{% set x = [x] %}".repeat(10_000)));
+    sources.push(format!("{{{{ [1]{} ~ '' }}}}", "|batch(1)".repeat(40_000)));
+    let deeper = "{% set inner = [] %}{{ ns.x.append(inner) }}{% set ns.x = inner %}";
+    sources.push(grown(
+        1,
+        "[]",
+        &format!("{{% set top = ns.x %}}{}{{{{ top ~ '' }}}}", deeper.repeat(9_000)),
+    ));
+    for source in sources {
+        let shown = &source[..source.len().min(200)];
+        assert!(render(&source, Blocks::Trimmed, &vars).is_err(), "{shown}");
+    }
+    // These end, too, and what they do is sound.
+    for (source, expected) in [
+        ("{% set a = [1] %}{{ a.extend(a) }}{{ a|length }}", "2"),
+        (
+            "{% set a = [] %}{% set b = [] %}{{ a.append(b) }}{{ a.append(b) }}{{ b.append(1) }}{{ a|tojson }}",
+            "[[1], [1]]",
+        ),
+        ("{% set ns = namespace(x=1) -%} {%- set ns.x = '%}' -%} {{ ns.x }}", "%}"),
+        ("{% set a, b = 1, [2] %}{{ a }}{{ b }}", "12"),
+    ] {
+        assert_eq!(render(source, Blocks::Trimmed, &vars).unwrap(), expected, "{source}");
+    }
+}
+
+/// Who writes many of the marks that tell messages from the template's text does not make us look for each.
+#[test]
+fn marks_are_found_in_one_pass() {
+    let used: String =
+        (0..200_000).filter(|n| *n != 150_000).map(|n| format!("\u{F8F0}{n}\u{F8F1}")).collect();
+    let started = std::time::Instant::now();
+    assert_eq!(
+        super::mark_beside([used.as_str(), "\u{F8F0}", "\u{F8F0}x"].into_iter()),
+        "\u{F8F0}150000\u{F8F1}"
+    );
+    assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
 }
 
 /// A vocabulary, whatever it is.

@@ -253,7 +253,7 @@ impl Chat<'_> {
         let path = file_name(file)?;
         let temporary = Temporary::beside(&path)?;
         serde_json::to_writer_pretty(&temporary.file, &self.messages)?;
-        temporary.rename(&path)
+        temporary.rename()
     }
 
     fn load(&mut self, file: &str) -> Result<()> {

@@ -31,7 +31,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     } else {
         let temporary = Temporary::beside(&args.out)?;
         write(&mut BufWriter::new(&temporary.file))?;
-        temporary.rename(&args.out)?;
+        temporary.rename()?;
     }
     ui::detail(format!("{rows} positions of {} logits", loaded.context.output_cols()));
     Ok(())

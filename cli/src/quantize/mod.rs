@@ -81,7 +81,7 @@ impl Job<'_> {
     pub fn run(&self, out: &Path, progress: &mut dyn FnMut(&Progress<'_>) -> Result<()>) -> Result<Totals> {
         let (targets, mut totals) = self.plan()?;
         let n_parts = if self.keep_split { self.source.parts().len() } else { 1 };
-        let mut written: Vec<(Temporary, PathBuf)> = Vec::new();
+        let mut written: Vec<Temporary> = Vec::new();
         let mut index = 0;
         for part in 0..n_parts {
             let own: Vec<&Target<'_>> = targets.iter().filter(|t| n_parts == 1 || t.part == part).collect();
@@ -107,10 +107,10 @@ impl Job<'_> {
             }
             file.flush()?;
             drop(file);
-            written.push((temporary, path));
+            written.push(temporary);
         }
-        for (temporary, path) in written {
-            temporary.rename(&path)?;
+        for temporary in written {
+            temporary.rename()?;
         }
         Ok(totals)
     }
@@ -285,26 +285,32 @@ pub struct Temporary {
     /// To be written.
     pub file: File,
     path: PathBuf,
+    target: PathBuf,
     renamed: bool,
 }
 
 impl Temporary {
-    /// An empty file in the target's folder.
+    /// An empty file in the target's folder. A link stays, what it points to is replaced; a device, a pipe or a folder is
+    /// an error, since renaming would put a file in its place: `/dev/null` for whoever may do that.
     pub fn beside(target: &Path) -> Result<Temporary> {
+        let real = std::fs::canonicalize(target);
+        let target = real.as_deref().unwrap_or(target);
+        let is_other = std::fs::metadata(target).is_ok_and(|found| !found.is_file());
+        ensure!(!is_other, "{}: is there and no regular file", target.display());
         let name = target.file_name().with_context(|| format!("{}: no file name", target.display()))?;
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".{}.part", std::process::id()));
         let path = target.with_file_name(hidden);
         let file = File::create_new(&path).with_context(|| format!("{}: cannot create", path.display()))?;
-        Ok(Temporary { file, path, renamed: false })
+        Ok(Temporary { file, path, target: target.to_owned(), renamed: false })
     }
 
     /// Makes it the target.
-    pub fn rename(mut self, target: &Path) -> Result<()> {
+    pub fn rename(mut self) -> Result<()> {
         self.file.sync_all()?;
-        std::fs::rename(&self.path, target)
-            .with_context(|| format!("{}: cannot create", target.display()))?;
+        std::fs::rename(&self.path, &self.target)
+            .with_context(|| format!("{}: cannot create", self.target.display()))?;
         self.renamed = true;
         Ok(())
     }

@@ -77,6 +77,14 @@ static TINY: LazyLock<Arc<Model>> = LazyLock::new(|| {
     Arc::new(Model::load(vec![bytes]).unwrap())
 });
 
+/// The token of the most text, and its bytes.
+#[allow(dead_code)] // of the tests alone
+pub fn longest_token() -> (u32, usize) {
+    let tokenizer = TINY.tokenizer();
+    let of = |id: u32| (id, tokenizer.piece(id, true).len());
+    (0..tokenizer.n_vocab() as u32).map(of).max_by_key(|found| found.1).expect("a vocabulary")
+}
+
 /// The server answers whatever comes, no answer is its own failure, and with the bytes its work ends. What it said.
 pub fn serve(input: &[u8]) -> Vec<u8> {
     let context = |embeddings| {

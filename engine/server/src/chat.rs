@@ -9,7 +9,6 @@ use alloc::borrow::ToOwned;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::cmp::Reverse;
 use core::ops::Range;
 
 use engine::Tokenizer;
@@ -254,8 +253,8 @@ impl Rendered {
 impl Templates for &ChatFormat {
     fn encode(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
         let Rendered { text, foreign } = self.render(messages)?;
-        let specials = special_texts(tokenizer);
-        let ids = if messages.iter().any(|m| holds_special(&m.content, &specials)) {
+        let specials = SpecialTexts::new(tokenizer);
+        let ids = if messages.iter().any(|m| specials.are_in(&m.content)) {
             encode_parts(&text, &foreign, &specials, tokenizer)
         } else {
             tokenizer.encode(text.as_bytes(), EncodeOptions { add_special: true, parse_special: true })
@@ -264,28 +263,60 @@ impl Templates for &ChatFormat {
     }
 }
 
-/// Texts of all tokens that are found only where special tokens are asked for, longest first.
-pub fn special_texts(tokenizer: &Tokenizer) -> Vec<String> {
-    let special = TokenAttr::CONTROL.with(TokenAttr::UNKNOWN);
-    let mut texts: Vec<String> = (0..tokenizer.n_vocab() as u32)
-        .map(|id| tokenizer.token(id))
-        .filter(|(text, attr)| attr.is_any(special) && !text.is_empty())
-        .filter_map(|(text, _)| core::str::from_utf8(text).ok().map(ToOwned::to_owned))
-        .collect();
-    texts.sort_by_key(|t| Reverse(t.len()));
-    texts
+/// Texts of all tokens that are found only where special tokens are asked for.
+pub struct SpecialTexts {
+    sorted: Vec<String>,
+    /// Whether some text begins with this byte.
+    begins: [bool; 256],
 }
 
-/// Whether what somebody says holds the text of a special token.
-pub fn holds_special(content: &str, specials: &[String]) -> bool {
-    specials.iter().any(|special| content.contains(special.as_str()))
+impl SpecialTexts {
+    /// Those of a vocabulary.
+    pub fn new(tokenizer: &Tokenizer) -> SpecialTexts {
+        let special = TokenAttr::CONTROL.with(TokenAttr::UNKNOWN);
+        let mut sorted: Vec<String> = (0..tokenizer.n_vocab() as u32)
+            .map(|id| tokenizer.token(id))
+            .filter(|(text, attr)| attr.is_any(special) && !text.is_empty())
+            .filter_map(|(text, _)| core::str::from_utf8(text).ok().map(ToOwned::to_owned))
+            .collect();
+        sorted.sort_unstable();
+        let mut begins = [false; 256];
+        sorted.iter().for_each(|text| begins[usize::from(text.as_bytes()[0])] = true);
+        SpecialTexts { sorted, begins }
+    }
+
+    /// The longest that `text` begins with. What shares a beginning lies side by side, so each byte narrows a range: a
+    /// vocabulary may have thousands of these, and a conversation millions of bytes.
+    fn longest_at(&self, text: &[u8]) -> Option<&str> {
+        if !text.first().is_some_and(|&byte| self.begins[usize::from(byte)]) {
+            return None;
+        }
+        let (mut narrowed, mut longest) = (&self.sorted[..], None);
+        for (depth, byte) in text.iter().enumerate() {
+            let next = |s: &String| s.as_bytes().get(depth).copied();
+            let start = narrowed.partition_point(|s| next(s) < Some(*byte));
+            let end = narrowed.partition_point(|s| next(s) <= Some(*byte));
+            narrowed = &narrowed[start..end];
+            let Some(first) = narrowed.first() else { break };
+            if first.len() == depth + 1 {
+                longest = Some(first.as_str());
+            }
+        }
+        longest
+    }
+
+    /// Whether what somebody says holds one of them.
+    pub fn are_in(&self, content: &str) -> bool {
+        (0..content.len()).any(|at| self.longest_at(&content.as_bytes()[at..]).is_some())
+    }
 }
 
-/// Encodes text with special tokens found only outside the `foreign` ranges.
+/// Encodes text with special tokens found only outside the `foreign` ranges, which rise and do not overlap. Takes time in
+/// proportion to the text, whatever is in it.
 pub fn encode_parts(
     text: &str,
     foreign: &[Range<usize>],
-    specials: &[String],
+    specials: &SpecialTexts,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<u32>, TokenizerError> {
     let mut ids = Vec::new();
@@ -297,18 +328,21 @@ pub fn encode_parts(
         Ok(())
     };
     let (mut start, mut at, mut first) = (0, 0, true);
-    while at < text.len() {
-        let rest = &text[at..];
-        let own = |len: usize| foreign.iter().all(|r| r.end <= at || r.start >= at + len);
-        match specials.iter().find(|s| rest.starts_with(s.as_str()) && own(s.len())) {
-            Some(special) => {
-                flush(&text[start..at], false, first)?;
-                flush(special, true, false)?;
-                at += special.len();
-                (start, first) = (at, false);
+    // A special token lies between two messages or beside one, never across an end of one.
+    let end = text.len()..text.len();
+    for message in foreign.iter().chain([&end]) {
+        while at < message.start {
+            match specials.longest_at(&text.as_bytes()[at..message.start]) {
+                Some(special) => {
+                    flush(&text[start..at], false, first)?;
+                    flush(special, true, false)?;
+                    at += special.len();
+                    (start, first) = (at, false);
+                }
+                None => at += 1,
             }
-            None => at += rest.chars().next().map_or(1, char::len_utf8),
         }
+        at = message.end;
     }
     flush(&text[start..], false, first)?;
     Ok(ids)

@@ -404,6 +404,7 @@ impl<'m> Server<'m> {
                     "/detokenize" => {
                         let tokens = api::detokenize(&fields)?;
                         self.check_tokens("tokens", &tokens)?;
+                        self.check_text_of(&tokens)?;
                         let options = DecodeOptions { remove_special: false, unparse_special: true };
                         let bytes = self.model.tokenizer().decode(&tokens, options);
                         let text = String::from_utf8_lossy(&bytes);
@@ -473,6 +474,18 @@ impl<'m> Server<'m> {
         match tokens.iter().find(|&&t| t as usize >= n_vocab) {
             Some(t) => Err(ApiError::field(name, &format!("token {t}, the vocabulary has {n_vocab}"))),
             None => Ok(()),
+        }
+    }
+
+    /// A token's text may be far longer than its number: what is asked for is bounded as what is sent.
+    fn check_text_of(&self, tokens: &[u32]) -> Result<(), ApiError> {
+        let (tokenizer, max) = (self.model.tokenizer(), self.config.limits.body_bytes);
+        let add = |sum: usize, &token: &u32| {
+            Some(sum + tokenizer.piece(token, true).len()).filter(|sum| *sum <= max)
+        };
+        match tokens.iter().try_fold(0, add) {
+            Some(_) => Ok(()),
+            None => Err(ApiError::field("tokens", &format!("their text is longer than {max} bytes"))),
         }
     }
 

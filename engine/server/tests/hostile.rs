@@ -4,9 +4,13 @@
 #[path = "../fuzz/harness.rs"]
 mod harness;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use engine::Tokenizer;
+use engine::tokenizer::{EncodeOptions, VocabSource};
 use proptest::prelude::*;
+use server::chat::{SpecialTexts, encode_parts};
 
 /// Names of the seeds, and how many requests the reader finds in each, and what ends them.
 const SEEDS: [(&str, usize, Option<u16>); 7] = [
@@ -193,4 +197,108 @@ proptest! {
     ) {
         harness::serve(&changed(seed(name.0), &changes));
     }
+}
+
+/// A vocabulary of letters, and of so many special tokens.
+fn vocabulary(n_special: usize) -> Tokenizer {
+    let specials = (0..n_special).map(|i| format!("<unused{i}>"));
+    let more = ["<|", "<|a", "|>", "<s>", "</s>"].map(String::from);
+    let specials: Vec<String> = specials.chain(more).collect();
+    let bytes: Vec<String> = (0..=255).map(|byte| format!("<0x{byte:02X}>")).collect();
+    let tokens: Vec<&[u8]> = specials.iter().chain(&bytes).map(|token| token.as_bytes()).collect();
+    let types = (0..tokens.len()).map(|i| if i < specials.len() { 3 } else { 6 }).collect();
+    let scores = vec![0.0; tokens.len()];
+    let source = VocabSource {
+        model: "llama",
+        tokens: Some(tokens),
+        types: Some(types),
+        scores: Some(scores),
+        ..VocabSource::default()
+    };
+    Tokenizer::new(source).unwrap()
+}
+
+/// What [`encode_parts`] means, place by place: the longest special token that touches no message.
+fn encode_plainly(text: &str, foreign: &[Range<usize>], specials: &[&str], t: &Tokenizer) -> Vec<u32> {
+    let (mut ids, mut start, mut at) = (Vec::new(), 0, 0);
+    let mut flush = |piece: &str, parse_special: bool, first: bool| {
+        if !piece.is_empty() || first {
+            let options = EncodeOptions { add_special: first, parse_special };
+            ids.extend(t.encode(piece.as_bytes(), options).unwrap());
+        }
+    };
+    let mut first = true;
+    while at < text.len() {
+        let own = |len: usize| foreign.iter().all(|r| r.end <= at || r.start >= at + len);
+        let found =
+            specials.iter().filter(|s| text[at..].starts_with(**s) && own(s.len())).max_by_key(|s| s.len());
+        match found {
+            Some(special) => {
+                flush(&text[start..at], false, first);
+                flush(special, true, false);
+                at += special.len();
+                (start, first) = (at, false);
+            }
+            None => at += text[at..].chars().next().unwrap().len_utf8(),
+        }
+    }
+    flush(&text[start..], false, first);
+    ids
+}
+
+proptest! {
+    #[test]
+    fn special_tokens_are_the_templates_alone(
+        parts in prop::collection::vec((any::<bool>(), "(<|\\||>|<s>|a|é|</s>|<unused1>|<unused12>){0,5}"), 0..8),
+    ) {
+        let t = vocabulary(20);
+        let (mut text, mut foreign) = (String::new(), Vec::new());
+        for (is_message, part) in &parts {
+            let start = text.len();
+            text.push_str(part);
+            foreign.extend(is_message.then_some(start..text.len()));
+        }
+        let specials: Vec<String> = (0..20).map(|i| format!("<unused{i}>")).collect();
+        let specials: Vec<&str> =
+            specials.iter().map(String::as_str).chain(["<|", "<|a", "|>", "<s>", "</s>"]).collect();
+        let ids = encode_parts(&text, &foreign, &SpecialTexts::new(&t), &t).unwrap();
+        prop_assert_eq!(ids, encode_plainly(&text, &foreign, &specials, &t), "{:?} {:?}", text, foreign);
+    }
+}
+
+/// The server has one thread: a conversation may not keep it busy by what is in it. Where each place of the text was tried
+/// with each special token, and each find with each message, these took minutes.
+#[test]
+fn special_tokens_in_messages_take_no_time() {
+    let t = vocabulary(6000);
+    let specials = SpecialTexts::new(&t);
+    let started = std::time::Instant::now();
+    let long = "<unused7> hello <".repeat(100_000);
+    assert!(specials.are_in(&long) && !specials.are_in(&"<unused x".repeat(100_000)));
+    encode_parts(&long, &[0..long.len()], &specials, &t).unwrap();
+    let (mut many, mut foreign) = (String::new(), Vec::new());
+    for _ in 0..50_000 {
+        many.push_str("<s>");
+        foreign.push(many.len()..many.len() + 9);
+        many.push_str("<unused7></s>");
+    }
+    encode_parts(&many, &foreign, &specials, &t).unwrap();
+    assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
+}
+
+/// What `/detokenize` gives is bounded as what it is sent.
+#[test]
+fn token_ids_of_much_text_are_refused() {
+    let ask = |(id, text): (u32, usize), n: usize| {
+        assert!(text > 0);
+        let request =
+            post("/detokenize", "", &format!("{{\"tokens\":[{}]}}", vec![id.to_string(); n].join(",")));
+        String::from_utf8(harness::serve(&[&[0], request.as_bytes()].concat())).unwrap()
+    };
+    // The harness takes bodies of 1024 bytes.
+    let longest = harness::longest_token();
+    let n = 1024 / longest.1;
+    assert!(ask(longest, n).starts_with("HTTP/1.1 200 "), "{}", ask(longest, n));
+    let said = ask(longest, n + 1);
+    assert!(said.starts_with("HTTP/1.1 400 ") && said.contains("their text is longer"), "{said}");
 }
