@@ -26,6 +26,11 @@ pub enum TensorProblem {
         /// Shape in the file.
         got: Vec<usize>,
     },
+    /// In the file, but not of this architecture.
+    Unknown {
+        /// Name.
+        name: String,
+    },
     /// A format that the engine cannot use in that place.
     Format {
         /// Name.
@@ -46,6 +51,7 @@ impl core::fmt::Display for TensorProblem {
             TensorProblem::Shape { name, expected, got } => {
                 write!(f, "{name}: expected shape {expected:?}, got {got:?}")
             }
+            TensorProblem::Unknown { name } => write!(f, "{name}: no tensor of this architecture"),
             TensorProblem::Format { name, got, expected } => {
                 write!(f, "{name}: format {got}, expected {expected}")
             }
@@ -76,7 +82,7 @@ pub enum EngineError {
         /// What is allowed.
         expected: String,
     },
-    /// Tensors missing or of the wrong shape, all of them.
+    /// Tensors missing, unknown, or of the wrong shape, all of them.
     Tensors(Vec<TensorProblem>),
     /// A feature of the file that is not supported.
     Unsupported {

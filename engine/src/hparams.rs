@@ -68,6 +68,23 @@ impl<'a> Keys<'a> {
         Ok(self.gguf.opt_str(&self.key(key))?)
     }
 
+    /// How many token types the vocabulary tells apart.
+    pub fn token_types(&self) -> Result<usize, EngineError> {
+        let key = "tokenizer.ggml.token_type_count";
+        in_range(key, self.gguf.u32(key)?, MAX_DIM)
+    }
+
+    /// One integer, or an array that has the same one for each layer.
+    fn same_in_all_layers(&self, key: &str, n_layer: usize, max: u32) -> Result<Option<usize>, EngineError> {
+        let Some(values) = self.per_layer(key, n_layer, max)? else { return Ok(None) };
+        match values.iter().find(|v| **v != values[0]) {
+            Some(other) => {
+                Err(bad(&self.key(key), format!("{} and {other}", values[0]), "the same in all layers"))
+            }
+            None => Ok(Some(values[0])),
+        }
+    }
+
     /// One integer for all layers or an array with one each.
     fn per_layer(&self, key: &str, n_layer: usize, max: u32) -> Result<Option<Vec<usize>>, EngineError> {
         let key = self.key(key);
@@ -165,8 +182,8 @@ pub struct Hparams {
     pub norm_eps: f32,
     /// Rotary embedding of full-attention layers.
     pub rope: RopeParams,
-    /// Rotary embedding of sliding-window layers, where it differs.
-    pub rope_swa: Option<RopeParams>,
+    /// Rotary embedding of sliding-window layers.
+    pub rope_swa: RopeParams,
     /// Pairing of the rotary embedding.
     pub rope_mode: RopeMode,
     /// Whether the file says `longrope`: long or short factors by context size.
@@ -181,6 +198,8 @@ pub struct Hparams {
     pub embd_scale: f32,
     /// Experts, if any.
     pub moe: Option<MoeHparams>,
+    /// Token types (BERT's segments) that embeddings tell apart; 0 = none.
+    pub n_token_types: usize,
     /// Whether a token sees only what came before it.
     pub causal: bool,
     /// How token outputs become one embedding.
@@ -234,7 +253,7 @@ impl Hparams {
             Some(gguf::Value::Array(tokens)) => tokens.len(),
             _ => keys.dim("vocab_size", 1 << 28)?,
         };
-        let (rope, longrope) = read_rope(keys, head_dim_k, n_ctx_train)?;
+        let (rope, rope_swa, longrope) = read_rope(keys, head_dim_k, n_ctx_train)?;
         Ok(Hparams {
             n_vocab,
             n_ctx_train,
@@ -244,7 +263,7 @@ impl Hparams {
             head_dim_v,
             norm_eps: keys.f32(eps_key)?,
             rope,
-            rope_swa: None,
+            rope_swa,
             rope_mode: RopeMode::Norm,
             longrope,
             attn_scale: 1.0 / libm::sqrtf(head_dim_k as f32),
@@ -252,6 +271,7 @@ impl Hparams {
             final_softcap: 0.0,
             embd_scale: 1.0,
             moe: None,
+            n_token_types: 0,
             causal: keys.opt_bool("attention.causal")?.unwrap_or(true),
             pooling: match keys.opt_u32("pooling_type")? {
                 Some(1) => Pooling::Mean,
@@ -270,55 +290,84 @@ impl Hparams {
     }
 
     /// Sets the sliding window on all but every `pattern`-th layer (llama.cpp's default), or as the file's
-    /// `sliding_window_pattern` says.
+    /// `sliding_window_pattern` says: a number, or flags of the layers.
     pub fn set_window(&mut self, keys: &Keys<'_>, window: u32, pattern: u32) -> Result<(), EngineError> {
-        let key = keys.key("attention.sliding_window_pattern");
+        for (swa, full) in [
+            ("rope.dimension_count_swa", self.rope.n_dims),
+            ("attention.key_length_swa", self.head_dim_k),
+            ("attention.value_length_swa", self.head_dim_v),
+        ] {
+            if let Some(got) = keys.opt_u32(swa)?.filter(|n| *n as usize != full) {
+                return Err(bad(&keys.key(swa), got, format!("{full} as in the layers of full attention")));
+            }
+        }
         let n_layer = self.n_layer();
-        let swa: Vec<bool> = match keys.gguf.get(&key) {
-            Some(gguf::Value::Array(array)) => array.bools()?.collect(),
+        let swa: Vec<bool> = match keys.gguf.get(&keys.key("attention.sliding_window_pattern")) {
+            Some(gguf::Value::Array(array)) if array.elem_type() == gguf::ValueType::Bool => {
+                array.bools()?.collect()
+            }
+            Some(gguf::Value::Array(array)) => array.u32s()?.map(|swa| swa != 0).collect(),
             _ => {
                 let pattern = keys.opt_u32("attention.sliding_window_pattern")?.unwrap_or(pattern) as usize;
                 (0..n_layer).map(|il| pattern == 0 || il % pattern < pattern - 1).collect()
             }
         };
-        if swa.len() < n_layer {
-            return Err(bad(
-                &key,
-                format!("an array of {}", swa.len()),
-                format!("one value per layer ({n_layer})"),
-            ));
-        }
-        for (layer, swa) in self.layers.iter_mut().zip(swa) {
+        // Layers that an array leaves out have full attention.
+        for (layer, swa) in self.layers.iter_mut().zip(swa.into_iter().chain(core::iter::repeat(false))) {
             layer.window = if swa { window } else { 0 };
         }
         Ok(())
     }
 
-    /// Reads the mixture's keys; `None` if the file has no experts.
+    /// Base of the rotary frequencies in sliding-window layers: the file's `rope.freq_base_swa` or `default`.
+    pub fn read_freq_base_swa(&mut self, keys: &Keys<'_>, default: f32) -> Result<(), EngineError> {
+        let freq_base = keys.opt_f32("rope.freq_base_swa")?.unwrap_or(default);
+        if freq_base <= 0.0 {
+            return Err(bad(&keys.key("rope.freq_base_swa"), freq_base, "a positive number"));
+        }
+        self.rope_swa.freq_base = freq_base;
+        Ok(())
+    }
+
+    /// Reads the mixture's keys; leaves it at `None` if the file has no experts. The width of an expert is the file's
+    /// `expert_feed_forward_length`, else (old files) the dense width divided among the experts of a token.
     pub fn read_moe(&mut self, keys: &Keys<'_>) -> Result<(), EngineError> {
         let n_expert = keys.opt_u32("expert_count")?.unwrap_or(0);
         if n_expert == 0 {
             return Ok(());
         }
         let n_expert = in_range(&keys.key("expert_count"), n_expert, 4096)?;
-        let n_used = keys.dim("expert_used_count", n_expert as u32)?;
-        let n_ff = self.layers[0].n_ff;
+        if let Some(groups) = keys.opt_u32("expert_group_count")?.filter(|n| *n > 1) {
+            return Err(bad(&keys.key("expert_group_count"), groups, "experts without groups"));
+        }
+        let used_key = "expert_used_count";
+        let n_used = keys
+            .same_in_all_layers(used_key, self.n_layer(), n_expert as u32)?
+            .ok_or_else(|| bad(&keys.key(used_key), "missing", "a number of experts"))?;
+        let n_ff_exp = keys.same_in_all_layers("expert_feed_forward_length", self.n_layer(), MAX_DIM)?;
         self.moe = Some(MoeHparams {
             n_expert,
             n_used,
-            n_ff_exp: keys.opt_dim("expert_feed_forward_length", MAX_DIM)?.unwrap_or(n_ff),
-            n_ff_shexp: keys.opt_dim("expert_shared_feed_forward_length", MAX_DIM)?.unwrap_or(0),
+            n_ff_exp: n_ff_exp.unwrap_or(self.layers[0].n_ff / n_used),
+            n_ff_shexp: 0,
         });
         Ok(())
     }
+
+    /// [`Hparams::read_moe`] for an architecture that is always a mixture.
+    pub fn require_moe(&mut self, keys: &Keys<'_>) -> Result<MoeHparams, EngineError> {
+        self.read_moe(keys)?;
+        self.moe.ok_or_else(|| bad(&keys.key("expert_count"), "missing or 0", "a number of experts"))
+    }
 }
 
-/// Rotary parameters from `rope.*`, and whether the scaling type is longrope.
+/// Rotary parameters from `rope.*`: of layers with full attention, of those with a window, and whether the scaling type is
+/// longrope. llama.cpp's `rope.scaling.yarn_*` keys are for other architectures than ours, which it gives YaRN's defaults.
 fn read_rope(
     keys: &Keys<'_>,
     head_dim: usize,
     n_ctx_train: usize,
-) -> Result<(RopeParams, bool), EngineError> {
+) -> Result<(RopeParams, RopeParams, bool), EngineError> {
     let n_dims = keys.opt_dim("rope.dimension_count", MAX_DIM)?.unwrap_or(head_dim);
     if n_dims > head_dim || n_dims % 2 != 0 {
         return Err(bad(
@@ -336,34 +385,35 @@ fn read_rope(
     }
     let scale = if factor == 0.0 { 1.0 } else { 1.0 / factor };
     let kind = keys.opt_str("rope.scaling.type")?.unwrap_or("linear");
-    let mut rope = RopeParams {
+    let mut scaled = RopeParams {
         n_dims,
         freq_base: keys.opt_f32("rope.freq_base")?.unwrap_or(10000.0),
         freq_scale: scale,
         ext_factor: 0.0,
         attn_factor: keys.opt_f32("rope.scaling.attn_factor")?.unwrap_or(1.0),
-        beta_fast: keys.opt_f32("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
-        beta_slow: keys.opt_f32("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-        n_ctx_orig: keys.opt_u32("rope.scaling.original_context_length")?.unwrap_or(n_ctx_train as u32),
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        n_ctx_orig: keys
+            .opt_u32("rope.scaling.original_context_length")?
+            .filter(|n| *n > 0)
+            .unwrap_or(n_ctx_train as u32),
     };
     match kind {
-        "none" => rope.freq_scale = 1.0,
-        "linear" | "longrope" => {}
+        "none" | "linear" | "longrope" => {}
         "yarn" => {
-            rope.ext_factor = keys.opt_f32("rope.scaling.yarn_ext_factor")?.unwrap_or(1.0);
-            if rope.ext_factor != 0.0 {
-                // YaRN's magnitude; DeepSeek's `mscale_all_dim` (yarn_log_multiplier) divides it out again.
-                let mscale = |m: f32| if factor <= 1.0 { 1.0 } else { 0.1 * m * libm::logf(factor) + 1.0 };
-                let log_mul = keys.opt_f32("rope.scaling.yarn_log_multiplier")?.unwrap_or(0.0);
-                rope.attn_factor *= mscale(1.0) / if log_mul == 0.0 { 1.0 } else { mscale(log_mul) };
+            scaled.ext_factor = 1.0;
+            if factor > 1.0 {
+                scaled.attn_factor *= RopeParams::yarn_magnitude(scale);
             }
         }
         other => {
             return Err(bad(&keys.key("rope.scaling.type"), other, "none, linear, yarn or longrope"));
         }
     }
-    if rope.freq_base <= 0.0 {
-        return Err(bad(&keys.key("rope.freq_base"), rope.freq_base, "a positive number"));
+    if scaled.freq_base <= 0.0 {
+        return Err(bad(&keys.key("rope.freq_base"), scaled.freq_base, "a positive number"));
     }
-    Ok((rope, kind == "longrope"))
+    // As in llama.cpp, the type `none` turns scaling off in layers of full attention only.
+    let full = if kind == "none" { RopeParams { freq_scale: 1.0, ..scaled } } else { scaled };
+    Ok((full, scaled, kind == "longrope"))
 }

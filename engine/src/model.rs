@@ -54,7 +54,8 @@ impl Model {
         let hparams = (arch.hparams)(&Keys::new(first, arch.name))?;
         let mut weights = Weights::new(sources);
         let list = (arch.tensors)(&hparams);
-        models::resolve(&list, &mut weights, |name| {
+        let names = set.tensors().map(|(_, info)| info.name);
+        models::resolve(&list, &mut weights, names, |name| {
             let (part, info) = set.tensor(name)?;
             let shape = info.shape().iter().map(|n| *n as usize).collect();
             Some(models::Found {

@@ -76,6 +76,23 @@ pub struct RopeParams {
     pub n_ctx_orig: u32,
 }
 
+impl RopeParams {
+    /// YaRN's factor on cos and sin where frequencies are scaled by `freq_scale`.
+    pub fn yarn_magnitude(freq_scale: f32) -> f32 {
+        1.0 - 0.1 * libm::logf(freq_scale)
+    }
+
+    /// The same with other interpolation, YaRN's magnitude following it.
+    pub fn with_freq_scale(self, freq_scale: f32) -> RopeParams {
+        let attn_factor = if self.ext_factor == 0.0 {
+            self.attn_factor
+        } else {
+            self.attn_factor * Self::yarn_magnitude(freq_scale) / Self::yarn_magnitude(self.freq_scale)
+        };
+        RopeParams { freq_scale, attn_factor, ..self }
+    }
+}
+
 /// Which of a layer's two caches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvPart {

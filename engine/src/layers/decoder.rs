@@ -8,29 +8,20 @@ use alloc::vec::Vec;
 use super::ffn::{FfnWeights, Gating, gated_ffn, moe_ffn};
 use crate::graph::Output;
 use crate::hparams::Hparams;
-use crate::models::{Build, TensorList};
+use crate::models::{Build, Matrix, TensorList};
 use crate::op::{AttentionParams, Glu};
 use crate::tensor::{Input, TensorId};
 
 /// Adds the tensors of the decoder: embeddings, norms, attention, and the feed-forward part or the experts.
-///
-/// `ffn_norm` is the file's name for the norm before the feed-forward part.
-pub fn decoder_tensors(hp: &Hparams, list: &mut TensorList, ffn_norm: &str) {
+pub fn decoder_tensors(hp: &Hparams, list: &mut TensorList, d: &Decoder<'_>) {
     let n_embd = hp.n_embd;
     list.global("token_embd.weight", &[hp.n_vocab, n_embd]);
     list.global("output_norm.weight", &[n_embd]);
     list.global_opt("output.weight", &[hp.n_vocab, n_embd]);
     for (il, layer) in hp.layers.iter().enumerate() {
-        let (q, k, v) =
-            (layer.n_head * hp.head_dim_k, layer.n_head_kv * hp.head_dim_k, layer.n_head_kv * hp.head_dim_v);
         list.layer(il, "attn_norm.weight", &[n_embd]);
-        for (name, rows) in [("attn_q", q), ("attn_k", k), ("attn_v", v)] {
-            list.layer(il, &alloc::format!("{name}.weight"), &[rows, n_embd]);
-            list.layer_opt(il, &alloc::format!("{name}.bias"), &[rows]);
-        }
-        list.layer(il, "attn_output.weight", &[n_embd, layer.n_head * hp.head_dim_v]);
-        list.layer_opt(il, "attn_output.bias", &[n_embd]);
-        list.layer(il, ffn_norm, &[n_embd]);
+        attention_tensors(hp, list, il);
+        list.layer(il, d.ffn_norm, &[n_embd]);
         match hp.moe {
             Some(moe) => {
                 list.layer(il, "ffn_gate_inp.weight", &[moe.n_expert, n_embd]);
@@ -42,16 +33,38 @@ pub fn decoder_tensors(hp: &Hparams, list: &mut TensorList, ffn_norm: &str) {
                     list.layer(il, &alloc::format!("ffn_{name}_exps.weight"), &[moe.n_expert, rows, cols]);
                 }
             }
+            None if d.fused_up => {
+                list.layer(il, "ffn_up.weight", &[2 * layer.n_ff, n_embd]);
+                list.layer_opt(il, "ffn_up.scale", &[1]);
+                list.layer_matrix(il, "ffn_down", n_embd, layer.n_ff);
+            }
             None => {
-                for (name, rows, cols) in
-                    [("gate", layer.n_ff, n_embd), ("up", layer.n_ff, n_embd), ("down", n_embd, layer.n_ff)]
-                {
-                    list.layer(il, &alloc::format!("ffn_{name}.weight"), &[rows, cols]);
-                    list.layer_opt(il, &alloc::format!("ffn_{name}.bias"), &[rows]);
-                }
+                list.layer_matrix(il, "ffn_gate", layer.n_ff, n_embd);
+                list.layer_matrix(il, "ffn_up", layer.n_ff, n_embd);
+                list.layer_matrix(il, "ffn_down", n_embd, layer.n_ff);
             }
         }
     }
+}
+
+/// Rows of q, k and v in layer `il`.
+fn qkv_rows(hp: &Hparams, il: usize) -> [usize; 3] {
+    let layer = &hp.layers[il];
+    [layer.n_head * hp.head_dim_k, layer.n_head_kv * hp.head_dim_k, layer.n_head_kv * hp.head_dim_v]
+}
+
+/// Adds the matrices of a layer's attention: q, k and v as one or each by itself, and the output's; biases may be missing.
+pub fn attention_tensors(hp: &Hparams, list: &mut TensorList, il: usize) {
+    let rows = qkv_rows(hp, il);
+    let all = rows.iter().sum();
+    list.layer_opt(il, "attn_qkv.weight", &[all, hp.n_embd]);
+    list.layer_opt(il, "attn_qkv.bias", &[all, 1]);
+    list.layer_opt(il, "attn_qkv.scale", &[1]);
+    for (name, rows) in ["attn_q", "attn_k", "attn_v"].iter().zip(rows) {
+        list.layer_unless(il, &alloc::format!("{name}.weight"), &[rows, hp.n_embd], "attn_qkv.weight");
+        list.layer_matrix_extras(il, name, rows);
+    }
+    list.layer_matrix(il, "attn_output", hp.n_embd, hp.layers[il].n_head * hp.head_dim_v);
 }
 
 /// What an architecture chooses about its decoder.
@@ -62,8 +75,8 @@ pub struct Decoder<'a> {
     pub gating: Gating,
     /// The file's name for the norm before the feed-forward part.
     pub ffn_norm: &'a str,
-    /// Whether q, k and v are one matrix, and gate and up are.
-    pub fused: bool,
+    /// Whether gate and up are one matrix, `ffn_up`.
+    pub fused_up: bool,
 }
 
 impl Decoder<'_> {
@@ -72,31 +85,29 @@ impl Decoder<'_> {
         act: Glu::Plain(crate::op::Unary::Silu),
         gating: Gating { softmax_after: false, normalise: true },
         ffn_norm: "ffn_norm.weight",
-        fused: false,
+        fused_up: false,
     };
 }
 
-/// Projections of the normed stream: (q, k, v) as [n, heads · head_dim].
-fn qkv(b: &mut Build<'_>, il: usize, x: TensorId, fused: bool) -> (TensorId, TensorId, TensorId) {
-    let layer = &b.hp.layers[il];
-    let rows = [
-        layer.n_head * b.hp.head_dim_k,
-        layer.n_head_kv * b.hp.head_dim_k,
-        layer.n_head_kv * b.hp.head_dim_v,
-    ];
-    let parts: Vec<_> = if fused {
-        let first = [0, rows[0], rows[0] + rows[1]];
-        (0..3).map(|i| (b.layer_rows(il, "attn_qkv.weight", first[i], rows[i]), None)).collect()
-    } else {
-        ["attn_q", "attn_k", "attn_v"]
-            .iter()
-            .map(|name| {
-                let w = b.layer(il, &alloc::format!("{name}.weight"));
-                (w, b.layer_opt(il, &alloc::format!("{name}.bias")))
-            })
-            .collect()
-    };
-    let out = b.g.matmul_many(x, &parts);
+/// Projections of the normed stream: (q, k, v) as [n, heads · head_dim]. Biases of a fused matrix may be fused as well.
+pub fn qkv(b: &mut Build<'_>, il: usize, x: TensorId) -> (TensorId, TensorId, TensorId) {
+    let mut first = 0;
+    let parts = ["attn_q", "attn_k", "attn_v"].iter().zip(qkv_rows(b.hp, il));
+    let parts: Vec<_> = parts
+        .map(|(name, rows)| {
+            let start = first;
+            first += rows;
+            match b.layer_rows_opt(il, "attn_qkv.weight", start, rows) {
+                Some(weight) => {
+                    let fused_bias = b.layer_rows_opt(il, "attn_qkv.bias", start, rows);
+                    let bias = fused_bias.or_else(|| b.layer_opt(il, &alloc::format!("{name}.bias")));
+                    Matrix { weight, bias, scale: b.layer_scale(il, "attn_qkv") }
+                }
+                None => b.layer_matrix(il, name),
+            }
+        })
+        .collect();
+    let out = b.products(x, &parts);
     (out[0], out[1], out[2])
 }
 
@@ -120,9 +131,11 @@ impl RopeTables {
         let positions = b.g.input(Input::Positions, b.shape.n_tokens);
         let factors = rope_factors(b);
         let full = b.g.rope_table(positions, factors, b.hp.rope);
-        let window = match b.hp.rope_swa {
-            Some(params) => b.g.rope_table(positions, factors, params),
-            None => full,
+        let windowed = b.hp.layers.iter().any(|layer| layer.window > 0);
+        let window = if windowed && b.hp.rope_swa != b.hp.rope {
+            b.g.rope_table(positions, factors, b.hp.rope_swa)
+        } else {
+            full
         };
         RopeTables { full, window }
     }
@@ -130,15 +143,9 @@ impl RopeTables {
 
 /// The attention of layer `il` on the normed stream `h`, before the output projection. The step's keys and values go
 /// to the cache; `None` where only that is wanted: in the last layer of a step without outputs.
-fn attend(
-    b: &mut Build<'_>,
-    d: &Decoder<'_>,
-    il: usize,
-    h: TensorId,
-    tables: &RopeTables,
-) -> Option<TensorId> {
+fn attend(b: &mut Build<'_>, il: usize, h: TensorId, tables: &RopeTables) -> Option<TensorId> {
     let (hp, layer, n) = (b.hp, &b.hp.layers[il], b.shape.n_tokens);
-    let (q, k, v) = qkv(b, il, h, d.fused);
+    let (q, k, v) = qkv(b, il, h);
     let table = if layer.window > 0 { tables.window } else { tables.full };
     let rotated = |b: &mut Build<'_>, x: TensorId, heads: usize, norm: &str| {
         let mut x = b.g.reshape(x, &[n, heads, hp.head_dim_k]);
@@ -174,7 +181,7 @@ fn feed_forward(b: &mut Build<'_>, d: &Decoder<'_>, il: usize, h: TensorId) -> T
     if b.hp.moe.is_some() {
         return moe_ffn(b, il, h, d.act, d.gating);
     }
-    let weights = if d.fused { FfnWeights::FusedUp } else { FfnWeights::Separate };
+    let weights = if d.fused_up { FfnWeights::FusedUp } else { FfnWeights::Separate };
     gated_ffn(b, il, h, d.act, weights, "")
 }
 
@@ -189,7 +196,8 @@ fn output_head(b: &mut Build<'_>, x: TensorId, token_embd: TensorId) {
     }
     // A file without an output matrix ties it to the embeddings.
     let head = b.weight_opt("output.weight").unwrap_or(token_embd);
-    let mut logits = b.g.matmul(x, head, None);
+    let bias = b.weight_opt("output.bias");
+    let mut logits = b.g.matmul(x, head, bias);
     if b.hp.final_softcap != 0.0 {
         logits = b.g.softcap(logits, b.hp.final_softcap);
     }
@@ -216,15 +224,15 @@ pub fn decoder(b: &mut Build<'_>, d: &Decoder<'_>) {
     for il in 0..hp.n_layer() {
         let norm = b.layer(il, "attn_norm.weight");
         let h = b.g.rms_norm(x, Some(norm), hp.norm_eps);
-        let Some(mut h) = attend(b, d, il, h, &tables) else { return };
+        let Some(mut h) = attend(b, il, h, &tables) else { return };
         if il + 1 == hp.n_layer() && n_outputs < n {
             // Everything after the last attention is row by row: only the wanted rows go on.
             let rows = b.g.input(Input::OutputRows, n_outputs);
             h = b.g.get_rows(h, rows);
             x = b.g.get_rows(x, rows);
         }
-        let (wo, bias) = (b.layer(il, "attn_output.weight"), b.layer_opt(il, "attn_output.bias"));
-        h = b.g.matmul(h, wo, bias);
+        let wo = b.layer_matrix(il, "attn_output");
+        h = b.products(h, &[wo])[0];
         // Where the norm before the feed-forward part goes by this name, there is none after the attention.
         if d.ffn_norm != "post_attention_norm.weight"
             && let Some(w) = b.layer_opt(il, "post_attention_norm.weight")

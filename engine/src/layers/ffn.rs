@@ -2,7 +2,7 @@
 
 use alloc::format;
 
-use crate::models::Build;
+use crate::models::{Build, Matrix};
 use crate::op::{Glu, MoeRouteParams};
 use crate::tensor::TensorId;
 
@@ -33,22 +33,23 @@ pub fn gated_ffn(
     weights: FfnWeights,
     suffix: &str,
 ) -> TensorId {
+    let up_name = format!("ffn_up{suffix}");
     let (gate, up) = match weights {
         FfnWeights::Separate => {
-            (b.layer(il, &format!("ffn_gate{suffix}.weight")), b.layer(il, &format!("ffn_up{suffix}.weight")))
+            (b.layer_matrix(il, &format!("ffn_gate{suffix}")), b.layer_matrix(il, &up_name))
         }
         FfnWeights::FusedUp => {
             let n_ff = b.hp.layers[il].n_ff;
-            (b.layer_rows(il, "ffn_up.weight", 0, n_ff), b.layer_rows(il, "ffn_up.weight", n_ff, n_ff))
+            let scale = b.layer_scale(il, &up_name);
+            let mut half =
+                |first| Matrix { weight: b.layer_rows(il, "ffn_up.weight", first, n_ff), bias: None, scale };
+            (half(0), half(n_ff))
         }
     };
-    let gate_bias = b.layer_opt(il, &format!("ffn_gate{suffix}.bias"));
-    let up_bias = b.layer_opt(il, &format!("ffn_up{suffix}.bias"));
-    let parts = b.g.matmul_many(x, &[(gate, gate_bias), (up, up_bias)]);
+    let parts = b.products(x, &[gate, up]);
     let h = b.g.glu(act, parts[0], parts[1]);
-    let down = b.layer(il, &format!("ffn_down{suffix}.weight"));
-    let down_bias = b.layer_opt(il, &format!("ffn_down{suffix}.bias"));
-    b.g.matmul(h, down, down_bias)
+    let down = b.layer_matrix(il, &format!("ffn_down{suffix}"));
+    b.products(h, &[down])[0]
 }
 
 /// Mixture of gated experts, plus the shared expert where the model has one.

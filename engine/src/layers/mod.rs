@@ -3,5 +3,5 @@
 mod decoder;
 mod ffn;
 
-pub use decoder::{Decoder, decoder, decoder_tensors};
+pub use decoder::{Decoder, attention_tensors, decoder, decoder_tensors, qkv};
 pub use ffn::{FfnWeights, Gating, gated_ffn, moe_ffn};

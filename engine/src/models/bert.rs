@@ -4,6 +4,7 @@ use super::{Arch, Build, TensorList};
 use crate::error::EngineError;
 use crate::graph::Output;
 use crate::hparams::{Hparams, Keys};
+use crate::layers::{attention_tensors, qkv};
 use crate::op::{AttentionParams, Unary};
 use crate::tensor::{Input, TensorId};
 
@@ -13,6 +14,7 @@ pub const BERT: Arch = Arch { name: "bert", hparams, tensors, build };
 fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = Hparams::read(keys, "attention.layer_norm_epsilon")?;
     hp.causal = false;
+    hp.n_token_types = keys.token_types()?;
     Ok(hp)
 }
 
@@ -21,37 +23,28 @@ fn tensors(hp: &Hparams) -> TensorList {
     let mut list = TensorList::default();
     list.global("token_embd.weight", &[hp.n_vocab, n_embd]);
     list.global("position_embd.weight", &[hp.n_ctx_train, n_embd]);
-    list.global_opt("token_types.weight", &[2, n_embd]);
+    list.global_opt("token_types.weight", &[hp.n_token_types, n_embd]);
     list.global("token_embd_norm.weight", &[n_embd]);
     list.global("token_embd_norm.bias", &[n_embd]);
     for (il, layer) in hp.layers.iter().enumerate() {
-        let (q, kv) = (layer.n_head * hp.head_dim_k, layer.n_head_kv * hp.head_dim_k);
-        for (name, rows, cols) in [
-            ("attn_q", q, n_embd),
-            ("attn_k", kv, n_embd),
-            ("attn_v", layer.n_head_kv * hp.head_dim_v, n_embd),
-            ("attn_output", n_embd, layer.n_head * hp.head_dim_v),
-            ("ffn_up", layer.n_ff, n_embd),
-            ("ffn_down", n_embd, layer.n_ff),
-        ] {
-            list.layer(il, &alloc::format!("{name}.weight"), &[rows, cols]);
-            list.layer_opt(il, &alloc::format!("{name}.bias"), &[rows]);
+        attention_tensors(hp, &mut list, il);
+        for (name, rows, cols) in [("ffn_up", layer.n_ff, n_embd), ("ffn_down", n_embd, layer.n_ff)] {
+            list.layer_matrix(il, name, rows, cols);
         }
         for name in ["attn_output_norm", "layer_output_norm"] {
             list.layer(il, &alloc::format!("{name}.weight"), &[n_embd]);
             list.layer(il, &alloc::format!("{name}.bias"), &[n_embd]);
         }
     }
+    // Classifiers' heads.
+    list.unused.extend(["cls.weight", "cls.bias", "cls.output.weight", "cls.output.bias"]);
     list
 }
 
-fn project(b: &mut Build<'_>, il: usize, name: &str) -> (TensorId, Option<TensorId>) {
-    (b.layer(il, &alloc::format!("{name}.weight")), b.layer_opt(il, &alloc::format!("{name}.bias")))
-}
-
 fn norm(b: &mut Build<'_>, il: usize, name: &str, x: TensorId) -> TensorId {
-    let (w, bias) = project(b, il, name);
-    b.g.layer_norm(x, Some(w), bias, b.hp.norm_eps)
+    let (w, bias) =
+        (b.layer(il, &alloc::format!("{name}.weight")), b.layer(il, &alloc::format!("{name}.bias")));
+    b.g.layer_norm(x, Some(w), Some(bias), b.hp.norm_eps)
 }
 
 fn build(b: &mut Build<'_>) {
@@ -72,9 +65,8 @@ fn build(b: &mut Build<'_>) {
     let (w, bias) = (b.weight("token_embd_norm.weight"), b.weight("token_embd_norm.bias"));
     x = b.g.layer_norm(x, Some(w), Some(bias), hp.norm_eps);
     for (il, layer) in hp.layers.iter().enumerate() {
-        let parts = ["attn_q", "attn_k", "attn_v"].map(|name| project(b, il, name));
-        let qkv = b.g.matmul_many(x, &parts);
-        b.g.kv_store(qkv[1], qkv[2], il);
+        let (q, k, v) = qkv(b, il, x);
+        b.g.kv_store(k, v, il);
         let params = AttentionParams {
             il,
             n_head: layer.n_head,
@@ -86,21 +78,20 @@ fn build(b: &mut Build<'_>) {
             window: 0,
             causal: false,
         };
-        let mut h = b.g.attention(qkv[0], None, params);
+        let mut h = b.g.attention(q, None, params);
         if il + 1 == hp.n_layer() && n_outputs < n {
             let rows = b.g.input(Input::OutputRows, n_outputs);
             h = b.g.get_rows(h, rows);
             x = b.g.get_rows(x, rows);
         }
-        let (wo, bo) = project(b, il, "attn_output");
-        let h = b.g.matmul(h, wo, bo);
+        let wo = b.layer_matrix(il, "attn_output");
+        let h = b.products(h, &[wo])[0];
         let h = b.g.add(h, x);
         x = norm(b, il, "attn_output_norm", h);
-        let (up, up_bias) = project(b, il, "ffn_up");
-        let (down, down_bias) = project(b, il, "ffn_down");
-        let h = b.g.matmul(x, up, up_bias);
+        let (up, down) = (b.layer_matrix(il, "ffn_up"), b.layer_matrix(il, "ffn_down"));
+        let h = b.products(x, &[up])[0];
         let h = b.g.unary(Unary::Gelu, h);
-        let h = b.g.matmul(h, down, down_bias);
+        let h = b.products(h, &[down])[0];
         let h = b.g.add(h, x);
         x = norm(b, il, "layer_output_norm", h);
         b.g.tap("l_out", Some(il), x);

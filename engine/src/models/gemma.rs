@@ -6,7 +6,7 @@ use super::{Arch, Build, TensorList};
 use crate::error::EngineError;
 use crate::hparams::{Hparams, Keys};
 use crate::layers::{Decoder, decoder, decoder_tensors};
-use crate::op::{Glu, RopeMode, RopeParams, Unary};
+use crate::op::{Glu, RopeMode, Unary};
 
 /// `general.architecture = gemma`
 pub const GEMMA: Arch = Arch { name: "gemma", hparams: hparams_gemma, tensors: tensors_gemma, build };
@@ -32,9 +32,7 @@ fn hparams_gemma2(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     hp.set_window(keys, keys.opt_u32("attention.sliding_window")?.unwrap_or(4096), 2)?;
     hp.attn_softcap = keys.opt_f32("attn_logit_softcapping")?.unwrap_or(50.0);
     hp.final_softcap = keys.opt_f32("final_logit_softcapping")?.unwrap_or(30.0);
-    if let Some(freq_base) = keys.opt_f32("rope.freq_base_swa")? {
-        hp.rope_swa = Some(RopeParams { freq_base, ..hp.rope });
-    }
+    hp.read_freq_base_swa(keys, hp.rope.freq_base)?;
     if hp.n_layer() == 46 {
         scale_of_27b(&mut hp);
     }
@@ -45,8 +43,8 @@ fn hparams_gemma3(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = hparams_gemma(keys)?;
     if let Some(window) = keys.opt_u32("attention.sliding_window")?.filter(|w| *w > 0) {
         hp.set_window(keys, window, 6)?;
-        let freq_base = keys.opt_f32("rope.freq_base_swa")?.unwrap_or(10000.0);
-        hp.rope_swa = Some(RopeParams { freq_base, freq_scale: 1.0, ..hp.rope });
+        hp.rope_swa = hp.rope.with_freq_scale(1.0);
+        hp.read_freq_base_swa(keys, 10000.0)?;
     }
     hp.final_softcap = keys.opt_f32("final_logit_softcapping")?.unwrap_or(0.0);
     if hp.n_layer() == 62 {
@@ -57,7 +55,7 @@ fn hparams_gemma3(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
 
 fn tensors_gemma(hp: &Hparams) -> TensorList {
     let mut list = TensorList::default();
-    decoder_tensors(hp, &mut list, Decoder::COMMON.ffn_norm);
+    decoder_tensors(hp, &mut list, &Decoder::COMMON);
     list
 }
 
@@ -76,6 +74,8 @@ fn tensors_gemma3(hp: &Hparams) -> TensorList {
         list.layer(il, "attn_q_norm.weight", &[hp.head_dim_k]);
         list.layer(il, "attn_k_norm.weight", &[hp.head_dim_k]);
     }
+    // Projections that embedding models have behind the pooling.
+    list.unused.extend(["dense_2.weight", "dense_3.weight"]);
     list
 }
 

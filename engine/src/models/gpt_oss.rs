@@ -9,28 +9,27 @@ use crate::op::{Glu, RopeMode};
 /// `general.architecture = gpt-oss`
 pub const GPT_OSS: Arch = Arch { name: "gpt-oss", hparams, tensors, build };
 
-const FFN_NORM: &str = "post_attention_norm.weight";
+const DECODER: Decoder<'static> = Decoder {
+    act: Glu::SwigluOai { alpha: 1.702, limit: 7.0 },
+    gating: Gating { softmax_after: true, normalise: false },
+    ffn_norm: "post_attention_norm.weight",
+    fused_up: false,
+};
 
 fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = Hparams::read(keys, "attention.layer_norm_rms_epsilon")?;
     hp.rope_mode = RopeMode::Neox;
-    hp.read_moe(keys)?;
-    if hp.moe.is_none() {
-        return Err(EngineError::BadHparam {
-            key: "gpt-oss.expert_count".into(),
-            got: "missing".into(),
-            expected: "a number of experts".into(),
-        });
-    }
+    hp.require_moe(keys)?;
     if let Some(window) = keys.opt_u32("attention.sliding_window")? {
         hp.set_window(keys, window, 2)?;
+        hp.read_freq_base_swa(keys, hp.rope.freq_base)?;
     }
     Ok(hp)
 }
 
 fn tensors(hp: &Hparams) -> TensorList {
     let mut list = TensorList::default();
-    decoder_tensors(hp, &mut list, FFN_NORM);
+    decoder_tensors(hp, &mut list, &DECODER);
     let moe = hp.moe.expect("checked in hparams");
     for (il, layer) in hp.layers.iter().enumerate() {
         list.layer(il, "attn_sinks.weight", &[layer.n_head]);
@@ -43,13 +42,5 @@ fn tensors(hp: &Hparams) -> TensorList {
 }
 
 fn build(b: &mut Build<'_>) {
-    decoder(
-        b,
-        &Decoder {
-            act: Glu::SwigluOai { alpha: 1.702, limit: 7.0 },
-            gating: Gating { softmax_after: true, normalise: false },
-            ffn_norm: FFN_NORM,
-            fused: false,
-        },
-    );
+    decoder(b, &DECODER);
 }

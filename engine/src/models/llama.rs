@@ -11,12 +11,17 @@ pub const LLAMA: Arch = Arch { name: "llama", hparams, tensors, build };
 fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = Hparams::read(keys, "attention.layer_norm_rms_epsilon")?;
     hp.read_moe(keys)?;
+    let n_ff = hp.layers[0].n_ff;
+    if let Some(moe) = &mut hp.moe {
+        // An expert of this family has the dense width, whatever else the file says.
+        moe.n_ff_exp = n_ff;
+    }
     Ok(hp)
 }
 
 fn tensors(hp: &Hparams) -> TensorList {
     let mut list = TensorList::default();
-    decoder_tensors(hp, &mut list, Decoder::COMMON.ffn_norm);
+    decoder_tensors(hp, &mut list, &Decoder::COMMON);
     let half = [hp.rope.n_dims / 2];
     if hp.longrope {
         list.global_opt("rope_factors_long.weight", &half);

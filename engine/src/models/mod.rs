@@ -11,6 +11,7 @@ mod phi3;
 mod qwen;
 pub mod table;
 
+use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -39,8 +40,19 @@ pub struct TensorSpec {
     pub name: String,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
-    /// Whether the model cannot do without it.
-    pub required: bool,
+    /// Whether the model can do without it.
+    pub presence: Presence,
+}
+
+/// Whether a model can do without a tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// It cannot.
+    Required,
+    /// It can.
+    Optional,
+    /// It can if the file has the tensor of this name, which serves instead.
+    Unless(String),
 }
 
 /// The tensors of a model.
@@ -48,31 +60,51 @@ pub struct TensorSpec {
 pub struct TensorList {
     /// All specs.
     pub specs: Vec<TensorSpec>,
+    /// Names of tensors that a file may have and the engine makes nothing of.
+    pub unused: Vec<&'static str>,
 }
 
 impl TensorList {
-    fn push(&mut self, name: String, shape: &[usize], required: bool) {
-        self.specs.push(TensorSpec { name, shape: shape.to_vec(), required });
+    fn push(&mut self, name: String, shape: &[usize], presence: Presence) {
+        self.specs.push(TensorSpec { name, shape: shape.to_vec(), presence });
     }
 
     /// A tensor outside the layers.
     pub fn global(&mut self, name: &str, shape: &[usize]) {
-        self.push(String::from(name), shape, true);
+        self.push(String::from(name), shape, Presence::Required);
     }
 
     /// One that may be missing.
     pub fn global_opt(&mut self, name: &str, shape: &[usize]) {
-        self.push(String::from(name), shape, false);
+        self.push(String::from(name), shape, Presence::Optional);
     }
 
     /// A tensor of layer `il`.
     pub fn layer(&mut self, il: usize, name: &str, shape: &[usize]) {
-        self.push(format!("blk.{il}.{name}"), shape, true);
+        self.push(format!("blk.{il}.{name}"), shape, Presence::Required);
     }
 
     /// One that may be missing.
     pub fn layer_opt(&mut self, il: usize, name: &str, shape: &[usize]) {
-        self.push(format!("blk.{il}.{name}"), shape, false);
+        self.push(format!("blk.{il}.{name}"), shape, Presence::Optional);
+    }
+
+    /// A matrix of layer `il`, its bias and the factor on its products (NVFP4 files scale a whole matrix once more); the
+    /// latter two may be missing.
+    pub fn layer_matrix(&mut self, il: usize, name: &str, rows: usize, cols: usize) {
+        self.layer(il, &format!("{name}.weight"), &[rows, cols]);
+        self.layer_matrix_extras(il, name, rows);
+    }
+
+    /// Bias and factor of a matrix.
+    pub fn layer_matrix_extras(&mut self, il: usize, name: &str, rows: usize) {
+        self.layer_opt(il, &format!("{name}.bias"), &[rows]);
+        self.layer_opt(il, &format!("{name}.scale"), &[1]);
+    }
+
+    /// One that may be missing where the layer has `instead`.
+    pub fn layer_unless(&mut self, il: usize, name: &str, shape: &[usize], instead: &str) {
+        self.push(format!("blk.{il}.{name}"), shape, Presence::Unless(format!("blk.{il}.{instead}")));
     }
 }
 
@@ -92,6 +124,17 @@ pub struct StepShape {
     /// Whether the tokens are a prompt's, where the back end runs those apart
     /// ([`crate::backend::Backend::runs_prompts_apart`]).
     pub prompt: bool,
+}
+
+/// A matrix with what is done to its products.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    /// [rows, cols]
+    pub weight: TensorId,
+    /// One element a row.
+    pub bias: Option<TensorId>,
+    /// Factor on the products.
+    pub scale: f32,
 }
 
 /// A graph under construction, with the model at hand.
@@ -130,12 +173,52 @@ impl Build<'_> {
         self.weight_opt(&format!("blk.{il}.{name}"))
     }
 
+    /// A matrix of layer `il` with its bias and its factor.
+    pub fn layer_matrix(&mut self, il: usize, name: &str) -> Matrix {
+        Matrix {
+            weight: self.layer(il, &format!("{name}.weight")),
+            bias: self.layer_opt(il, &format!("{name}.bias")),
+            scale: self.layer_scale(il, name),
+        }
+    }
+
+    /// The factor on the products of a matrix of layer `il`; 1 if the file has none.
+    pub fn layer_scale(&self, il: usize, name: &str) -> f32 {
+        self.weights.id(&format!("blk.{il}.{name}.scale")).map_or(1.0, |id| {
+            let bytes = self.weights.row_range(id, 0, 1);
+            f32::from_le_bytes(bytes.try_into().expect("one f32: checked with the tensor list"))
+        })
+    }
+
+    /// Products of `x` with matrices: `scale · (x · weight) + bias` each.
+    pub fn products(&mut self, x: TensorId, matrices: &[Matrix]) -> Vec<TensorId> {
+        if matrices.iter().all(|m| m.scale == 1.0) {
+            let parts: Vec<_> = matrices.iter().map(|m| (m.weight, m.bias)).collect();
+            return self.g.matmul_many(x, &parts);
+        }
+        let parts: Vec<_> = matrices.iter().map(|m| (m.weight, None)).collect();
+        let products = self.g.matmul_many(x, &parts);
+        products
+            .into_iter()
+            .zip(matrices)
+            .map(|(y, m)| {
+                let y = self.g.scale(y, m.scale);
+                m.bias.map_or(y, |bias| self.g.add(y, bias))
+            })
+            .collect()
+    }
+
     /// Rows `first..first + rows` of a weight of layer `il`: parts of a fused matrix.
     pub fn layer_rows(&mut self, il: usize, name: &str, first: usize, rows: usize) -> TensorId {
-        let name = format!("blk.{il}.{name}");
-        let id = self.weights.id(&name).unwrap_or_else(|| panic!("{name} is not in the model's tensor list"));
+        self.layer_rows_opt(il, name, first, rows)
+            .unwrap_or_else(|| panic!("blk.{il}.{name} is not in the model's tensor list"))
+    }
+
+    /// The same, if the file has it.
+    pub fn layer_rows_opt(&mut self, il: usize, name: &str, first: usize, rows: usize) -> Option<TensorId> {
+        let id = self.weights.id(&format!("blk.{il}.{name}"))?;
         let w = self.weights.get(id);
-        self.g.weight(id, w.format, &[rows, w.cols()], first)
+        Some(self.g.weight(id, w.format, &[rows, w.cols()], first))
     }
 }
 
@@ -162,28 +245,43 @@ pub struct Found {
 
 /// Checks the file's tensors against the model's list and collects the weights; all problems are reported at once.
 ///
-/// `find` looks a tensor up by name.
-pub fn resolve(
+/// `find` looks a tensor up by name; `names` are those of all the file's tensors. One that the list does not know is a
+/// problem as well: left out, what the model says would be wrong without a word.
+pub fn resolve<'a>(
     list: &TensorList,
     weights: &mut Weights,
+    names: impl Iterator<Item = &'a str>,
     find: impl Fn(&str) -> Option<Found>,
 ) -> Result<(), EngineError> {
     let mut problems = Vec::new();
+    let known: BTreeSet<&str> =
+        list.specs.iter().map(|spec| spec.name.as_str()).chain(list.unused.iter().copied()).collect();
+    for name in names {
+        // Scales of activations, for engines that compute in 4 bits.
+        if !known.contains(name) && !name.ends_with(".input_scale") {
+            problems.push(TensorProblem::Unknown { name: String::from(name) });
+        }
+    }
     for spec in &list.specs {
         let Some(Found { format, shape, source, offset, len_bytes }) = find(&spec.name) else {
-            if spec.required {
+            let missing = match &spec.presence {
+                Presence::Required => true,
+                Presence::Optional => false,
+                Presence::Unless(instead) => find(instead).is_none(),
+            };
+            if missing {
                 problems
                     .push(TensorProblem::Missing { name: spec.name.clone(), expected: spec.shape.clone() });
             }
             continue;
         };
-        if significant(&shape) != significant(&spec.shape) {
+        if !significant(&shape).eq(significant(&spec.shape)) {
             problems.push(TensorProblem::Shape {
                 name: spec.name.clone(),
                 expected: spec.shape.clone(),
                 got: shape,
             });
-        } else if spec.shape.len() == 1 && format != quant::FormatId::F32 {
+        } else if (spec.shape.len() == 1 || spec.shape.ends_with(&[1])) && format != quant::FormatId::F32 {
             problems.push(TensorProblem::Format { name: spec.name.clone(), got: format, expected: "F32" });
         } else if !usable(format) {
             problems.push(TensorProblem::Format {
@@ -198,10 +296,9 @@ pub fn resolve(
     if problems.is_empty() { Ok(()) } else { Err(EngineError::Tensors(problems)) }
 }
 
-/// A shape without its outer ones: files may write [1, n] for [n].
-fn significant(shape: &[usize]) -> &[usize] {
-    let skip = shape.iter().take_while(|d| **d == 1).count().min(shape.len().saturating_sub(1));
-    &shape[skip..]
+/// A shape without its ones: files may write [1, n] for [n], and a vector of which parts are wanted has rows of one.
+fn significant(shape: &[usize]) -> impl Iterator<Item = &usize> {
+    shape.iter().filter(|d| **d != 1)
 }
 
 /// Whether a format holds weights that the kernels can use.

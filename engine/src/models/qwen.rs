@@ -15,33 +15,37 @@ pub const QWEN2MOE: Arch =
 /// `general.architecture = qwen3`
 pub const QWEN3: Arch = Arch { name: "qwen3", hparams, tensors: tensors_qwen3, build };
 /// `general.architecture = qwen3moe`
-pub const QWEN3MOE: Arch = Arch { name: "qwen3moe", hparams, tensors: tensors_qwen3, build };
+pub const QWEN3MOE: Arch =
+    Arch { name: "qwen3moe", hparams: hparams_qwen3moe, tensors: tensors_qwen3, build };
 
 fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = Hparams::read(keys, "attention.layer_norm_rms_epsilon")?;
     hp.rope_mode = RopeMode::Neox;
-    hp.read_moe(keys)?;
+    Ok(hp)
+}
+
+fn hparams_qwen3moe(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
+    let mut hp = hparams(keys)?;
+    hp.require_moe(keys)?;
     Ok(hp)
 }
 
 fn hparams_qwen2moe(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = hparams(keys)?;
-    let n_ff = hp.layers[0].n_ff;
-    if let Some(moe) = &mut hp.moe {
-        // Old files carry only the dense width: it is the shared expert's, and the experts divide it among them.
-        if keys.opt_u32("expert_feed_forward_length")?.is_none() {
-            moe.n_ff_exp = n_ff / moe.n_used;
-        }
-        if moe.n_ff_shexp == 0 {
-            moe.n_ff_shexp = n_ff;
-        }
-    }
+    let mut moe = hp.require_moe(keys)?;
+    // Old files carry only the dense width: it is the shared expert's.
+    moe.n_ff_shexp = match keys.opt_u32("expert_shared_feed_forward_length")? {
+        Some(n) if n > 0 => n as usize,
+        _ => hp.layers[0].n_ff,
+    };
+    hp.moe = Some(moe);
     Ok(hp)
 }
 
 fn tensors(hp: &Hparams) -> TensorList {
     let mut list = TensorList::default();
-    decoder_tensors(hp, &mut list, Decoder::COMMON.ffn_norm);
+    decoder_tensors(hp, &mut list, &Decoder::COMMON);
+    list.global_opt("output.bias", &[hp.n_vocab]);
     if let Some(moe) = hp.moe.filter(|moe| moe.n_ff_shexp > 0) {
         for il in 0..hp.n_layer() {
             list.layer(il, "ffn_gate_inp_shexp.weight", &[1, hp.n_embd]);
@@ -59,6 +63,8 @@ fn tensors_qwen3(hp: &Hparams) -> TensorList {
         list.layer(il, "attn_q_norm.weight", &[hp.head_dim_k]);
         list.layer(il, "attn_k_norm.weight", &[hp.head_dim_k]);
     }
+    // Rerankers' head.
+    list.unused.push("cls.output.weight");
     list
 }
 
