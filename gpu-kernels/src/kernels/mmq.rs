@@ -159,6 +159,22 @@ mod gpu {
         }
     }
 
+    impl Work {
+        /// An output's value, where it is to be quantised; rows are a multiple of 32 then.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn ended(&self, row: u32, sums: [f32; 2]) -> f32 {
+            self.part.ended(self.gate, self.up, self.columns.expert, row, sums)
+        }
+
+        /// Quantises the warp's values, those of a row tile of an output's column.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn put_group(&self, output: u32, row_tile: u32, v: f32) {
+            self.part.put_group(self.gate, self.up, output * (self.part.n_rows / ROWS as u32) + row_tile, v);
+        }
+    }
+
     /// Groups of a span.
     #[inline(always)]
     pub(crate) fn groups_of(span: u32, n_groups: u32) -> u32 {

@@ -10,6 +10,7 @@
 //! * A team meets once per step, at a barrier of its own.
 //! * As many spans as slots make a round. Then all warps leave their sums in shared memory, as their registers lie, and the
 //!   CTA's threads add them to the totals in order: the only barriers of the CTA.
+//! * Results that are written quantised pass through shared memory: a row tile is a group of each column.
 //! * Weights are loaded before the launch waits for earlier ones.
 
 use quant::BlockFormat;
@@ -87,6 +88,10 @@ mod device {
     use crate::kernels::mmq::{Work, group, groups_of, units_of};
     use crate::kernels::quantise_act::ActScale;
     use crate::tile::{SPAN_GROUPS, Tiled, load_span};
+
+    /// Floats from one column's ended results to the next one's: the lanes that end four columns of eight rows find them in
+    /// banks of their own.
+    const ENDED_PITCH: usize = ROWS + 4;
 
     /// Chunks of a span.
     const SPAN_CHUNKS: usize = SPAN_GROUPS / CHUNK;
@@ -373,6 +378,9 @@ mod device {
         let outputs = (ROWS * COLS / 4) as u32;
         let sums_of = |tile: u32| Smem::<F32x4>::dynamic(tile * at.tile, outputs);
         let totals: Smem<F32x4> = Smem::dynamic(totals_at, per_slot * outputs);
+        // Results to quantise, column by column, where the first slot's activations were.
+        const { assert!((4 * COLS * ENDED_PITCH) as u32 <= layout::<F>(COLS).slot) };
+        let ended: Smem<f32> = Smem::dynamic(n_tiles_there * at.tile, (COLS * ENDED_PITCH) as u32);
 
         // Unpacks chunk `C`, a constant, of a span's words.
         macro_rules! unpack {
@@ -568,8 +576,12 @@ mod device {
                     let m = at / NT as u32 % 2;
                     unroll!(E in 0..4 {
                         let column = 8 * n + 2 * (lane % 4) + (E % 2) as u32;
-                        let row = first_tile * ROWS as u32 + 16 * m + lane / 4 + (E / 2 * 8) as u32;
-                        if column < work.columns.n {
+                        let of_tile = 16 * m + lane / 4 + (E / 2 * 8) as u32;
+                        let row = first_tile * ROWS as u32 + of_tile;
+                        if work.gate.quantises() {
+                            let sums = [sums[0][E], sums[1][E]];
+                            ended.st(column * ENDED_PITCH as u32 + of_tile, work.ended(row, sums));
+                        } else if column < work.columns.n {
                             let output = work.columns.output(column);
                             if row < work.part.n_rows {
                                 work.finish(output, row, [sums[0][E], sums[1][E]]);
@@ -581,6 +593,15 @@ mod device {
                     });
                 }
                 four += n_warps * thread::WARP;
+            }
+            if last && work.gate.quantises() {
+                sync::sync_threads();
+                let mut column = warp_id;
+                while column < work.columns.n {
+                    let v = ended.ld(column * ENDED_PITCH as u32 + lane);
+                    work.put_group(work.columns.output(column), first_tile, v);
+                    column += n_warps;
+                }
             }
             sync::sync_threads();
             done += per_round;

@@ -162,7 +162,7 @@ mod device {
         /// The epilogue up to the residual.
         #[inline(always)]
         #[track_caller]
-        fn ended(self, gate: Gate, up: Part, expert: u32, row: u32, sum: [f32; 2]) -> f32 {
+        pub(crate) fn ended(self, gate: Gate, up: Part, expert: u32, row: u32, sum: [f32; 2]) -> f32 {
             let v = self.biased(expert, row, sum[0]);
             if gate.is_some() { gate.apply(v, up.biased(expert, row, sum[1])) } else { v }
         }
@@ -172,7 +172,13 @@ mod device {
         #[inline(always)]
         #[track_caller]
         pub(crate) fn finish_quantised(self, gate: Gate, up: Part, group: u32, sum: [f32; 2]) {
-            let v = self.ended(gate, up, 0, 32 * group + thread::lane_id(), sum);
+            self.put_group(gate, up, group, self.ended(gate, up, 0, 32 * group + thread::lane_id(), sum));
+        }
+
+        /// Stores ended values, one of each lane of the warp, as group `group` of what is quantised.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn put_group(self, gate: Gate, up: Part, group: u32, v: f32) {
             warp_group(v, self.y.cast(), up.y.cast(), group, gate.kind >> 8 == super::AS_Q8_1);
         }
     }
@@ -183,8 +189,9 @@ mod host {
     use alloc::vec::Vec;
 
     use quant::FormatId;
+    use quant::act::ActKind;
 
-    use super::{Glu, MAX_PARTS};
+    use super::{AS_Q8_0, AS_Q8_1, Glu, MAX_PARTS};
     use crate::launch::{Check, DevicePtr, LaunchError, Params};
 
     /// One matrix of a product.
@@ -301,6 +308,30 @@ mod host {
             Some(Glu::SwigluOai { alpha, limit }) => (3, alpha, limit),
         };
         params.with(kind | mark << 8).with(alpha).with(limit)
+    }
+
+    /// The mark for [`with_quantising_gate`] of a product whose results are written quantised, as `quantise_act` would:
+    /// codes to the first matrix's `y`, scales to the second's. Not as Q8K, whose super-blocks span CTAs.
+    pub(crate) fn quantising_mark(
+        check: Check,
+        args: &Args<'_>,
+        acts: Option<ActKind>,
+    ) -> Result<u32, LaunchError> {
+        let mark = match acts {
+            None => return Ok(0),
+            Some(ActKind::Q8_0) => AS_Q8_0,
+            Some(ActKind::Q8_1) => AS_Q8_1,
+            Some(ActKind::Q8K) => return Err(check.shape("kind of quantised results", "Q8_0 or Q8_1", 2)),
+        };
+        let ([gate, up], None) = (args.parts, args.mixture) else {
+            return Err(check.shape("parts of quantised results", "gate and up", args.parts.len()));
+        };
+        if args.glu.is_none() || up.y == DevicePtr::NULL || gate.residual != DevicePtr::NULL {
+            return Err(check.shape("quantised results", "gated, without residual", args.parts.len()));
+        }
+        check.multiple("n_rows of quantised results", gate.n_rows, 32, "a multiple of 32")?;
+        check.aligned("scales of the results", up.y, 8)?;
+        Ok(mark)
     }
 
     /// The definition of [`Glu`].

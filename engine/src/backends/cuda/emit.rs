@@ -160,6 +160,17 @@ pub struct KvAddresses<'a> {
     pub parts: &'a [[DevicePtr; 2]],
 }
 
+/// How `mmq` cuts a product of these matrices.
+fn cut(parts: &[Part], n: usize, gated: bool, device: &DeviceInfo) -> Cut {
+    let rows = parts.iter().map(|part| part.w.rows).sum();
+    Cut::choose(parts[0].w.format, rows, n, gated, device)
+}
+
+/// Whether the kernel of this gated product ends groups of 32 rows, so that it can write them quantised.
+pub fn ends_groups(p: &Product, device: &DeviceInfo) -> bool {
+    p.n == 1 || (p.n > MMVQ_MAX_COLS && matches!(cut(&p.parts, p.n, true, device), Cut::Narrow(_)))
+}
+
 /// The product's own gate for a function, if it has it.
 pub fn product_glu(kind: op::Glu) -> Option<product::Glu> {
     match kind {
@@ -485,17 +496,16 @@ impl Emit<'_> {
         let &Product { x, n, k, acts, .. } = p;
         let matrices = self.matrices(parts, glu.is_some(), acts);
         let format = parts[0].w.format;
-        let rows = matrices.iter().map(|m| m.n_rows).sum();
         match self.integers(x, format) {
             Some((q, scales, norm)) => {
-                let (parts, mixture) = (&matrices[..], None);
-                let product = product::Args { format, parts, glu, q, scales, k, n_cols: n, mixture };
+                let product =
+                    product::Args { format, parts: &matrices, glu, q, scales, k, n_cols: n, mixture: None };
                 if n <= MMVQ_MAX_COLS {
                     let besides = mmvq::Besides { norm, acts: acts.map(|acts| acts.kind) };
                     return Ok(mmvq::launch_with(&product, besides)?);
                 }
-                let cut = Cut::choose(format, rows, n, glu.is_some(), self.device);
-                Ok(mmq::launch(&mmq::Args { product, cut, sorted: None })?)
+                let (cut, acts) = (cut(parts, n, glu.is_some(), self.device), acts.map(|acts| acts.kind));
+                Ok(mmq::launch(&mmq::Args { product, cut, sorted: None, acts })?)
             }
             None => self.float_product(&matrices, glu, x, n, k, format),
         }
@@ -607,7 +617,7 @@ impl Emit<'_> {
             // The same choice as in `sort_pairs`.
             let cut = Cut::choose_mixture(format, rows, n_expert, n_pairs, glu.is_some(), self.device);
             let sorted = mmq::Sorted { order: self.value(order), tiles: self.value(tiles), n_expert };
-            return one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted) }));
+            return one(mmq::launch(&mmq::Args { product, cut, sorted: Some(sorted), acts: None }));
         }
         match p.x {
             Factor::Floats(x) if format == FormatId::F32 => {

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use gpu_kernels::kernels::mmvq;
 use quant::act::ActKind;
 
-use super::emit::product_glu;
+use super::emit::{ends_groups, product_glu};
 use super::program::{
     Action, Acts, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program, Store, Value,
 };
@@ -260,17 +260,18 @@ fn gate_quantise(program: &mut Program) {
     });
 }
 
-/// `h = f(x·w0ᵀ) · x·w1ᵀ; q = quantise(h)` becomes one action where there is one token and the product is of block
-/// formats: the 32 rows that its kernel's CTA ends are a group. Super-blocks are not.
+/// `h = f(x·w0ᵀ) · x·w1ᵀ; q = quantise(h)` becomes one action where the product is of block formats and its kernel's CTAs
+/// end 32 rows, which are a group. Super-blocks are not.
 fn product_quantise(program: &mut Program) {
+    let device = program.device.clone();
     quantise_at_writer(program, |action, h, acts, floats_too| match action {
         Action::Product(p)
             if p.glu.is_some()
-                && p.n == 1
                 && p.parts[0].out == h
                 && p.parts[0].residual.is_none()
                 && p.parts[0].w.rows % 32 == 0
-                && p.parts[0].w.format.act_kind().is_some()
+                && matches!(p.x, Factor::Acts(_))
+                && ends_groups(p, &device)
                 && acts.kind != ActKind::Q8K
                 && p.acts.is_none()
                 && !floats_too =>
@@ -499,11 +500,11 @@ mod tests {
         b.finish()
     }
 
-    /// A token's step through a llama of quantised weights: this many layers and the logits.
-    fn decode_step(n_layers: usize) -> Graph {
+    /// A step through a llama of quantised weights, of this many tokens: this many layers and the logits.
+    fn decode_step(n: usize, n_layers: usize) -> Graph {
         const EMBD: usize = 512;
         let mut b = GraphBuilder::new(true);
-        let (ids, positions) = (b.input(Input::Tokens, 1), b.input(Input::Positions, 1));
+        let (ids, positions) = (b.input(Input::Tokens, n), b.input(Input::Positions, n));
         let w =
             |b: &mut GraphBuilder, rows: usize, cols: usize| b.weight(0, FormatId::Q4_0, &[rows, cols], 0);
         let angles = b.rope_table(positions, None, rope(64));
@@ -518,9 +519,9 @@ mod tests {
             let qkv = [EMBD, 128, 128].map(|rows| (w(&mut b, rows, EMBD), None));
             let [q, k, v] = b.matmul_many(y, &qkv)[..] else { unreachable!("three products") };
             let [q, k] = [(q, 8), (k, 2)].map(|(x, heads)| {
-                let x = b.reshape(x, &[1, heads, 64]);
+                let x = b.reshape(x, &[n, heads, 64]);
                 let x = b.rope(x, angles, RopeMode::Norm);
-                b.reshape(x, &[1, 64 * heads])
+                b.reshape(x, &[n, 64 * heads])
             });
             b.kv_store(k, v, il);
             let params = AttentionParams {
@@ -553,19 +554,35 @@ mod tests {
         b.finish()
     }
 
+    /// Names of the actions of [`decode_step`] under all rules.
+    fn merged_step(n: usize, n_layers: usize) -> Vec<&'static str> {
+        let (mut program, _) =
+            translate(&decode_step(n, n_layers), &Anywhere, &DeviceInfo::default()).unwrap();
+        RuleSet::ALL.apply(&mut program);
+        program.actions.iter().map(Action::name).collect()
+    }
+
     /// Each launch of a decode step costs a microsecond or more that no other hides.
     #[test]
     fn a_layer_of_a_decode_step_is_six_launches() {
-        let actions = |n_layers| {
-            let (mut program, _) =
-                translate(&decode_step(n_layers), &Anywhere, &DeviceInfo::default()).unwrap();
-            RuleSet::ALL.apply(&mut program);
-            program.actions.iter().map(Action::name).collect::<Vec<_>>()
-        };
-        let (one, two) = (actions(1), actions(2));
+        let (one, two) = (merged_step(1, 1), merged_step(1, 2));
         assert_eq!(two.len() - one.len(), 6, "{two:?}");
         // Embedding, angles; norm and product of the logits.
         assert_eq!(one.len(), 6 + 4, "{one:?}");
+    }
+
+    /// In a batch attention's results are quantised by a launch of their own, gate and up's by their product.
+    #[test]
+    fn gate_and_up_of_a_batch_end_quantised() {
+        let layer = |n| {
+            let (one, two) = (merged_step(n, 1), merged_step(n, 2));
+            two[one.len() - 2..two.len() - 2].to_vec()
+        };
+        let of_a_batch =
+            ["norm", "product", "kv_store", "attention", "quantise", "product", "norm", "product", "product"];
+        assert_eq!(layer(16), of_a_batch);
+        // The kernel of few columns does not end groups.
+        assert_eq!(layer(4).len(), of_a_batch.len() + 1);
     }
 
     proptest! {

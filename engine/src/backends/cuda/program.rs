@@ -6,6 +6,7 @@
 
 use alloc::vec::Vec;
 
+use gpu_kernels::driver::DeviceInfo;
 use gpu_kernels::kernels::{moe_sort, round_act};
 use gpu_kernels::launch::DevicePtr;
 use quant::FormatId;
@@ -381,6 +382,8 @@ pub enum Action {
 /// Actions in order and the values they work on.
 #[derive(Clone, Debug, Default)]
 pub struct Program {
+    /// The device it is for.
+    pub device: DeviceInfo,
     /// Bytes of each value.
     pub values: Vec<usize>,
     /// What to do.

@@ -173,7 +173,7 @@ impl<'a> Translator<'a> {
             graph,
             addresses,
             dequantises: runs_apart(graph, device),
-            program: Program::default(),
+            program: Program { device: device.clone(), ..Program::default() },
             values: BTreeMap::new(),
             quantised: Vec::new(),
             halved: Vec::new(),

@@ -13,8 +13,11 @@ use crate::kernels::mmq_wide::WIDE;
 #[cfg(all(test, feature = "emu"))]
 use crate::kernels::mmvq::reference_bits;
 use crate::kernels::mmvq::{Weights, reference};
-use crate::kernels::product::{self, Glu, Matrix, Mixture, epilogue_reference, with_gate, with_parts};
-use crate::kernels::{mmq_hopper, moe_sort, quantise_act};
+use crate::kernels::product::{
+    self, Glu, Matrix, Mixture, epilogue_reference, quantising_mark, with_parts, with_quantising_gate,
+};
+use crate::kernels::quantise_act::ActScale;
+use crate::kernels::{mmq_hopper, moe_sort, output, quantise_act};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 use crate::ptx;
 use crate::tile::{self, ROWS};
@@ -204,13 +207,16 @@ pub struct Args<'a> {
     pub cut: Cut,
     /// Of a mixture.
     pub sorted: Option<Sorted>,
+    /// Write what gate and up give quantised, as `quantise_act` would: codes to the first matrix's `y`, scales to the
+    /// second's. Narrow cuts alone, and not as Q8K.
+    pub acts: Option<ActKind>,
 }
 
 /// One launch for all parts.
 pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let kernel = Mmq::NAME;
     let check = Check(kernel);
-    let &Args { ref product, cut, sorted } = args;
+    let &Args { ref product, cut, sorted, acts } = args;
     let (entry, smem_bytes) = entry(product.format, cut, product.glu.is_some())
         .ok_or(LaunchError::Format { kernel, format: product.format })?;
     check.multiple("k", product.k, info(product.format).elems, "a multiple of the format's block")?;
@@ -253,7 +259,12 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let ctas = |rows: u32| rows.div_ceil(rows_per_cta as u32);
     let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
     let params = params.with(product.q).with(product.scales).with(order).with(tiles);
-    let params = with_gate(params, product.glu).with(n_groups).with(n_cols).with(pairs_per_x);
+    let mark = quantising_mark(check, product, acts)?;
+    if acts.is_some() && !matches!(cut, Cut::Narrow(_)) {
+        return Err(check.shape("columns of quantised results", "those of a narrow cut", product.n_cols));
+    }
+    let params =
+        with_quantising_gate(params, product.glu, mark).with(n_groups).with(n_cols).with(pairs_per_x);
     if let Cut::Hopper(Hopper { ctas, .. }) = cut {
         check.size("n_cols * k / 8", product.n_cols.saturating_mul(product.k / 8))?;
         let n_items = check.size("tiles", n_tiles * n_ctas as usize)?;
@@ -290,6 +301,8 @@ pub struct Case {
     pub glu: Option<Glu>,
     /// Of a mixture: experts, experts per token, whether activations have a row for each.
     pub mixture: Option<(usize, usize, bool)>,
+    /// How gate and up's results are written quantised.
+    pub acts: Option<ActKind>,
 }
 
 /// A case without extras.
@@ -300,7 +313,12 @@ pub(crate) const fn plain(
     k: usize,
     n_cols: usize,
 ) -> Case {
-    Case { format, cut, n_rows, k, n_cols, added: false, glu: None, mixture: None }
+    Case { format, cut, n_rows, k, n_cols, added: false, glu: None, mixture: None, acts: None }
+}
+
+/// A case of gate and up.
+const fn gated(format: FormatId, cut: Cut, n_rows: &'static [usize], k: usize, n_cols: usize) -> Case {
+    Case { glu: Some(Glu::Silu), ..plain(format, cut, n_rows, k, n_cols) }
 }
 
 /// Every format in the narrow cuts' tail of columns and rows and of a span, a few in the wide cut; the edges of tiles;
@@ -346,7 +364,7 @@ const CASES: &[Case] = &{
             glu: Some(Glu::Silu),
             ..plain(FormatId::Q4_0, Cut::NARROW_64, &[40; 2], 1312, 50)
         },
-        Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_16, &[33; 2], 2368, 16) },
+        gated(FormatId::Q4_0, Cut::NARROW_16, &[33; 2], 2368, 16),
         Case {
             mixture: Some((4, 2, false)),
             ..plain(FormatId::Q4_0, Cut::NARROW_64.paired(), &[70], 288, 70)
@@ -359,6 +377,9 @@ const CASES: &[Case] = &{
             ..plain(FormatId::Q4_K, Cut::NARROW_32, &[33; 2], 512, 25)
         },
         Case { added: true, mixture: Some((3, 2, true)), ..plain(FormatId::Q5_0, Cut::Wide, &[50], 64, 90) },
+        Case { acts: Some(ActKind::Q8_0), ..gated(FormatId::Q4_0, Cut::NARROW_16, &[96; 2], 2368, 13) },
+        Case { acts: Some(ActKind::Q8_1), ..gated(FormatId::Q4_1, Cut::NARROW_32, &[64; 2], 1312, 34) },
+        Case { acts: Some(ActKind::Q8_0), ..gated(FormatId::Q4_K, Cut::NARROW_64, &[32; 2], 256, 50) },
     ];
     const N: usize = FORMATS.len();
     let mut cases = [EXTRA[0]; N + EXTRA.len()];
@@ -389,10 +410,11 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q4_0, Cut::NARROW_32, &[4096], 14336, 64),
     plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 128),
     plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 512),
-    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_16, &[14336; 2], 4096, 16) },
-    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_32, &[14336; 2], 4096, 32) },
-    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 64) },
-    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 128) },
+    gated(FormatId::Q4_0, Cut::NARROW_16, &[14336; 2], 4096, 16),
+    Case { acts: Some(ActKind::Q8_0), ..gated(FormatId::Q4_0, Cut::NARROW_16, &[14336; 2], 4096, 16) },
+    gated(FormatId::Q4_0, Cut::NARROW_32, &[14336; 2], 4096, 32),
+    gated(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 64),
+    gated(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 128),
     plain(FormatId::Q8_0, Cut::NARROW_16, &[4096], 14336, 16),
     plain(FormatId::Q8_0, Cut::NARROW_32, &[4096], 14336, 32),
     plain(FormatId::Q8_0, Cut::NARROW_64, &[4096], 14336, 64),
@@ -414,7 +436,7 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q6_K, Cut::NARROW_16, &[128_256], 4096, 16),
     plain(FormatId::Q6_K, Cut::NARROW_64.of_warps(12), &[128_256], 4096, 64),
     plain(FormatId::Q6_K, Cut::NARROW_64.paired(), &[128_256], 4096, 64),
-    Case { glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, Cut::Wide, &[14336; 2], 4096, 512) },
+    gated(FormatId::Q4_0, Cut::Wide, &[14336; 2], 4096, 512),
     Case { mixture: Some((128, 8, false)), ..plain(FormatId::Q4_0, Cut::NARROW_32, &[768], 2048, 512) },
 ];
 
@@ -580,10 +602,24 @@ impl Case {
 
     /// The launch on [`Case::buffers`].
     pub(super) fn launch(&self, at: &[DevicePtr]) -> Result<Launch, LaunchError> {
-        let outputs = 4 + 3 * self.n_rows.len();
+        self.launch_to(at, &at[self.n_inputs()..][..self.n_written()], None)
+    }
+
+    /// How many of [`Case::buffers`] are not outputs.
+    fn n_inputs(&self) -> usize {
+        4 + 3 * self.n_rows.len()
+    }
+
+    /// The launch on [`Case::buffers`] with these outputs.
+    fn launch_to(
+        &self,
+        at: &[DevicePtr],
+        outputs: &[DevicePtr],
+        acts: Option<ActKind>,
+    ) -> Result<Launch, LaunchError> {
         let added = |at| if self.added { at } else { DevicePtr::NULL };
         let part = |(i, &n_rows): (usize, &usize)| {
-            let y = if i < self.n_written() { at[outputs + i] } else { DevicePtr::NULL };
+            let y = outputs.get(i).copied().unwrap_or(DevicePtr::NULL);
             Matrix { w: at[4 + 3 * i], bias: added(at[5 + 3 * i]), residual: added(at[6 + 3 * i]), y, n_rows }
         };
         let parts: Vec<Matrix> = self.n_rows.iter().enumerate().map(part).collect();
@@ -599,8 +635,33 @@ impl Case {
             mixture: self.mixture.map(|_| Mixture { ids: DevicePtr::NULL, n_pairs, pairs_per_x }),
         };
         let sorted = Sorted { order: at[2], tiles: at[3], n_expert: self.n_expert() };
-        launch(&Args { product, cut: self.cut, sorted: self.mixture.map(|_| sorted) })
+        launch(&Args { product, cut: self.cut, sorted: self.mixture.map(|_| sorted), acts })
     }
+}
+
+/// A problem whose results are quantised, which must have the bits of separate launches.
+fn quantising(case: Case, acts: ActKind, random: &mut Random) -> Problem {
+    let data = case.data(random);
+    let mut buffers = case.buffers(&data, case.act(), vec![]);
+    let n = case.n_outputs() * case.n_rows[0];
+    let written = [4 * n, n, n / 32 * size_of::<ActScale>()];
+    // What the separate launches write: floats, codes, scales.
+    let separate = buffers.len();
+    buffers.extend(written.map(|bytes| Buffer::Input(vec![0; bytes])));
+    for (i, &bytes) in written.iter().enumerate().skip(1) {
+        buffers.push(Buffer::Output(Expected::Same { buffer: separate + i, bytes }));
+    }
+    let launches = move |at: &[DevicePtr]| {
+        let [y, codes, scales] = at[separate..separate + 3] else { unreachable!("three of these") };
+        let (n_cols, k) = (case.n_outputs(), case.n_rows[0]);
+        Ok(vec![
+            case.launch_to(at, &[y], None)?,
+            quantise_act::launch(&quantise_act::Args { kind: acts, x: y, q: codes, scales, n_cols, k })?,
+            case.launch_to(at, &at[separate + 3..], Some(acts))?,
+        ])
+    };
+    let problem = Problem { buffers, launches: Box::new(launches) };
+    if random.is_timing() { output::last_launch(problem) } else { problem }
 }
 
 impl Kernel for Mmq {
@@ -614,6 +675,9 @@ impl Kernel for Mmq {
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         let case = *case;
+        if let Some(acts) = case.acts {
+            return quantising(case, acts, random);
+        }
         let data = case.data(random);
         let (kind, products) = if random.is_timing() {
             let zeros = case.n_rows.iter().map(|n_rows| vec![0.0; case.n_outputs() * n_rows]);

@@ -9,7 +9,7 @@ use super::{COLUMN_FIXED_BYTES, MAX_WARPS, SMEM_BYTES, tiles_per_warp};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::kernels::output::{self, Output};
 use crate::kernels::product::{
-    AS_Q8_0, AS_Q8_1, Args, Glu, Matrix, Mixture, epilogue_reference, with_parts, with_quantising_gate,
+    Args, Glu, Matrix, Mixture, epilogue_reference, quantising_mark, with_parts, with_quantising_gate,
 };
 use crate::kernels::quantise_act::ActScale;
 use crate::kernels::{quantise_act, rms_norm};
@@ -99,21 +99,9 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
             return Err(check.shape("k of normed activations", "at most 8192", args.k));
         }
     }
-    let mark = match acts {
-        None => 0,
-        Some(ActKind::Q8_0) => AS_Q8_0,
-        Some(ActKind::Q8_1) => AS_Q8_1,
-        Some(ActKind::Q8K) => return Err(check.shape("kind of quantised results", "Q8_0 or Q8_1", 2)),
-    };
-    if acts.is_some() {
-        let ([gate, up], None) = (args.parts, args.mixture) else {
-            return Err(check.shape("parts of quantised results", "gate and up", args.parts.len()));
-        };
-        if args.glu.is_none() || columns != 1 || up.y == DevicePtr::NULL || gate.residual != DevicePtr::NULL {
-            return Err(check.shape("columns of quantised results", "1, gated, without residual", columns));
-        }
-        check.multiple("n_rows of quantised results", gate.n_rows, ROWS, "a multiple of 32")?;
-        check.aligned("scales of the results", up.y, 8)?;
+    let mark = quantising_mark(check, args, acts)?;
+    if acts.is_some() && columns != 1 {
+        return Err(check.shape("columns of quantised results", "1", columns));
     }
     if args.scales == DevicePtr::NULL && args.k > MAX_FLOATS_K {
         return Err(check.shape("k of f32", "at most 15360", args.k));
