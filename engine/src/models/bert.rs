@@ -13,6 +13,7 @@ pub const BERT: Arch = Arch { name: "bert", hparams, tensors, build };
 fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = Hparams::read(keys, "attention.layer_norm_epsilon")?;
     hp.causal = false;
+    hp.n_pos = Some(hp.n_ctx_train);
     Ok(hp)
 }
 
