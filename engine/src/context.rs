@@ -33,7 +33,7 @@ const MAX_OUTPUTS: usize = 64;
 /// Sizes and formats of a context.
 #[derive(Clone, Debug)]
 pub struct ContextParams {
-    /// Positions a sequence may have.
+    /// Positions a sequence may have. A model that learned its positions has no more than that many, whatever is asked for.
     pub n_ctx: usize,
     /// Sequences.
     pub n_seq: usize,
@@ -274,7 +274,7 @@ impl Context {
     pub fn new(
         model: Arc<Model>,
         mut backend: Box<dyn Backend>,
-        params: ContextParams,
+        mut params: ContextParams,
     ) -> Result<Context, EngineError> {
         let bad = |name, got: usize, expected: &str| {
             Err(EngineError::BadParam { name, got: format!("{got}"), expected: String::from(expected) })
@@ -287,6 +287,9 @@ impl Context {
         }
         if params.n_ubatch == 0 || params.n_ubatch > 1 << 16 {
             return bad("batch size", params.n_ubatch, "1..=65536");
+        }
+        if let Some(n_pos) = model.hparams().n_pos {
+            params.n_ctx = params.n_ctx.min(n_pos);
         }
         let layout = params.kv_layout(&model)?;
         backend.create_kv(&layout)?;

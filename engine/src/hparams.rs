@@ -170,6 +170,8 @@ pub struct Hparams {
     pub n_vocab: usize,
     /// Context length it was trained with.
     pub n_ctx_train: usize,
+    /// Positions that it has a learned embedding of; `None`: it computes them, as many as there may be.
+    pub n_pos: Option<usize>,
     /// Width of the residual stream.
     pub n_embd: usize,
     /// Layer by layer.
@@ -257,6 +259,7 @@ impl Hparams {
         Ok(Hparams {
             n_vocab,
             n_ctx_train,
+            n_pos: None,
             n_embd,
             layers,
             head_dim_k,

@@ -32,6 +32,13 @@ pub fn decoder_tensors(hp: &Hparams, list: &mut TensorList, d: &Decoder<'_>) {
                 ] {
                     list.layer(il, &alloc::format!("ffn_{name}_exps.weight"), &[moe.n_expert, rows, cols]);
                 }
+                // Whoever gives the shared expert a width must bring it, whatever the architecture.
+                if moe.n_ff_shexp > 0 {
+                    list.layer(il, "ffn_gate_inp_shexp.weight", &[1, n_embd]);
+                    list.layer(il, "ffn_gate_shexp.weight", &[moe.n_ff_shexp, n_embd]);
+                    list.layer(il, "ffn_up_shexp.weight", &[moe.n_ff_shexp, n_embd]);
+                    list.layer(il, "ffn_down_shexp.weight", &[n_embd, moe.n_ff_shexp]);
+                }
             }
             None if d.fused_up => {
                 list.layer(il, "ffn_up.weight", &[2 * layer.n_ff, n_embd]);

@@ -15,6 +15,7 @@ fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {
     let mut hp = Hparams::read(keys, "attention.layer_norm_epsilon")?;
     hp.causal = false;
     hp.n_token_types = keys.token_types()?;
+    hp.n_pos = Some(hp.n_ctx_train);
     Ok(hp)
 }
 

@@ -46,14 +46,6 @@ fn tensors(hp: &Hparams) -> TensorList {
     let mut list = TensorList::default();
     decoder_tensors(hp, &mut list, &Decoder::COMMON);
     list.global_opt("output.bias", &[hp.n_vocab]);
-    if let Some(moe) = hp.moe.filter(|moe| moe.n_ff_shexp > 0) {
-        for il in 0..hp.n_layer() {
-            list.layer(il, "ffn_gate_inp_shexp.weight", &[1, hp.n_embd]);
-            list.layer(il, "ffn_gate_shexp.weight", &[moe.n_ff_shexp, hp.n_embd]);
-            list.layer(il, "ffn_up_shexp.weight", &[moe.n_ff_shexp, hp.n_embd]);
-            list.layer(il, "ffn_down_shexp.weight", &[hp.n_embd, moe.n_ff_shexp]);
-        }
-    }
     list
 }
 

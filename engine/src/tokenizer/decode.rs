@@ -139,6 +139,9 @@ fn unescape_spaces(bytes: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(text)
 }
 
+/// Longest token that is repeated for each of its characters: else what a token prints grows with its square.
+const MAX_SHOWN_BYTES: usize = 256;
+
 /// The bytes that a token of byte characters stands for. A character that stands for no byte is spelt out as
 /// llama.cpp spells it.
 fn bytes_of_characters(token: &[u8]) -> Vec<u8> {
@@ -154,7 +157,10 @@ fn bytes_of_characters(token: &[u8]) -> Vec<u8> {
         for byte in character {
             bytes.extend([byte >> 4, byte & 15].map(|digit| b"0123456789abcdef"[usize::from(digit)]));
         }
-        bytes.extend_from_slice(token);
+        // llama.cpp writes the whole token at each of its characters that stand for no byte.
+        if token.len() <= MAX_SHOWN_BYTES {
+            bytes.extend_from_slice(token);
+        }
         bytes.push(b']');
     }
     bytes
@@ -212,6 +218,12 @@ mod tests {
         assert_eq!(clean(" ."), ".");
         assert_eq!(clean(" '"), " '");
         assert_eq!(clean(""), "");
+    }
+
+    #[test]
+    fn long_tokens_of_no_bytes_stay_in_proportion() {
+        let token = "中".repeat(5000);
+        assert!(bytes_of_characters(token.as_bytes()).len() <= 8 * token.len());
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub enum TokenizerError {
         /// The number of items.
         got: usize,
     },
-    /// More tokens or token bytes than 32-bit ids and offsets can address.
+    /// More tokens or token bytes than 32-bit ids and offsets can address, or text that grows beyond reason.
     TooLarge {
         /// What is too large.
         what: &'static str,

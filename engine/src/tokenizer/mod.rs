@@ -44,6 +44,7 @@ use self::pre::{PreTokenizer, habit};
 use self::rwkv::Rwkv;
 use self::special::{Fragment, SpecialFinder, is_special};
 use self::spm::Spm;
+use self::trie::Trie;
 use self::ugm::Ugm;
 use self::vocab::Vocab;
 use self::wpm::Wpm;
@@ -139,7 +140,11 @@ impl Tokenizer {
             }
             (None, "bert") => {
                 let lowercase = source.lowercase.unwrap_or(true);
-                Model::Wpm(Wpm { lowercase, strip_accents: source.strip_accents.unwrap_or(lowercase) })
+                Model::Wpm(Wpm {
+                    tokens: Trie::new(&vocab, vocab.ids()),
+                    lowercase,
+                    strip_accents: source.strip_accents.unwrap_or(lowercase),
+                })
             }
             (None, "t5") => Model::Ugm(Ugm::new(
                 &vocab,

@@ -34,12 +34,7 @@ impl Rwkv {
     ) -> Result<(), TokenizerError> {
         let mut pos = 0;
         while pos < fragment.len() {
-            let (mut node, mut longest) = (self.trie.root(), None);
-            for (i, &byte) in fragment[pos..].iter().enumerate() {
-                let Some(next) = self.trie.step(&self.plain, node, byte) else { break };
-                node = next;
-                longest = self.trie.token(&self.plain, &node).map(|id| (id, i + 1)).or(longest);
-            }
+            let longest = self.trie.longest(&self.plain, &fragment[pos..]);
             let unknown = unknown.map(|id| (id, 1));
             let (id, len) = longest.or(unknown).ok_or(TokenizerError::NoByteToken { byte: fragment[pos] })?;
             out.push(id);

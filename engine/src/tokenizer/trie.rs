@@ -37,6 +37,17 @@ impl Trie {
     }
 
     /// The token that ends here; of equal ones the last.
+    /// The longest token that a text begins with, and its length. Time by the length of what is common to both.
+    pub(super) fn longest(&self, vocab: &Vocab, text: &[u8]) -> Option<(TokenId, usize)> {
+        let (mut node, mut longest) = (self.root(), None);
+        for (i, &byte) in text.iter().enumerate() {
+            let Some(next) = self.step(vocab, node, byte) else { break };
+            node = next;
+            longest = self.token(vocab, &node).map(|id| (id, i + 1)).or(longest);
+        }
+        longest
+    }
+
     pub(super) fn token(&self, vocab: &Vocab, node: &Node) -> Option<TokenId> {
         self.0.get(node.tokens.start).copied().filter(|&id| vocab.bytes(id).len() == node.depth)
     }

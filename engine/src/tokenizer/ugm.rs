@@ -8,6 +8,10 @@ use super::trie::Trie;
 use super::unicode::{META_SPACE, decode_any};
 use super::vocab::{TokenAttr, TokenId, Vocab};
 
+/// Bytes that a byte of text may become by the file's table, on average over a text. Compatibility decomposition makes at
+/// most 13 of one, spaces written as three (U+FDFA).
+const MAX_GROWTH: usize = 32;
+
 /// How far below the worst token an unknown character scores.
 const UNKNOWN_PENALTY: f32 = 10.0;
 
@@ -117,6 +121,11 @@ impl Ugm {
                     }
                 }
                 out.push(byte);
+            }
+            let limit = MAX_GROWTH * text.len();
+            if out.len() > limit {
+                let what = "bytes that tokenizer.ggml.precompiled_charsmap makes of a text";
+                return Err(TokenizerError::TooLarge { what, limit, got: out.len() });
             }
             pos += consumed;
         }

@@ -14,6 +14,10 @@ use super::TokenizerError;
 /// Index of a token.
 pub type TokenId = u32;
 
+/// Longest token: far longer than vocabularies have them (the longest are runs of spaces). What is done for each byte
+/// of a text, or printed for one token, takes time and memory by this.
+const MAX_TOKEN_BYTES: usize = 16 << 10;
+
 /// No token; also an id that no vocabulary reaches.
 pub(super) const NO_TOKEN: TokenId = TokenId::MAX;
 
@@ -105,6 +109,13 @@ impl Vocab {
             ..Vocab::default()
         };
         for (i, token) in tokens.enumerate() {
+            if token.len() > MAX_TOKEN_BYTES {
+                return Err(TokenizerError::TooLarge {
+                    what: "bytes of a token",
+                    limit: MAX_TOKEN_BYTES,
+                    got: token.len(),
+                });
+            }
             let start = vocab.arena.len();
             match token {
                 // llama.cpp's name for it; what matters is that every token has bytes to be found by.
@@ -134,10 +145,6 @@ impl Vocab {
 
     pub(super) fn len(&self) -> usize {
         self.ends.len()
-    }
-
-    pub(super) fn max_token_bytes(&self) -> usize {
-        self.max_token_bytes
     }
 
     pub(super) fn ids(&self) -> core::ops::Range<TokenId> {
@@ -185,6 +192,16 @@ fn token_bytes<'a>(arena: &'a [u8], ends: &[u32], id: TokenId) -> &'a [u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_tokens_are_refused() {
+        let of =
+            |n: usize| Vocab::new([&alloc::vec![b'a'; n][..]].into_iter(), |_| TokenAttr::NORMAL, Vec::new());
+        assert!(of(MAX_TOKEN_BYTES).is_ok());
+        let what = "bytes of a token";
+        let (limit, got) = (MAX_TOKEN_BYTES, MAX_TOKEN_BYTES + 1);
+        assert_eq!(of(got).err(), Some(TokenizerError::TooLarge { what, limit, got }));
+    }
 
     #[test]
     fn index_gives_the_later_of_equal_tokens() {

@@ -5,12 +5,14 @@
 use alloc::vec::Vec;
 
 use super::TokenizerError;
+use super::trie::Trie;
 use super::unicode::{
     self, CONTROL, MARK, META_SPACE, PUNCTUATION, REPLACEMENT, SYMBOL, WHITESPACE, push_code_point,
 };
 use super::vocab::{TokenId, Vocab};
 
 pub(super) struct Wpm {
+    pub tokens: Trie,
     pub lowercase: bool,
     pub strip_accents: bool,
 }
@@ -38,7 +40,7 @@ impl Wpm {
     ) -> Result<(), TokenizerError> {
         let mut word = Vec::from(META_SPACE);
         let mut finish = |word: &mut Vec<u8>| {
-            let known = word.len() == META_SPACE.len() || encode_word(vocab, word, out);
+            let known = word.len() == META_SPACE.len() || encode_word(vocab, &self.tokens, word, out);
             if !known {
                 out.push(unknown.ok_or(TokenizerError::NoSpecialToken { which: "unk" })?);
             }
@@ -72,17 +74,15 @@ impl Wpm {
 }
 
 /// Appends the tokens of a word; none, and `false`, if somewhere no token fits.
-fn encode_word(vocab: &Vocab, word: &[u8], out: &mut Vec<TokenId>) -> bool {
+fn encode_word(vocab: &Vocab, tokens: &Trie, word: &[u8], out: &mut Vec<TokenId>) -> bool {
     let (first, mut pos) = (out.len(), 0);
     while pos < word.len() {
-        let longest = word.len().min(pos + vocab.max_token_bytes());
-        let found = (pos + 1..=longest).rev().find_map(|end| vocab.id(&word[pos..end]).map(|id| (id, end)));
-        let Some((id, end)) = found else {
+        let Some((id, len)) = tokens.longest(vocab, &word[pos..]) else {
             out.truncate(first);
             return false;
         };
         out.push(id);
-        pos = end;
+        pos += len;
     }
     true
 }

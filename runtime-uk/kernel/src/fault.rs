@@ -6,7 +6,6 @@
 
 use alloc::boxed::Box;
 use core::arch::{asm, naked_asm};
-use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::apic::{self, END_OF_INTERRUPT_AT};
 use crate::exit::{Exit, begin_report, exit};

@@ -37,6 +37,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const LINGER: Duration = Duration::from_secs(2);
 /// Descriptors of each queue of the card.
 const QUEUE: usize = 64;
+/// Packets taken between two batches at most: some times what the card holds.
+const MAX_PACKETS: usize = 8 * QUEUE;
 /// An Ethernet frame with virtio's header.
 const FRAME_BYTES: usize = 2048;
 const MTU: usize = 1514;
@@ -210,18 +212,20 @@ impl Network {
         busy
     }
 
-    /// Takes all packets that there are, one at a time: each may take the last listening socket.
+    /// Takes packets that there are, one at a time: each may take the last listening socket. Not without end: who sends
+    /// them faster than they are taken would keep the answers from being computed.
     fn receive(&mut self) -> bool {
         self.interface.poll_maintenance(now());
         let mut busy = false;
-        loop {
+        for _ in 0..MAX_PACKETS {
             let listens = |slot: &Slot| self.sockets.get::<tcp::Socket<'_>>(slot.handle).is_listening();
             self.phy.listening = self.slots.iter().any(listens);
             match self.interface.poll_ingress_single(now(), &mut self.phy, &mut self.sockets) {
-                PollIngressSingleResult::None => return busy,
+                PollIngressSingleResult::None => break,
                 _ => busy = true,
             }
         }
+        busy
     }
 
     /// When there is something to do even if no packet comes.
