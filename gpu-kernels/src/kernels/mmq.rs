@@ -157,10 +157,8 @@ mod gpu {
         pub(crate) fn finish(&self, output: u32, row: u32, sums: [f32; 2]) {
             self.part.finish(self.gate, self.up, self.columns.expert, output, row, sums);
         }
-    }
 
-    impl Work {
-        /// An output's value, where it is to be quantised; rows are a multiple of 32 then.
+        /// An output's value, but for what is added last.
         #[inline(always)]
         #[track_caller]
         pub(crate) fn ended(&self, row: u32, sums: [f32; 2]) -> f32 {

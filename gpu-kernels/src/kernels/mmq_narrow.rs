@@ -578,13 +578,16 @@ mod device {
                         let column = 8 * n + 2 * (lane % 4) + (E % 2) as u32;
                         let of_tile = 16 * m + lane / 4 + (E / 2 * 8) as u32;
                         let row = first_tile * ROWS as u32 + of_tile;
-                        if work.gate.quantises() {
-                            let sums = [sums[0][E], sums[1][E]];
-                            ended.st(column * ENDED_PITCH as u32 + of_tile, work.ended(row, sums));
-                        } else if column < work.columns.n {
+                        if column < work.columns.n {
                             let output = work.columns.output(column);
                             if row < work.part.n_rows {
-                                work.finish(output, row, [sums[0][E], sums[1][E]]);
+                                let residual = work.part.residual(output, row);
+                                let v = work.ended(row, [sums[0][E], sums[1][E]]);
+                                if work.gate.quantises() {
+                                    ended.st(column * ENDED_PITCH as u32 + of_tile, v);
+                                } else {
+                                    work.part.put(output, row, v, residual);
+                                }
                             }
                             if two && row + (ROWS as u32) < work.part.n_rows {
                                 work.finish(output, row + ROWS as u32, [sums[1][E], 0.0]);

@@ -152,10 +152,14 @@ mod device {
             sum: [f32; 2],
             residual: f32,
         ) {
-            let mut v = self.ended(gate, up, expert, row, sum);
-            if !self.residual.is_null() {
-                v += residual;
-            }
+            self.put(line, row, self.ended(gate, up, expert, row, sum), residual);
+        }
+
+        /// Stores an ended output, with [`Part::residual`] added.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn put(self, line: u32, row: u32, ended: f32, residual: f32) {
+            let v = if self.residual.is_null() { ended } else { ended + residual };
             self.of_line(self.y, line).st(row, v);
         }
 
