@@ -11,13 +11,13 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 use engine::tokenizer::EncodeOptions;
 use engine::{Model, Tokenizer};
-use minijinja::{Value, context};
+use minijinja::Value;
 use serde::{Deserialize, Serialize};
 use server::chat::{SpecialTexts, encode_parts};
 
 use crate::args::TemplateArgs;
 use crate::ui;
-use template::{Blocks, Template};
+use template::{Blocks, Template, strftime_now};
 
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +42,8 @@ impl Message {
 /// Makes prompts of conversations.
 pub struct Format {
     template: Template,
+    /// Whether a system message's text gets into the prompt.
+    takes_system: bool,
     /// What it is, for people.
     pub name: String,
 }
@@ -86,7 +88,15 @@ impl Format {
 
     fn compile(source: &str, blocks: Blocks, name: String) -> Result<Format> {
         let template = Template::new(source, blocks).with_context(|| format!("chat template ({name})"))?;
-        Ok(Format { template, name })
+        let mut format = Format { template, takes_system: true, name };
+        // The built-in formats are llama.cpp's in this too.
+        if blocks == Blocks::Trimmed {
+            let probe = "\u{F8F0}";
+            let asked = [Message::new("system", probe), Message::new("user", "x")];
+            let text = format.render_with(&asked, true, "", "");
+            format.takes_system = text.is_ok_and(|text| text.contains(probe));
+        }
+        Ok(format)
     }
 
     /// The text of a conversation, with what opens an answer if one is to follow.
@@ -94,13 +104,36 @@ impl Format {
         let text = |id: Option<u32>| {
             id.map_or(String::new(), |id| String::from_utf8_lossy(tokenizer.token(id).0).into_owned())
         };
-        let vars = context! {
-            messages => messages.iter().map(Message::value).collect::<Vec<_>>(),
-            add_generation_prompt => answer,
-            bos_token => text(tokenizer.bos()),
-            eos_token => text(tokenizer.eos()),
+        self.render_with(messages, answer, &text(tokenizer.bos()), &text(tokenizer.eos()))
+            .with_context(|| format!("chat template ({})", self.name))
+    }
+
+    /// Variables and repairs are llama.cpp's: models that may think do, there is a date, and where a template knows no
+    /// system message, its text opens the next message.
+    fn render_with(&self, messages: &[Message], answer: bool, bos: &str, eos: &str) -> Result<String> {
+        let merged = match messages {
+            [system, rest @ ..] if !self.takes_system && system.role == "system" => {
+                let mut rest = rest.to_vec();
+                if let Some(next) = rest.first_mut() {
+                    next.content = format!("{}\n{}", system.content, next.content);
+                }
+                Some(rest)
+            }
+            _ => None,
         };
-        self.template.render(vars).with_context(|| format!("chat template ({})", self.name))
+        let messages = merged.as_deref().unwrap_or(messages);
+        let mut vars = vec![
+            ("messages", messages.iter().map(Message::value).collect::<Vec<_>>().into()),
+            ("bos_token", bos.into()),
+            ("eos_token", eos.into()),
+            ("enable_thinking", true.into()),
+            ("datetime", Value::from(strftime_now("%b %d %Y")?)),
+            ("date_string", Value::from(strftime_now("%d %b %Y")?)),
+        ];
+        if answer {
+            vars.push(("add_generation_prompt", true.into()));
+        }
+        Ok(self.template.render(Value::from_pairs(vars))?)
     }
 
     /// The tokens of a conversation's prompt.

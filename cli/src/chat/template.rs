@@ -438,7 +438,8 @@ fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, format!("the chat template refuses: {message}")))
 }
 
-fn strftime_now(format: &str) -> Result<String, Error> {
+/// The present date and time in C's notation.
+pub fn strftime_now(format: &str) -> Result<String, Error> {
     jiff::fmt::strtime::format(format, &jiff::Zoned::now())
         .map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?}): {e}")))
 }

@@ -4,7 +4,7 @@ use minijinja::Value;
 use serde_json::Value as Json;
 
 use super::template::{Blocks, Template};
-use super::{Format, Message, builtin};
+use super::{Format, Message, builtin, template};
 
 /// A file of the golden data; `None` (said aloud) where the data is not at hand.
 pub fn golden(path: &str) -> Option<Json> {
@@ -306,4 +306,32 @@ fn formats_are_detected() {
 fn messages_read_back() {
     let text = serde_json::to_string(&[Message::new("user", "a\n\"b\"")]).unwrap();
     assert_eq!(serde_json::from_str::<Vec<Message>>(&text).unwrap(), [Message::new("user", "a\n\"b\"")]);
+}
+
+/// Variables and repairs of llama.cpp's `common_chat_templates_apply`: models that may think do, there is a date, a
+/// conversation without an answer to come has no `add_generation_prompt`, and a system message that a template refuses or
+/// leaves out opens the next message.
+#[test]
+fn variables_are_llama_cpps() {
+    let say = |source: &str, messages: &[Message], answer| {
+        Format::choose(Some(source), None).unwrap().render_with(messages, answer, "<s>", "</s>").unwrap()
+    };
+    let user = [Message::new("user", "u")];
+    let thinks = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}";
+    assert_eq!(say(thinks, &user, true), "u<think>");
+    let date = template::strftime_now("%d %b %Y").unwrap();
+    assert_eq!(say("{{ date_string }}", &user, true), date);
+    assert_eq!(say("{{ datetime[:3] == date_string[3:6] }}", &user, true), "True");
+    let asked = "{{ add_generation_prompt is defined }}";
+    assert_eq!((say(asked, &user, true), say(asked, &user, false)), ("True".into(), "False".into()));
+
+    let refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}\
+                   {% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}";
+    let drops = "{% for m in messages if m.role != 'system' %}[{{ m.role }}:{{ m.content }}]{% endfor %}";
+    let takes = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}";
+    let both = [Message::new("system", "s"), Message::new("user", "u")];
+    assert_eq!(say(refuses, &both, true), "[user:s\nu]");
+    assert_eq!(say(drops, &both, true), "[user:s\nu]");
+    assert_eq!(say(takes, &both, true), "[system:s][user:u]");
+    assert_eq!(say(drops, &both[..1], true), "");
 }
