@@ -198,7 +198,7 @@ pub fn resolve(
     if problems.is_empty() { Ok(()) } else { Err(EngineError::Tensors(problems)) }
 }
 
-/// A shape without its outer ones: files may write [1, n] for [n].
+/// A shape without its outer ones: files may write `[1, n]` for `[n]`.
 fn significant(shape: &[usize]) -> &[usize] {
     let skip = shape.iter().take_while(|d| **d == 1).count().min(shape.len().saturating_sub(1));
     &shape[skip..]
