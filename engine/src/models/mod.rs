@@ -296,7 +296,7 @@ pub fn resolve<'a>(
     if problems.is_empty() { Ok(()) } else { Err(EngineError::Tensors(problems)) }
 }
 
-/// A shape without its ones: files may write [1, n] for [n], and a vector of which parts are wanted has rows of one.
+/// A shape without its ones: files may write `[1, n]` for `[n]`, and a vector of which parts are wanted has rows of one.
 fn significant(shape: &[usize]) -> impl Iterator<Item = &usize> {
     shape.iter().filter(|d| **d != 1)
 }

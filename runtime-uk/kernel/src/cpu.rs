@@ -27,14 +27,6 @@ pub unsafe fn write_msr(register: u32, value: u64) {
     }
 }
 
-/// Physical address of the page tables in use.
-pub fn page_tables() -> u64 {
-    let value;
-    // SAFETY: reading CR3 in ring 0 has no effect.
-    unsafe { asm!("mov {}, cr3", out(reg) value, options(nomem, nostack, preserves_flags)) }
-    value
-}
-
 /// Whether pages of 1 GiB exist.
 pub fn has_huge_pages() -> bool {
     __cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).edx & 1 << 26 != 0
