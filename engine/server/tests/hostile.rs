@@ -275,7 +275,7 @@ fn special_tokens_in_messages_take_no_time() {
     let started = std::time::Instant::now();
     let long = "<unused7> hello <".repeat(100_000);
     assert!(specials.are_in(&long) && !specials.are_in(&"<unused x".repeat(100_000)));
-    encode_parts(&long, &[0..long.len()], &specials, &t).unwrap();
+    encode_parts(&long, std::slice::from_ref(&(0..long.len())), &specials, &t).unwrap();
     let (mut many, mut foreign) = (String::new(), Vec::new());
     for _ in 0..50_000 {
         many.push_str("<s>");
