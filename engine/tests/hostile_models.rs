@@ -679,15 +679,16 @@ fn changed_models_are_refused_or_run() {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
-/// Found by the test above: only one architecture listed the shared expert's tensors, all of them used them.
+/// Found by the test above: a width that only qwen2moe has made other architectures use tensors that they had not listed.
 #[test]
-fn a_shared_experts_width_demands_the_expert() {
+fn a_key_of_another_architecture_changes_nothing() {
     let Some(goldens) = common::goldens() else { return };
     for name in ["mixtral-a", "gpt-oss-b", "qwen3moe-b"] {
         let mut parts = Parts::read(&std::fs::read(goldens.join(format!("tiny/{name}.gguf"))).unwrap());
         let key = format!("{}.expert_shared_feed_forward_length", parts.arch);
         parts.kvs.push((key, Owned::Int(ValueType::U32, 32)));
-        let error = run(parts.write(), &mut Rng(1)).unwrap_err();
-        assert!(error.contains("blk.0.ffn_gate_shexp.weight: missing"), "{name}: {error}");
+        if let Err(error) = run(parts.write(), &mut Rng(1)) {
+            panic!("{name}: {error}");
+        }
     }
 }
