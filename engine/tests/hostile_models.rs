@@ -530,7 +530,7 @@ fn change_tensor(parts: &mut Parts, rng: &mut Rng) {
         }
         4 | 5 => {
             let t = &mut parts.tensors[i];
-            let formats: Vec<FormatId> = (0..64u32).filter_map(|id| FormatId::from_ggml(id)).collect();
+            let formats: Vec<FormatId> = (0..64u32).filter_map(FormatId::from_ggml).collect();
             t.format = *rng.of(&formats);
             fit(t);
         }
