@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 use gguf::Gguf;
 
 use crate::error::EngineError;
-use crate::op::{RopeMode, RopeParams};
+use crate::op::{AttentionParams, RopeMode, RopeParams};
 
 /// Bounds that no real model comes near; they keep a hostile file from asking for absurd graphs.
 const MAX_LAYERS: u32 = 1024;
@@ -355,6 +355,22 @@ impl Hparams {
             n_ff_shexp: 0,
         });
         Ok(())
+    }
+
+    /// What the attention of layer `il` is told.
+    pub fn attention(&self, il: usize) -> AttentionParams {
+        let layer = &self.layers[il];
+        AttentionParams {
+            il,
+            n_head: layer.n_head,
+            n_head_kv: layer.n_head_kv,
+            head_dim_k: self.head_dim_k,
+            head_dim_v: self.head_dim_v,
+            scale: self.attn_scale,
+            softcap: self.attn_softcap,
+            window: layer.window,
+            causal: self.causal,
+        }
     }
 
     /// [`Hparams::read_moe`] for an architecture that is always a mixture.

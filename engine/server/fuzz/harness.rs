@@ -71,19 +71,12 @@ impl Templates for Plain {
     }
 }
 
-static TINY: LazyLock<Arc<Model>> = LazyLock::new(|| {
+/// The server's model.
+pub static TINY: LazyLock<Arc<Model>> = LazyLock::new(|| {
     let bytes = std::fs::read(MODEL).or_else(|_| std::fs::read(MODEL_FROM_FUZZ)).unwrap();
     let bytes: Arc<dyn ByteSource> = Arc::new(bytes);
     Arc::new(Model::load(vec![bytes]).unwrap())
 });
-
-/// The token of the most text, and its bytes.
-#[allow(dead_code)] // of the tests alone
-pub fn longest_token() -> (u32, usize) {
-    let tokenizer = TINY.tokenizer();
-    let of = |id: u32| (id, tokenizer.piece(id, true).len());
-    (0..tokenizer.n_vocab() as u32).map(of).max_by_key(|found| found.1).expect("a vocabulary")
-}
 
 /// The server answers whatever comes, no answer is its own failure, and with the bytes its work ends. What it said.
 pub fn serve(input: &[u8]) -> Vec<u8> {

@@ -9,7 +9,7 @@ use super::ffn::{FfnWeights, Gating, gated_ffn, moe_ffn};
 use crate::graph::Output;
 use crate::hparams::Hparams;
 use crate::models::{Build, Matrix, TensorList};
-use crate::op::{AttentionParams, Glu};
+use crate::op::Glu;
 use crate::tensor::{Input, TensorId};
 
 /// Adds the tensors of the decoder: embeddings, norms, attention, and the feed-forward part or the experts.
@@ -169,18 +169,7 @@ fn attend(b: &mut Build<'_>, il: usize, h: TensorId, tables: &RopeTables) -> Opt
     if il + 1 == hp.n_layer() && b.shape.n_outputs == 0 {
         return None;
     }
-    let params = AttentionParams {
-        il,
-        n_head: layer.n_head,
-        n_head_kv: layer.n_head_kv,
-        head_dim_k: hp.head_dim_k,
-        head_dim_v: hp.head_dim_v,
-        scale: hp.attn_scale,
-        softcap: hp.attn_softcap,
-        window: layer.window,
-        causal: hp.causal,
-    };
-    Some(b.g.attention(q, sinks, params))
+    Some(b.g.attention(q, sinks, hp.attention(il)))
 }
 
 /// The feed-forward part of layer `il`, or its experts, on the normed stream `h`.

@@ -5,7 +5,7 @@ use crate::error::EngineError;
 use crate::graph::Output;
 use crate::hparams::{Hparams, Keys};
 use crate::layers::{attention_tensors, qkv};
-use crate::op::{AttentionParams, Unary};
+use crate::op::Unary;
 use crate::tensor::{Input, TensorId};
 
 /// `general.architecture = bert`
@@ -65,21 +65,10 @@ fn build(b: &mut Build<'_>) {
     x = b.g.add(p, x);
     let (w, bias) = (b.weight("token_embd_norm.weight"), b.weight("token_embd_norm.bias"));
     x = b.g.layer_norm(x, Some(w), Some(bias), hp.norm_eps);
-    for (il, layer) in hp.layers.iter().enumerate() {
+    for il in 0..hp.n_layer() {
         let (q, k, v) = qkv(b, il, x);
         b.g.kv_store(k, v, il);
-        let params = AttentionParams {
-            il,
-            n_head: layer.n_head,
-            n_head_kv: layer.n_head_kv,
-            head_dim_k: hp.head_dim_k,
-            head_dim_v: hp.head_dim_v,
-            scale: hp.attn_scale,
-            softcap: 0.0,
-            window: 0,
-            causal: false,
-        };
-        let mut h = b.g.attention(q, None, params);
+        let mut h = b.g.attention(q, None, hp.attention(il));
         if il + 1 == hp.n_layer() && n_outputs < n {
             let rows = b.g.input(Input::OutputRows, n_outputs);
             h = b.g.get_rows(h, rows);

@@ -48,12 +48,18 @@ impl Compiler {
         Err(PtxError::NoCompiler { reasons })
     }
 
-    /// Files that change when a compiler is installed: Debian's list of packages, rustup's folder of toolchains.
+    /// Files that change when a compiler or a library's source is installed: Debian's list of packages, rustup's lists of
+    /// toolchains and of each one's components.
     pub fn places() -> Vec<PathBuf> {
         let rustup = std::env::var_os("RUSTUP_HOME").map(PathBuf::from);
         let rustup = rustup.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".rustup")));
-        let toolchains = rustup.map(|home| home.join("toolchains"));
-        std::iter::once(PathBuf::from("/var/lib/dpkg/status")).chain(toolchains).collect()
+        let mut places = vec![PathBuf::from("/var/lib/dpkg/status")];
+        if let Some(rustup) = rustup {
+            let toolchains = std::fs::read_dir(rustup.join("toolchains")).into_iter().flatten().flatten();
+            places.extend(toolchains.map(|toolchain| toolchain.path().join("lib/rustlib/components")));
+            places.push(rustup.join("update-hashes"));
+        }
+        places
     }
 
     /// rustc for the device, with the flags every device crate shares.

@@ -34,7 +34,7 @@ impl Ptxas {
 /// own (`module`).
 fn most_spilled(tier: Tier) -> u32 {
     match tier.sm {
-        ..75 => 288,
+        ..75 => 256,
         75..89 => 160,
         89 => 128,
         _ => 160,

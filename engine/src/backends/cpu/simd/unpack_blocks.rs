@@ -198,6 +198,20 @@ unsafe fn iq4_xs_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: 
     }
 }
 
+/// Scales `first` to `first + 3`: `d` times what the bytes of each word are more than `zero`.
+///
+/// # Safety
+/// * As [`scales`].
+#[inline(always)]
+unsafe fn four_scales<S: Simd>(s: S, panel: Panel, first: usize, mut word: S::I, zero: f32, d: S::F) {
+    for i in 0..4 {
+        let value = s.sub(s.i32_to_f32(s.and(word, 0xff)), s.splat(zero));
+        // SAFETY: by this function's contract.
+        unsafe { scale(s, panel, first + i, s.mul(d, value)) };
+        word = s.shr::<8>(word);
+    }
+}
+
 /// Scales of Q6_K: sixteen signed bytes.
 ///
 /// # Safety
@@ -209,12 +223,7 @@ unsafe fn q6_k_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: us
         let d = s.gather_f16(p.add(208), stride);
         // Signed bytes as words: flipping the sign bit adds 128, which is taken off again exactly.
         for (w, word) in columns(s, ahead, p.add(192), stride).into_iter().enumerate() {
-            let mut word = s.xor(word, 0x8080_8080);
-            for i in 0..4 {
-                let byte = s.sub(s.i32_to_f32(s.and(word, 0xff)), s.splat(128.0));
-                scale(s, panel, 4 * w + i, s.mul(d, byte));
-                word = s.shr::<8>(word);
-            }
+            four_scales(s, panel, 4 * w, s.xor(word, 0x8080_8080), 128.0, d);
         }
     }
 }
@@ -256,13 +265,9 @@ unsafe fn q3_k_scales<S: Simd>(s: S, ahead: &mut Ahead, p: *const u8, stride: us
         let mut high = s.or(s.shr::<16>(tail[2]), s.shl::<16>(tail[3]));
         let d = s.low_f16(s.shr::<16>(tail[3]));
         for (w, low) in [a, b, s.shr::<4>(a), s.shr::<4>(b)].into_iter().enumerate() {
-            let mut six = s.or(s.and(low, NIBBLES), s.shl::<4>(s.and(high, 0x0303_0303)));
+            let six = s.or(s.and(low, NIBBLES), s.shl::<4>(s.and(high, 0x0303_0303)));
             high = s.shr::<2>(high);
-            for i in 0..4 {
-                let signed = s.sub(s.i32_to_f32(s.and(six, 0xff)), s.splat(32.0));
-                scale(s, panel, 4 * w + i, s.mul(d, signed));
-                six = s.shr::<8>(six);
-            }
+            four_scales(s, panel, 4 * w, six, 32.0, d);
         }
     }
 }
