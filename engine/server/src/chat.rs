@@ -274,12 +274,13 @@ impl SpecialTexts {
     /// Those of a vocabulary.
     pub fn new(tokenizer: &Tokenizer) -> SpecialTexts {
         let special = TokenAttr::CONTROL.with(TokenAttr::UNKNOWN);
-        let mut sorted: Vec<String> = (0..tokenizer.n_vocab() as u32)
+        let mut sorted: Vec<&str> = (0..tokenizer.n_vocab() as u32)
             .map(|id| tokenizer.token(id))
             .filter(|(text, attr)| attr.is_any(special) && !text.is_empty())
-            .filter_map(|(text, _)| core::str::from_utf8(text).ok().map(ToOwned::to_owned))
+            .filter_map(|(text, _)| core::str::from_utf8(text).ok())
             .collect();
         sorted.sort_unstable();
+        let sorted: Vec<String> = sorted.into_iter().map(ToOwned::to_owned).collect();
         let mut begins = [false; 256];
         sorted.iter().for_each(|text| begins[usize::from(text.as_bytes()[0])] = true);
         SpecialTexts { sorted, begins }

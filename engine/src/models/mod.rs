@@ -11,7 +11,6 @@ mod phi3;
 mod qwen;
 pub mod table;
 
-use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -254,11 +253,12 @@ pub fn resolve<'a>(
     find: impl Fn(&str) -> Option<Found>,
 ) -> Result<(), EngineError> {
     let mut problems = Vec::new();
-    let known: BTreeSet<&str> =
-        list.specs.iter().map(|spec| spec.name.as_str()).chain(list.unused.iter().copied()).collect();
+    let mut known: Vec<&str> = list.specs.iter().map(|spec| spec.name.as_str()).collect();
+    known.extend(&list.unused);
+    known.sort_unstable();
     for name in names {
         // Scales of activations, for engines that compute in 4 bits.
-        if !known.contains(name) && !name.ends_with(".input_scale") {
+        if known.binary_search(&name).is_err() && !name.ends_with(".input_scale") {
             problems.push(TensorProblem::Unknown { name: String::from(name) });
         }
     }
