@@ -23,12 +23,12 @@ use quant::FormatId;
 
 use super::inputs::InputAddresses;
 use super::program::{
-    Action, Acts, ExpertProduct, Factor, Gate, Halves, Norm, NormKind, Part, Place, Product, Program, Sorted,
-    Store, Table, Value,
+    Action, Acts, Attention, ExpertProduct, Factor, Gate, Halves, Norm, NormKind, Part, Place, Product,
+    Program, Sorted, Store, Table, Value,
 };
 use crate::backend::Step;
 use crate::kv_cache::{self, KvLayer, KvLayout};
-use crate::op::{self, AttentionParams, Binary, RopeMode, Unary};
+use crate::op::{self, Binary, RopeMode, Unary};
 use crate::plan::Slot;
 
 /// Most tokens whose products with block formats go to the matrix × vector kernel.
@@ -43,16 +43,41 @@ const _: () = assert!(flash::PAGE == kv_cache::PAGE);
 /// Tokens of one sequence from which on attention works on tiles of them.
 const PREFILL_TOKENS: usize = 16;
 
+/// Most tokens that a sequence has in a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum MostTokens {
+    /// One: a step that generates. A token sees nothing of the step but itself.
+    #[default]
+    One,
+    /// Several.
+    Some,
+    /// So many that attention tiles them.
+    Tile,
+}
+
 /// The sizes of a step, beside its plan's shape, that launches depend on. Steps of one class replay the same launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SizeClass {
     /// Most spans of the cache that any sequence has, rounded up to a power of two.
     pub max_spans: usize,
-    /// Whether some sequence has so many tokens in the step that attention tiles them.
-    pub prefill: bool,
+    /// Most tokens of a sequence.
+    pub most_tokens: MostTokens,
+}
+
+impl MostTokens {
+    fn of(n: usize) -> MostTokens {
+        match n {
+            0 | 1 => MostTokens::One,
+            PREFILL_TOKENS.. => MostTokens::Tile,
+            _ => MostTokens::Some,
+        }
+    }
 }
 
 impl SizeClass {
+    /// The class of a plan that has not run.
+    pub const SMALLEST: SizeClass = SizeClass { max_spans: 1, most_tokens: MostTokens::One };
+
     /// The class of a step.
     pub fn of(step: &Step<'_>) -> SizeClass {
         let longest = step.sequences.iter().map(|s| s.len as usize).max().unwrap_or(0);
@@ -62,7 +87,7 @@ impl SizeClass {
             .max();
         SizeClass {
             max_spans: longest.div_ceil(KV_SPAN).next_power_of_two(),
-            prefill: most == Some(PREFILL_TOKENS),
+            most_tokens: MostTokens::of(most.unwrap_or(0)),
         }
     }
 
@@ -70,13 +95,13 @@ impl SizeClass {
     pub fn of_positions(positions: &Range<usize>) -> SizeClass {
         SizeClass {
             max_spans: positions.end.div_ceil(KV_SPAN).next_power_of_two(),
-            prefill: positions.len() >= PREFILL_TOKENS,
+            most_tokens: MostTokens::of(positions.len()),
         }
     }
 
     /// How attention is cut on a device of this compute capability (times ten) and number of multiprocessors.
     fn geometry(self, sm: u32, n_sm: u32, n_tokens: usize, n_head_kv: usize) -> Geometry {
-        let most = if self.prefill { PREFILL_TOKENS } else { 1 };
+        let most = if self.most_tokens == MostTokens::Tile { PREFILL_TOKENS } else { 1 };
         Geometry::choose(sm, n_sm, n_tokens, most, n_head_kv, self.max_spans * KV_SPAN)
     }
 }
@@ -90,13 +115,13 @@ pub fn add_scratch(program: &mut Program, class: SizeClass, device: &DeviceInfo)
 /// Gives attention that is split over spans room for the spans' results.
 fn add_partials(program: &mut Program, class: SizeClass, device: &DeviceInfo) {
     for i in 0..program.actions.len() {
-        let Action::Attention { params: p, n, .. } = &program.actions[i] else { continue };
-        let geometry = class.geometry(device.sm, device.n_sm, *n, p.n_head_kv);
+        let Action::Attention(Attention { params: p, n, .. }) = program.actions[i] else { continue };
+        let geometry = class.geometry(device.sm, device.n_sm, n, p.n_head_kv);
         let Geometry::Split { n_spans, .. } = geometry else { continue };
-        let bytes = flash::scratch_bytes(*n, p.n_head, p.head_dim_v, n_spans);
+        let bytes = flash::scratch_bytes(n, p.n_head, p.head_dim_v, n_spans);
         let room = program.value(bytes);
-        if let Action::Attention { partials, .. } = &mut program.actions[i] {
-            *partials = Some(room);
+        if let Action::Attention(attention) = &mut program.actions[i] {
+            attention.partials = Some(room);
         }
     }
 }
@@ -291,9 +316,7 @@ impl Emit<'_> {
                 mode: rope_mode(*mode),
             })),
             Action::Store(store) => self.store(store),
-            Action::Attention { q, sinks, params, n, out, partials } => {
-                self.attention(*q, *sinks, params, *n, *out, *partials)
-            }
+            Action::Attention(attention) => self.attention(attention),
             Action::Binary { kind, a, b, n, period, out } => {
                 let op = match kind {
                     Binary::Add => BinaryOp::Add,
@@ -647,18 +670,11 @@ impl Emit<'_> {
         Ok(flash::Cache { k, v, type_k, type_v, n_head_kv, head_dim_k, head_dim_v })
     }
 
-    fn attention(
-        &self,
-        q: Place,
-        sinks: Option<Place>,
-        p: &AttentionParams,
-        n: usize,
-        out: Value,
-        partials: Option<Value>,
-    ) -> Result<Vec<Launch>, Refusal> {
+    fn attention(&self, attention: &Attention) -> Result<Vec<Launch>, Refusal> {
+        let &Attention { q, store, sinks, params: p, n, out, partials } = attention;
         let cache = self.cache(p.il)?;
         let of_prompt = if self.prompt { Geometry::of_prompt(self.device, &cache, false) } else { None };
-        let launches = flash::launch(&flash::Args {
+        let mut args = flash::Args {
             cache,
             step: flash::Step {
                 positions: self.inputs.positions(),
@@ -680,11 +696,31 @@ impl Emit<'_> {
             smem_per_cta_bytes: self.device.smem_per_cta_bytes,
             geometry: match (of_prompt, partials) {
                 (Some(geometry), _) => geometry,
-                (None, None) if !self.class.prefill && self.device.sm >= 80 => Geometry::Decode,
+                (None, None) if self.class.most_tokens < MostTokens::Tile && self.device.sm >= 80 => {
+                    Geometry::Decode
+                }
                 (None, _) => self.class.geometry(self.device.sm, self.device.n_sm, n, p.n_head_kv),
             },
-        })?;
-        Ok(launches.iter().copied().collect())
+            append: None,
+        };
+        let mut launches = Vec::new();
+        if let Some(store) = store {
+            match store.rope {
+                Some((rotation, table, n_rot, mode)) if flash::appends(&args, n_rot) => {
+                    args.q = self.place(rotation.x);
+                    args.append = Some(flash::Append {
+                        k: self.place(store.k),
+                        v: self.place(store.v),
+                        cells: self.inputs.cells(),
+                        angles: self.place(table),
+                        mode: rope_mode(mode),
+                    });
+                }
+                _ => launches = self.store(&store)?,
+            }
+        }
+        launches.extend(flash::launch(&args)?.iter());
+        Ok(launches)
     }
 
     fn store(&self, store: &Store) -> Result<Vec<Launch>, Refusal> {

@@ -38,6 +38,7 @@ impl Lowered {
         device: &DeviceInfo,
     ) -> Result<Lowered, (usize, String)> {
         let (mut program, values) = translate::translate(graph, addresses, device)?;
+        program.most_tokens = class.most_tokens;
         rules.apply(&mut program);
         emit::add_scratch(&mut program, class, device);
         let kept: Vec<usize> = program.kept.iter().map(|v| v.index()).collect();

@@ -434,7 +434,7 @@ impl Backend for Cuda {
             slots: &slots,
             inputs: InputAddresses { block: DevicePtr(1 << 20), layout: InputLayout::default() },
             kv: self.kv.as_ref().map(Kv::addresses),
-            class: SizeClass { max_spans: 1, prefill: false },
+            class: SizeClass::SMALLEST,
             device: &self.info,
             prompt: translate::runs_apart(graph, &self.info),
         };
@@ -467,8 +467,7 @@ impl Backend for Cuda {
         self.load(&plan.graph, &mut |_| {})?;
         let id = self.next_plan;
         self.next_plan += 1;
-        let last = SizeClass { max_spans: 1, prefill: false };
-        self.plans.insert(id, Prepared { plan, ready: BTreeMap::new(), last });
+        self.plans.insert(id, Prepared { plan, ready: BTreeMap::new(), last: SizeClass::SMALLEST });
         Ok(PlanId(id))
     }
 

@@ -7,7 +7,7 @@ use core::ops::Range;
 use gpu_kernels::driver::DeviceInfo;
 use gpu_kernels::ptx;
 
-use super::emit::{self, SizeClass};
+use super::emit::{self, MostTokens, SizeClass};
 use super::fuse::RuleSet;
 use super::lower::Lowered;
 use super::translate::{self, Anywhere};
@@ -117,7 +117,7 @@ impl Needs {
         needs.layer_kv =
             (0..n_layer).map(|il| kv.part_bytes(il, KvPart::K) + kv.part_bytes(il, KvPart::V)).collect();
         let max_spans = params.n_ctx.div_ceil(emit::KV_SPAN).next_power_of_two();
-        let class = SizeClass { max_spans, prefill: true };
+        let class = SizeClass { max_spans, most_tokens: MostTokens::Tile };
         let lowered = Lowered::new(&graph, &Anywhere, RuleSet::ALL, class, device);
         let lowered = lowered.map_err(|(i, why)| super::unsupported(&graph, i, why))?;
         needs.activations = lowered.places.arena_bytes;

@@ -12,6 +12,7 @@ use gpu_kernels::launch::DevicePtr;
 use quant::FormatId;
 use quant::act::ActKind;
 
+use super::emit::MostTokens;
 use crate::op::{AttentionParams, Binary, Glu, MoeRouteParams, RopeMode, Unary};
 use crate::plan::Access;
 
@@ -240,6 +241,25 @@ pub struct Store {
     pub rope: Option<(Rotation, Place, usize, RopeMode)>,
 }
 
+/// Attention of the step's tokens over a layer's cache.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// f32 [n, n_head · head_dim_k]
+    pub q: Place,
+    /// Keys, values and queries that `q` and the cache come from, if that is not an action of its own. One token.
+    pub store: Option<Store>,
+    /// f32 `[n_head]`
+    pub sinks: Option<Place>,
+    /// Layer, sizes, mask.
+    pub params: AttentionParams,
+    /// Tokens.
+    pub n: usize,
+    /// f32 [n, n_head · head_dim_v]
+    pub out: Value,
+    /// The kernel's scratch.
+    pub partials: Option<Value>,
+}
+
 /// A table that rows are taken from.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Table {
@@ -310,15 +330,7 @@ pub enum Action {
         n: usize,
     },
     Store(Store),
-    /// `partials` is the kernel's scratch.
-    Attention {
-        q: Place,
-        sinks: Option<Place>,
-        params: AttentionParams,
-        n: usize,
-        out: Value,
-        partials: Option<Value>,
-    },
+    Attention(Attention),
     Binary {
         kind: Binary,
         a: Place,
@@ -384,6 +396,8 @@ pub enum Action {
 pub struct Program {
     /// The device it is for.
     pub device: DeviceInfo,
+    /// Most tokens of a sequence in the step.
+    pub most_tokens: MostTokens,
     /// Bytes of each value.
     pub values: Vec<usize>,
     /// What to do.
@@ -453,6 +467,22 @@ impl Factor {
     }
 }
 
+impl Store {
+    fn for_each_read(&self, f: &mut dyn FnMut(Place)) {
+        f(self.k);
+        f(self.v);
+        if let Some((q, table, ..)) = self.rope {
+            f(q.x);
+            f(table);
+        }
+    }
+
+    /// Queries may be rotated where they are.
+    fn in_place(&self) -> Option<(Place, Value)> {
+        self.rope.map(|(q, ..)| (q.x, q.out))
+    }
+}
+
 impl Action {
     /// Calls `f` for every value read.
     pub fn for_each_read(&self, f: &mut dyn FnMut(Value)) {
@@ -504,17 +534,13 @@ impl Action {
                 place(rotation.x, f);
                 place(*table, f);
             }
-            Action::Store(s) => {
-                place(s.k, f);
-                place(s.v, f);
-                if let Some((q, table, ..)) = s.rope {
-                    place(q.x, f);
-                    place(table, f);
+            Action::Store(s) => s.for_each_read(&mut |p| place(p, f)),
+            Action::Attention(a) => {
+                match &a.store {
+                    Some(store) => store.for_each_read(&mut |p| place(p, f)),
+                    None => place(a.q, f),
                 }
-            }
-            Action::Attention { q, sinks, .. } => {
-                place(*q, f);
-                opt(*sinks, f);
+                opt(a.sinks, f);
             }
             Action::Binary { a, b, .. } => {
                 place(*a, f);
@@ -570,9 +596,10 @@ impl Action {
             }
             Action::Rope { rotation, .. } => f(rotation.out),
             Action::Store(s) => s.rope.iter().for_each(|(q, ..)| f(q.out)),
-            Action::Attention { out, partials, .. } => {
-                f(*out);
-                partials.iter().for_each(|p| f(*p));
+            Action::Attention(a) => {
+                a.store.and_then(|s| s.rope).iter().for_each(|(q, ..)| f(q.out));
+                f(a.out);
+                a.partials.iter().for_each(|p| f(*p));
             }
             Action::Gate(g) => {
                 g.out.into_iter().for_each(&mut *f);
@@ -621,7 +648,9 @@ impl Action {
                 parts.iter().flat_map(|p| p.residual.map(|r| pair(r, p.out)).unwrap_or_default()).collect()
             }
             Action::Rope { rotation, .. } => pair(rotation.x, rotation.out),
-            Action::Store(s) => s.rope.map(|(q, ..)| pair(q.x, q.out)).unwrap_or_default(),
+            Action::Store(s) | Action::Attention(Attention { store: Some(s), .. }) => {
+                s.in_place().map(|(x, out)| pair(x, out)).unwrap_or_default()
+            }
             Action::Binary { a, out, .. } => pair(*a, *out),
             Action::Unary { x, out, .. }
             | Action::Scale { x, out, .. }
@@ -646,7 +675,7 @@ impl Action {
             Action::RopeTable { .. } => "rope_table",
             Action::Rope { .. } => "rope",
             Action::Store(_) => "kv_store",
-            Action::Attention { .. } => "attention",
+            Action::Attention(_) => "attention",
             Action::Binary { .. } => "binary",
             Action::Unary { .. } => "unary",
             Action::Scale { .. } => "scale",

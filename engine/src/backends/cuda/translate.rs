@@ -16,8 +16,8 @@ use quant::FormatId;
 
 use super::emit::MMVF_MAX_PLAIN_COLS;
 use super::program::{
-    Action, Acts, ExpertProduct, Factor, Gate, Halves, Matrix, Norm, NormKind, Part, Place, Product, Program,
-    Rotation, Sorted, Store, Table, Value,
+    Action, Acts, Attention, ExpertProduct, Factor, Gate, Halves, Matrix, Norm, NormKind, Part, Place,
+    Product, Program, Rotation, Sorted, Store, Table, Value,
 };
 use crate::graph::{Graph, Node};
 use crate::op::{Op, RopeParams};
@@ -342,7 +342,8 @@ impl<'a> Translator<'a> {
                 let n = shape(*q).dims()[0];
                 let (q, sinks) = (self.place(*q), self.opt_vector(*sinks)?);
                 let out = self.value(out());
-                self.push(Action::Attention { q, sinks, params: *params, n, out, partials: None });
+                let attention = Attention { q, store: None, sinks, params: *params, n, out, partials: None };
+                self.push(Action::Attention(attention));
             }
             Op::Binary { kind, a, b } => {
                 let (n, period) = (shape(*a).elems(), shape(*b).elems());

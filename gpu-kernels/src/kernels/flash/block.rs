@@ -33,6 +33,18 @@ pub(super) struct Inputs {
     pub(super) softcap: f32,
     /// Spans that `scratch` has room for per row; 0: a CTA takes all of a row's spans and needs none.
     pub(super) n_spans: u32,
+    /// The token's own key and value, where they are not in the cache yet.
+    pub(super) appended: Appended,
+}
+
+/// What a decode that appends does beside: see `append`.
+#[derive(Clone, Copy)]
+pub(super) struct Appended {
+    pub(super) k: Glb<F32x2>,
+    pub(super) v: Glb<F32x2>,
+    pub(super) cells: Glb<u32>,
+    /// Absent: nothing is appended.
+    pub(super) angles: Glb<F32x2>,
 }
 
 /// Softmax state of the lane's two rows: maxima in units of log2, sums, weighted values.

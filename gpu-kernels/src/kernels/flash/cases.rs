@@ -5,10 +5,12 @@ use alloc::{boxed::Box, vec, vec::Vec};
 use quant::FormatId;
 
 use super::{
-    Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE, SPAN, Step, launch,
-    scratch_bytes,
+    Append, Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE, SPAN, Step,
+    launch, scratch_bytes,
 };
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
+use crate::kernels::kv_store;
+use crate::kernels::rope::Mode;
 use crate::launch::DevicePtr;
 
 /// What the cases' launches may take: as much as an H100 has.
@@ -64,6 +66,8 @@ pub struct Case {
     pub sinks: bool,
     pub slopes: bool,
     pub geometry: Geometry,
+    /// Each token is of another sequence; their keys and values are appended by the launch, rotated in these pairs.
+    pub append: Option<Mode>,
 }
 
 /// What the cases have in common.
@@ -79,6 +83,7 @@ pub const BASE: Case = Case {
     sinks: false,
     slopes: false,
     geometry: Geometry::Decode,
+    append: None,
 };
 
 const PLAIN: Case = Case { geometry: Geometry::Plain, ..BASE };
@@ -290,12 +295,105 @@ impl Case {
             scale: self.scale(),
             softcap: self.softcap,
             geometry: self.geometry,
+            append: None,
             smem_per_cta_bytes: SMEM_BYTES,
         }
     }
 }
 
+/// The launch that appends beside `kv_store` and the one that does not, which is held to the definition: cache and output
+/// must be the same.
+fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
+    let mut data = Data::new(case, random);
+    let (n_rot, n_tokens) = (case.dims[0], case.n_tokens());
+    let angles: Vec<f32> = (0..n_tokens * n_rot / 2)
+        .map(|_| f64::from(random.value()))
+        .flat_map(|angle| [libm::cos(angle) as f32, libm::sin(angle) as f32])
+        .collect();
+    let angles_of = |token: usize| &angles[token * n_rot..][..n_rot];
+    let new = case.dims.map(|dim| random.values(n_tokens * case.n_head_kv * dim));
+    let q = data.q.clone();
+    for (i, head) in data.q.chunks_mut(n_rot).enumerate() {
+        kv_store::reference(head, angles_of(i / case.n_head), mode);
+    }
+    // The cells have no numbers yet; the definition sees what they will hold.
+    let mut cells = vec![kv_store::NO_CELL; n_tokens];
+    for token in 0..n_tokens {
+        let sequence = data.token_sequences[token];
+        if sequence == NO_SEQUENCE {
+            continue;
+        }
+        let (pos, first) = (data.positions[token] as usize, data.sequences[sequence as usize][0]);
+        let page = data.pages[first as usize + pos / PAGE] as usize;
+        cells[token] = (page * PAGE + pos % PAGE) as u32;
+        for (p, new) in new.iter().enumerate() {
+            let (dim, bytes) = (case.dims[p], 2 * case.dims[p]);
+            let heads = new.chunks(dim).skip(token * case.n_head_kv).take(case.n_head_kv);
+            for (h, head) in heads.enumerate() {
+                let mut head = head.to_vec();
+                if p == 0 {
+                    kv_store::reference(&mut head, angles_of(token), mode);
+                }
+                let rounded = head.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect();
+                data.rows[p][sequence as usize][h][pos] = rounded;
+                let at = ((page * case.n_head_kv + h) * PAGE + pos % PAGE) * bytes;
+                data.cache[p][at..at + bytes].fill(0xff);
+            }
+        }
+    }
+    let out = 4 * n_tokens * case.n_head * case.dims[1];
+    let [k, v] = &data.cache;
+    let mut buffers: Vec<Buffer> = data.buffers().into_iter().map(Buffer::Input).collect();
+    let unchecked = |cache: &Vec<u8>| Buffer::Changed(cache.clone(), Expected::Unchecked(cache.len()));
+    (buffers[0], buffers[1]) = (unchecked(k), unchecked(v));
+    // Rotated queries.
+    buffers[6] = Buffer::Output(Expected::Unchecked(4 * q.len()));
+    let same = |cache: &Vec<u8>, buffer| {
+        Buffer::Changed(cache.clone(), Expected::Same { buffer, bytes: cache.len() })
+    };
+    buffers.extend([
+        Buffer::Output(Expected::F32(data.expected(case))),
+        Buffer::Input(vec![0xff; case.scratch_bytes()]),
+        same(k, 0),
+        same(v, 1),
+        Buffer::Output(Expected::Same { buffer: 9, bytes: out }),
+        Buffer::Input(bytes_of(&new[0])),
+        Buffer::Input(bytes_of(&new[1])),
+        Buffer::Input(bytes_of(&cells)),
+        Buffer::Input(bytes_of(&angles)),
+        Buffer::Input(bytes_of(&q)),
+    ]);
+    let case = *case;
+    let launches = move |at: &[DevicePtr]| {
+        let after_store = case.args(at);
+        let rope =
+            kv_store::Rope { table: at[17], q: at[18], q_out: at[6], n_head: case.n_head, n_rot, mode };
+        let stores = kv_store::launch(&kv_store::Args {
+            k: at[14],
+            v: at[15],
+            cells: at[16],
+            cache: after_store.cache,
+            n_tokens,
+            rope: Some(rope),
+        })?;
+        let append = Append { k: at[14], v: at[15], cells: at[16], angles: at[17], mode };
+        let appends = launch(&Args {
+            cache: Cache { k: at[11], v: at[12], ..after_store.cache },
+            q: at[18],
+            out: at[13],
+            append: Some(append),
+            ..after_store
+        })?;
+        let attends = launch(&after_store)?;
+        Ok([stores].iter().chain(attends.iter()).chain(appends.iter()).copied().collect())
+    };
+    Problem { buffers, launches: Box::new(launches) }
+}
+
 fn problem(case: &Case, random: &mut Random) -> Problem {
+    if let Some(mode) = case.append {
+        return append_problem(case, mode, random);
+    }
     let data = Data::new(case, random);
     let mut buffers: Vec<Buffer> = data.buffers().into_iter().map(Buffer::Input).collect();
     buffers.push(Buffer::Output(if random.is_timing() {
@@ -406,6 +504,29 @@ impl Kernel for Flash {
         Case { sinks: true, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
         Case { slopes: true, sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
         Case { slopes: true, causal: false, sequences: &[(300, 1)], ..BASE },
+        // The token's own key and value on the way: at the edges of blocks and pages, in one of several shares, with
+        // several tiles to a KV head, alone.
+        Case { append: Some(Mode::Norm), ..BASE },
+        Case { append: Some(Mode::Neox), sequences: &[(1, 1)], ..BASE },
+        Case { append: Some(Mode::Norm), sequences: &[(65, 1)], dims: [128, 128], n_head: 8, ..BASE },
+        Case {
+            append: Some(Mode::Neox),
+            sequences: &[(900, 1)],
+            dims: [128, 128],
+            geometry: split(900),
+            ..BASE
+        },
+        Case {
+            append: Some(Mode::Norm),
+            sequences: &[(257, 1)],
+            n_head: 20,
+            n_head_kv: 1,
+            geometry: split(512),
+            ..BASE
+        },
+        Case { append: Some(Mode::Norm), sequences: &[(64, 1), (0, 0), (600, 1), (2, 1)], ..BASE },
+        Case { append: Some(Mode::Neox), sequences: &[(160, 1)], dims: [256, 256], window: 70, ..BASE },
+        Case { append: Some(Mode::Norm), sequences: &[(64, 1)], dims: [128, 96], sinks: true, ..BASE },
         // Formats that are widened.
         Case { types: [FormatId::Q8_0; 2], sequences: &[(300, 1)], ..BASE },
         Case { types: [FormatId::Q4_0; 2], sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
@@ -450,6 +571,7 @@ impl Kernel for Flash {
         super::entries::PREFILL,
         super::entries::NARROW_PREFILL,
         super::merge::ENTRIES,
+        kv_store::gpu::ENTRIES,
     ];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {

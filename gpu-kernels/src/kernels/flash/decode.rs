@@ -3,6 +3,7 @@
 //! A CTA walks its share of the token's spans. Blocks are copied `STAGES - 1` ahead and the copies go on where a span
 //! ends: its state is stored, or merged, while the next span's first blocks are under way.
 
+use super::append::PAIRS;
 use super::block::{Attention, Inputs, Part};
 use super::store::Class;
 use super::{CAUSAL, NO_SEQUENCE, PAGE, SPAN, state};
@@ -229,11 +230,18 @@ impl<
         let (sequence, pos) = (x.token_sequences.ld_early(token), x.positions.ld_early(token));
         let tile = Tile::new(&x, Self::TILE_ROWS);
         let (mut low, mut high, mut len) = (0, 0, 0);
+        // The position that is appended, which the cache does not have.
+        let appends = !x.appended.angles.is_null();
+        let mut newest = u32::MAX;
         let mut pages = Pages { first: 0, n: 0, held: 0 };
         if sequence != NO_SEQUENCE {
             let U32x2([first_page, positions]) = x.sequences.ld_early(sequence);
             (low, high) = super::visible(pos, positions, x.flags & CAUSAL != 0, x.window);
             len = positions;
+            if appends {
+                len = pos;
+                newest = pos;
+            }
             pages = Pages { first: first_page, n: positions.div_ceil(PAGE as u32), held: 0 };
         }
         let (mut block, mut end) = (low / Self::BLOCK, high.div_ceil(Self::BLOCK));
@@ -276,6 +284,12 @@ impl<
         if Self::TILE.q_in_registers() {
             loaded = Self::load_queries(&x, tile, thread::lane_id());
         }
+        let mut angles = [[[0.0; 4]; 2]; KS];
+        let (mut appended, mut words) = ([[0.0; 2]; PAIRS], [0; PAIRS]);
+        if Self::APPENDS && appends {
+            angles = Self::load_angles(&x, thread::lane_id());
+            appended = Self::load_appended(&x, tile.kv_head);
+        }
         let mut next = block;
         let mut stage = 0;
         while stage + 1 < STAGES as u32 {
@@ -284,6 +298,10 @@ impl<
         }
         let mut q = [FragmentA::default(); KS];
         if Self::TILE.q_in_registers() {
+            if Self::APPENDS && appends {
+                Self::rotate(&x, &mut loaded, &angles);
+                words = Self::as_words(&appended);
+            }
             q = Self::as_fragments(&loaded);
         } else {
             Self::fill_queries(&x, tile);
@@ -302,6 +320,10 @@ impl<
             let ahead = if stage == 0 { STAGES as u32 - 1 } else { stage - 1 };
             Self::copy_next(&x, tile, &mut pages, &mut next, end, len, ahead);
             if !Self::ASYNC {
+                sync::sync_threads();
+            }
+            if Self::APPENDS && block == newest / Self::BLOCK {
+                Self::append(&x, tile.kv_head, tile.head, newest, &words, stage);
                 sync::sync_threads();
             }
             let first = block * Self::BLOCK;

@@ -1,6 +1,6 @@
 //! The entries of `for_each_table`.
 
-use super::block::{Attention, Inputs};
+use super::block::{Appended, Attention, Inputs};
 use super::store::{Class, Half, Split};
 use crate::device::{F32x2, Glb, U32x2};
 
@@ -41,6 +41,10 @@ fn attend<
     scale: f32,
     softcap: f32,
     n_spans: u32,
+    new_k: Glb<F32x2>,
+    new_v: Glb<F32x2>,
+    cells: Glb<u32>,
+    angles: Glb<F32x2>,
 ) {
     let inputs = Inputs {
         q,
@@ -65,6 +69,7 @@ fn attend<
         scale,
         softcap,
         n_spans,
+        appended: Appended { k: new_k, v: new_v, cells, angles },
     };
     if const { Attention::<C, STAGES, KS, NS, NO, SHARERS, GROUPS>::TILE.per_token() } {
         Attention::<C, STAGES, KS, NS, NO, SHARERS, GROUPS>::decode(inputs);
@@ -88,6 +93,7 @@ macro_rules! entries {
                 n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,
                 row_bytes_k: u32, row_bytes_v: u32, format_k: u32, format_v: u32,
                 flags: u32, window: u32, scale: f32, softcap: f32, n_spans: u32,
+                new_k: Glb<F32x2>, new_v: Glb<F32x2>, cells: Glb<u32>, angles: Glb<F32x2>,
             );
             $(concat!($prefix, $dim, "_", $suffix) =>
                 attend::<$kind, $stages, $ks, $ns, $no, $sharers, $groups>;)*

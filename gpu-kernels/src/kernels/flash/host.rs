@@ -3,11 +3,12 @@
 use quant::FormatId;
 
 use super::{
-    CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, PLAIN_WARPS,
-    ROWS, SPAN, TRANSFORM, Tile,
+    Append, CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, NEOX,
+    PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile,
 };
 use crate::case::Kernel;
 use crate::driver::DeviceInfo;
+use crate::kernels::rope::Mode;
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 use crate::ptx;
 
@@ -223,6 +224,8 @@ pub struct Args {
     pub scale: f32,
     pub softcap: f32,
     pub geometry: Geometry,
+    /// The tokens' own keys and values, if the cache does not have them yet: a decode that [`appends`] stores them.
+    pub append: Option<Append>,
     /// Shared memory that the device gives to a CTA: a tile too large for it makes way for the next smaller one.
     pub smem_per_cta_bytes: u32,
 }
@@ -241,6 +244,34 @@ impl Launches {
     pub fn iter(&self) -> impl Iterator<Item = &Launch> {
         core::iter::once(&self.attention).chain(&self.merge)
     }
+}
+
+/// The tile for these arguments on tensor cores: in the order of the tables, so that prefill finds its own tile of a head
+/// before that of decode.
+fn variant(args: &Args) -> Option<Variant> {
+    let Cache { type_k, type_v, head_dim_k, head_dim_v, .. } = args.cache;
+    let class = Class::of([type_k, type_v]);
+    let decodes = [DECODE, LARGE_DECODE, SPLIT_DECODE];
+    let prefills = match args.geometry {
+        Geometry::Prefill => [PREFILL, NARROW_PREFILL, SPLIT_PREFILL, SPLIT_NARROW_PREFILL].as_slice(),
+        _ => &[],
+    };
+    let mut variants = prefills.iter().chain(&decodes).copied().flatten().copied();
+    variants.find(|v| {
+        let holds = head_dim_k <= v.tile.dims[0] && head_dim_v <= v.tile.dims[1];
+        v.class == class && holds && v.tile.smem_bytes() <= args.smem_per_cta_bytes
+    })
+}
+
+/// Whether the launch of these arguments can append its tokens' keys and values, of whose elements `n_rot` are rotated, if
+/// each token is of another sequence.
+pub fn appends(args: &Args, n_rot: usize) -> bool {
+    let decodes = matches!(args.geometry, Geometry::Decode | Geometry::Split { .. });
+    let whole = |v: Variant| {
+        let fills = args.cache.head_dim_k == v.tile.dims[0] && n_rot == args.cache.head_dim_k;
+        v.class == Class::F16 && v.tile.q_in_registers() && fills
+    };
+    args.causal && decodes && variant(args).is_some_and(whole)
 }
 
 /// Attention of a step's tokens over a layer's cache.
@@ -294,12 +325,20 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         (true, false) => args.scale,
         (true, true) => args.scale / args.softcap,
     };
+    if args.append.is_some() && !appends(args, cache.head_dim_k) {
+        return Err(shape(
+            "tokens of a launch that appends",
+            "one that decodes: see `appends`",
+            step.n_tokens,
+        ));
+    }
     let dims = [cache.head_dim_k, cache.head_dim_v];
     if dims[0] > 576 || dims[1] > MAX_DIM_V as usize {
         return Err(shape("head_dim", "at most (576, 512)", dims[0].max(dims[1])));
     }
     let flag = |on: bool, bit: u32| if on { bit } else { 0 };
-    let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM);
+    let neox = args.append.is_some_and(|append| append.mode == Mode::Neox);
+    let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM) | flag(neox, NEOX);
     let addresses =
         [step.positions, step.token_sequences, step.sequences, step.pages, args.sinks, args.slopes];
     let sizes = [
@@ -351,26 +390,13 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         };
         return Ok(Launches { attention, merge: None });
     }
-    let class = Class::of([cache.type_k, cache.type_v]);
-    // In the order of the tables: prefill finds its own tile of a head before that of decode.
-    let decodes = [DECODE, LARGE_DECODE, SPLIT_DECODE];
-    let prefills = match args.geometry {
-        Geometry::Prefill => [PREFILL, NARROW_PREFILL, SPLIT_PREFILL, SPLIT_NARROW_PREFILL].as_slice(),
-        _ => &[],
-    };
-    let mut variants = prefills.iter().chain(&decodes).copied().flatten();
-    let variant = variants
-        .find(|v| {
-            let holds = dims[0] <= v.tile.dims[0] && dims[1] <= v.tile.dims[1];
-            v.class == class && holds && v.tile.smem_bytes() <= args.smem_per_cta_bytes
-        })
-        .ok_or_else(|| {
-            shape(
-                "shared memory per CTA",
-                "enough for the head's smallest tile",
-                args.smem_per_cta_bytes as usize,
-            )
-        })?;
+    let variant = variant(args).ok_or_else(|| {
+        shape(
+            "shared memory per CTA",
+            "enough for the head's smallest tile",
+            args.smem_per_cta_bytes as usize,
+        )
+    })?;
     let tile = variant.tile;
     let tiles = group.div_ceil(tile.rows());
     let (mut n_spans, mut shares) = (0, 1);
@@ -385,6 +411,16 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     } else {
         [check.size("tiles", (step.n_tokens * group).div_ceil(tile.rows()))?, n_head_kv, 1]
     };
+    let appended =
+        args.append.map_or([DevicePtr::NULL; 4], |append| [append.k, append.v, append.cells, append.angles]);
+    for (what, at, align) in [
+        ("append.k", appended[0], 8),
+        ("append.v", appended[1], 8),
+        ("cells", appended[2], 4),
+        ("angles", appended[3], 16),
+    ] {
+        check.aligned(what, at, align)?;
+    }
     let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(args.scratch);
     let params = addresses.iter().fold(params, |params, &at| params.with(at));
     let params = sizes.iter().fold(params, |params, &size| params.with(size));
@@ -394,7 +430,10 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         cta: 32 * (tile.sharers * tile.row_groups) as u32,
         cluster: 1,
         smem_bytes: tile.smem_bytes(),
-        params: params.with(flags).with(window).with(scale).with(args.softcap).with(n_spans),
+        params: appended.iter().fold(
+            params.with(flags).with(window).with(scale).with(args.softcap).with(n_spans),
+            |params, &at| params.with(at),
+        ),
     };
     let merge = (n_spans > 0).then(|| Launch {
         entry: "flash_merge",

@@ -23,6 +23,7 @@
 //! * Decode splits a token's spans over CTAs where there are few tokens (`split`): each takes an equal share of the spans
 //!   that the token sees, whose number it reads on the device, and writes every span's state into `scratch`; a second
 //!   launch merges them. `scratch`: `[row][span][head_dim_v]` weighted values, then `[row][span]` of (maximum, sum).
+//! * A decode of one token a sequence can do what `kv_store` does with a rotation, and does it to the same bits: see `append.rs`.
 //! * Order of sums, the same in every other kernel and geometry: positions are cut into spans of 256. Within a span, online
 //!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans are merged in order. A
 //!   block or span that a row does not see changes no bit of it. So a row depends on shapes, formats and its own positions
@@ -99,6 +100,7 @@ macro_rules! for_each_hopper {
     };
 }
 
+mod append;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod block;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -122,6 +124,8 @@ mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod store;
 
+#[cfg(not(target_arch = "nvptx64"))]
+pub use append::*;
 #[cfg(not(target_arch = "nvptx64"))]
 pub use cases::*;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -151,6 +155,8 @@ const MERGE_COLUMNS: u32 = 32;
 const CAUSAL: u32 = 1;
 /// Scores take a soft cap or slopes.
 const TRANSFORM: u32 = 2;
+/// What is appended is rotated in pairs half a head apart.
+const NEOX: u32 = 4;
 
 /// What of a tile is fixed per entry.
 #[derive(Clone, Copy, Debug)]
