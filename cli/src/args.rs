@@ -54,6 +54,9 @@ pub enum Verb {
     Pull(PullArgs),
     /// What this machine offers, and what is amiss
     Doctor(DoctorArgs),
+    /// Load kernels, so that the driver compiles them into its cache
+    #[command(hide = true)]
+    CompileKernels(CompileKernelsArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -63,15 +66,25 @@ pub enum Verb {
     Version,
 }
 
+/// Arguments of `compile-kernels`.
+#[derive(Args, Debug)]
+pub struct CompileKernelsArgs {
+    /// For which GPU, cuda:I
+    #[arg(long, value_parser = Device::parse)]
+    pub device: Device,
+    /// Names of kernels
+    pub entries: Vec<String>,
+}
+
 /// What all verbs that compute share.
 #[derive(Args, Clone, Debug)]
 pub struct EngineArgs {
     /// Positions of context; 0 = the model's own [default: the model's, at most 4096]
     #[arg(short = 'c', long, value_name = "N", value_parser = count)]
     pub ctx_size: Option<usize>,
-    /// Tokens computed at once
-    #[arg(short = 'b', long, alias = "ubatch-size", value_name = "N", default_value = "512", value_parser = count)]
-    pub batch_size: usize,
+    /// Tokens computed at once [default: 2048 with a GPU, else 512]
+    #[arg(short = 'b', long, alias = "ubatch-size", value_name = "N", value_parser = count)]
+    pub batch_size: Option<usize>,
     /// Threads [default: physical cores available]
     #[arg(short = 't', long, value_name = "N", value_parser = count)]
     pub threads: Option<usize>,
@@ -361,9 +374,9 @@ pub struct BenchArgs {
     /// Numbers of threads
     #[arg(short = 't', long, value_name = "N,N,…", value_delimiter = ',', value_parser = count)]
     pub threads: Vec<usize>,
-    /// Tokens computed at once
-    #[arg(short = 'b', long, alias = "ubatch-size", value_name = "N", default_value = "512", value_parser = count)]
-    pub batch_size: usize,
+    /// Tokens computed at once [default: 2048 with a GPU, else 512]
+    #[arg(short = 'b', long, alias = "ubatch-size", value_name = "N", value_parser = count)]
+    pub batch_size: Option<usize>,
     #[command(flatten)]
     pub placement: PlacementArgs,
     /// Format of cached keys (-ctk)

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use engine::backend::Backend;
@@ -19,6 +20,7 @@ use engine::{ContextParams, Executor, Model};
 use serde_json::{Value, json};
 
 use crate::args::{Device, GpuLayers, PlacementArgs};
+use crate::compile;
 use crate::exit::usage;
 use crate::machine;
 use crate::overrides::Overrides;
@@ -104,6 +106,21 @@ impl Compute {
     /// The devices' names, for reports; empty for the CPU.
     pub fn gpu_name(&self) -> String {
         self.gpus.iter().map(|gpu| gpu.device.info().name).collect::<Vec<_>>().join(" + ")
+    }
+
+    /// Tokens computed at once: what the user says, else what the devices do well with. On an H100 prompts are a sixth
+    /// faster in batches of 2048 than of 512.
+    pub fn batch_size(&self, asked: Option<usize>) -> usize {
+        asked.unwrap_or(if self.has_gpu() { 2048 } else { 512 }).max(1)
+    }
+
+    /// Layers on GPUs, as the user says it; -1 for as many as fit.
+    pub fn asked_layers(&self) -> i64 {
+        match self.layers {
+            _ if !self.has_gpu() => 0,
+            GpuLayers::Last(n) => n as i64,
+            GpuLayers::Auto | GpuLayers::All => -1,
+        }
     }
 
     /// Whether a GPU computes some of it.
@@ -243,9 +260,19 @@ fn load(
     let (ahead, apart) = (backend.ahead(), backend.runs_prompts_apart() || placement.offload.is_some());
     let kernels = || {
         let steps = first_steps(model, params, apart).into_iter();
-        ahead.load(&steps.map(|(graph, at)| (part(&graph), at)).collect::<Vec<_>>(), &kv)
+        let steps: Vec<_> = steps.map(|(graph, at)| (part(&graph), at)).collect();
+        let kernels = ahead.kernels(&steps, &kv);
+        // The first one tells whether the driver has them in its cache.
+        let (n, started) = (kernels.len(), Instant::now());
+        ahead.load(&kernels, 0..n.min(1));
+        if compile::was_compiled(started.elapsed()) {
+            let free_bytes = gpu.device.free_bytes().unwrap_or(0);
+            compile::elsewhere(&gpu.name, free_bytes, kernels.modules().skip(1));
+        }
+        ahead.load(&kernels, n.min(1)..n);
+        kernels
     };
-    // The driver compiles kernels the first time, on one core; meanwhile the other cores load the weights.
+    // Meanwhile the other cores load the weights.
     let (loaded, kernels) = std::thread::scope(|scope| {
         let kernels = scope.spawn(kernels);
         let loaded = backend.load(&part(&graph), &mut |progress| {
@@ -437,7 +464,7 @@ fn cpu(model: &Model, pool: Arc<dyn Executor>) -> Result<Box<dyn Backend>> {
 }
 
 /// An NVIDIA GPU, if this build, this machine and its driver have one.
-fn open(index: u32) -> Result<cuda::Device, String> {
+pub fn open(index: u32) -> Result<cuda::Device, String> {
     #[cfg(feature = "cuda")]
     {
         if !cuda::has_kernels() {

@@ -160,7 +160,7 @@ impl EngineArgs {
         let model = Arc::new(model);
         let threads = machine::threads(self.threads)?;
         let n_ctx = context_size(self.ctx_size.or(default_ctx), &model)?;
-        let params = self.params(&model, n_ctx, base(&model));
+        let params = self.params(&model, &compute, n_ctx, base(&model));
         let (backend, context) = context(&model, params, &compute, threads)?;
         let load_ms = ui::ms(started.elapsed());
         ui::detail(format!(
@@ -173,11 +173,17 @@ impl EngineArgs {
     }
 
     /// A context's parameters: what the flags say, and the rest from `base`.
-    pub fn params(&self, model: &Model, n_ctx: usize, base: ContextParams) -> ContextParams {
+    pub fn params(
+        &self,
+        model: &Model,
+        compute: &Compute,
+        n_ctx: usize,
+        base: ContextParams,
+    ) -> ContextParams {
         ContextParams {
             n_ctx,
             // Without a causal mask a text must fit one step.
-            n_ubatch: if model.hparams().causal { self.batch_size.max(1) } else { n_ctx },
+            n_ubatch: if model.hparams().causal { compute.batch_size(self.batch_size) } else { n_ctx },
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
             ..base

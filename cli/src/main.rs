@@ -7,6 +7,7 @@
 mod args;
 mod chat;
 mod cmd;
+mod compile;
 mod device;
 mod exit;
 mod generate;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Verb::Quantize(args) => cmd::quantize::run(&args),
         Verb::Pull(args) => cmd::pull::run(&args),
         Verb::Doctor(args) => cmd::doctor::run(&args),
+        Verb::CompileKernels(args) => compile::run(&args),
         Verb::Completions { shell } => cmd::version::completions(shell),
         Verb::Version => cmd::version::version(),
     };

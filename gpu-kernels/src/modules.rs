@@ -136,6 +136,11 @@ impl Missing {
         self.0.is_empty()
     }
 
+    /// They themselves.
+    pub fn modules(&self) -> impl Iterator<Item = &'static PtxModule> {
+        self.0.iter().map(|&(module, _)| module)
+    }
+
     /// Loads one of them.
     pub fn load(&self, driver: &dyn Driver, i: usize) {
         let (module, id) = &self.0[i];

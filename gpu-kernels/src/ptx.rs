@@ -48,6 +48,11 @@ impl PtxModule {
         self.ranges.iter().map(|&(from, to)| self.words.unpack(&packed[from..to])).collect()
     }
 
+    /// Length of the text before it is unpacked: a measure of the time that it takes to compile.
+    pub fn packed_text_bytes(&self) -> usize {
+        self.ranges.iter().map(|&(from, to)| to - from).sum()
+    }
+
     /// Whether a GPU of this compute capability (times ten) runs the module.
     pub fn runs_on(&self, sm: u32) -> bool {
         if self.exact { self.sm == sm } else { self.sm <= sm }

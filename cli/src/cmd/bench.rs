@@ -120,7 +120,15 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     };
     ui::say(format!("memory bandwidth: {:.1} GB/s {how}, measured; % of peak is of this", peak / 1e9));
 
-    let report = Report { args, model: &model, gpu: compute.gpu_name(), peak, first_row: Cell::new(true) };
+    let report = Report {
+        args,
+        model: &model,
+        gpu: compute.gpu_name(),
+        gpu_layers: compute.asked_layers(),
+        n_batch: compute.batch_size(args.batch_size),
+        peak,
+        first_row: Cell::new(true),
+    };
     report.begin()?;
     let n = tests.len();
     for (i, test) in tests.into_iter().enumerate() {
@@ -134,7 +142,7 @@ fn measure(model: &Arc<Model>, args: &BenchArgs, compute: &Compute, test: Test) 
     let params = ContextParams {
         n_ctx: test.n_positions(),
         n_seq: test.n_parallel,
-        n_ubatch: args.batch_size.max(1),
+        n_ubatch: compute.batch_size(args.batch_size),
         type_k: args.cache_type_k,
         type_v: args.cache_type_v,
         ..ContextParams::default()
@@ -221,6 +229,9 @@ struct Report<'a> {
     model: &'a Model,
     /// Name of the GPU; empty on the CPU.
     gpu: String,
+    /// Layers on GPUs; as in llama-bench, -1 for as many as fit.
+    gpu_layers: i64,
+    n_batch: usize,
     /// Bytes per second.
     peak: f64,
     /// Whether the CSV header is still to come.
@@ -309,7 +320,7 @@ impl Report<'_> {
         let (ns, ts) = (m.ns(), m.per_second());
         let weights = self.model.weights();
         json!({
-            "build_commit": "unknown",
+            "build_commit": option_env!("RUNIK_COMMIT").unwrap_or("unknown"),
             "build_number": 0,
             "cpu_info": machine::cpu_name(),
             "gpu_info": self.gpu,
@@ -318,12 +329,12 @@ impl Report<'_> {
             "model_type": self.model_type(),
             "model_size": weights.total_bytes(),
             "model_n_params": weights.total_elems(),
-            "n_batch": self.args.batch_size,
-            "n_ubatch": self.args.batch_size,
+            "n_batch": self.n_batch,
+            "n_ubatch": self.n_batch,
             "n_threads": m.test.threads,
             "type_k": self.args.cache_type_k.name().to_lowercase(),
             "type_v": self.args.cache_type_v.name().to_lowercase(),
-            "n_gpu_layers": 0,
+            "n_gpu_layers": self.gpu_layers,
             "flash_attn": 1,
             "embeddings": false,
             "n_prompt": m.test.n_prompt,

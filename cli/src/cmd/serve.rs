@@ -70,7 +70,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let model = loaded.model.clone();
     let (scheduler, embedder) = if model.hparams().causal {
         let embedder = args.embeddings.then(|| embedder(args, &loaded)).transpose()?;
-        (Some(Scheduler::new(&model, loaded.context, args.parallel, args.engine.batch_size)), embedder)
+        let n_batch = loaded.compute.batch_size(args.engine.batch_size);
+        (Some(Scheduler::new(&model, loaded.context, args.parallel, n_batch)), embedder)
     } else {
         (None, Some(loaded.context))
     };
@@ -87,7 +88,7 @@ fn for_embeddings() -> ContextParams {
 
 /// A context for embeddings beside the one that generates; on the CPU they share the weights.
 fn embedder(args: &ServeArgs, loaded: &Loaded) -> Result<engine::Context> {
-    let params = args.engine.params(&loaded.model, loaded.context.n_ctx(), for_embeddings());
+    let params = args.engine.params(&loaded.model, &loaded.compute, loaded.context.n_ctx(), for_embeddings());
     let threads = machine::threads(args.engine.threads)?;
     Ok(load::context(&loaded.model, params, &loaded.compute, threads)?.1)
 }

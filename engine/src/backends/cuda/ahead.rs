@@ -28,22 +28,31 @@ pub struct Ahead {
     stopped: AtomicBool,
 }
 
+/// Loads kernels by name and no more, for what the driver keeps of them on disk.
+pub fn load_kernels<'a>(device: &Device, entries: impl Iterator<Item = &'a str>) {
+    let kernels = Modules::new().missing(&**device, entries);
+    (0..kernels.len()).for_each(|i| kernels.load(&**device, i));
+}
+
 impl Ahead {
     pub(super) fn new(device: Device, rules: RuleSet) -> Ahead {
         Ahead { device, rules, stopped: AtomicBool::new(false) }
     }
 
-    /// Loads the kernels of steps until all are there or [`Ahead::stop`] is called; those that most of the steps launch come
-    /// first. A step is a graph and the positions of its tokens, all of one sequence.
-    pub fn load(&self, steps: &[(Graph, Range<usize>)], kv: &KvLayout) -> Missing {
-        let missing = Modules::new().missing(&*self.device, self.entries(steps, kv).into_iter());
-        for i in 0..missing.len() {
+    /// The kernels of steps; those that most of the steps launch come first. A step is a graph and the positions of its
+    /// tokens, all of one sequence.
+    pub fn kernels(&self, steps: &[(Graph, Range<usize>)], kv: &KvLayout) -> Missing {
+        Modules::new().missing(&*self.device, self.entries(steps, kv).into_iter())
+    }
+
+    /// Loads these of the kernels until all are there or [`Ahead::stop`] is called.
+    pub fn load(&self, kernels: &Missing, which: Range<usize>) {
+        for i in which {
             if self.stopped.load(Ordering::Relaxed) {
                 break;
             }
-            missing.load(&*self.device, i);
+            kernels.load(&*self.device, i);
         }
-        missing
     }
 
     /// Makes [`Ahead::load`] return after the kernel that it is loading.
@@ -169,7 +178,7 @@ mod tests {
             let first: BTreeSet<&str> = foreseen[..of_both.len()].iter().copied().collect();
             assert_eq!(first, of_both, "sm {sm}");
             // The emulator has them all.
-            assert!(ahead.load(&steps, &kv).is_empty());
+            assert!(ahead.kernels(&steps, &kv).is_empty());
         }
     }
 }

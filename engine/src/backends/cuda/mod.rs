@@ -34,9 +34,10 @@ use gpu_kernels::launch::{DevicePtr, Launch};
 use gpu_kernels::modules::{FindModule, Missing, Modules};
 use gpu_kernels::ptx;
 
-pub use ahead::Ahead;
+pub use ahead::{Ahead, load_kernels};
 use emit::{Emit, KvAddresses, SizeClass};
 pub use fuse::{RULES, RuleSet};
+pub use gpu_kernels::ptx::PtxModule;
 use inputs::{InputAddresses, InputLayout};
 use lower::Lowered;
 pub use memory::Device;
