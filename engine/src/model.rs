@@ -67,9 +67,9 @@ impl Model {
             })
         })?;
         let meta = Meta {
-            name: first.opt_str("general.name")?.map(String::from),
+            name: first.opt_text("general.name")?.map(String::from),
             file_type: first.opt_u32("general.file_type")?,
-            chat_template: first.opt_str("tokenizer.chat_template")?.map(String::from),
+            chat_template: first.opt_text("tokenizer.chat_template")?.map(String::from),
             file_bytes: held.iter().map(|s| s.bytes().len()).sum(),
         };
         let tokenizer = Tokenizer::from_gguf(first)?;
