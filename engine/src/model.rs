@@ -9,6 +9,7 @@ use gguf::Gguf;
 use crate::error::EngineError;
 use crate::graph::Graph;
 use crate::hparams::{Hparams, Keys};
+use crate::layers;
 use crate::models::{self, Arch, StepShape};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{ByteSource, Weights};
@@ -66,6 +67,7 @@ impl Model {
                 len_bytes: info.n_bytes() as usize,
             })
         })?;
+        layers::rotation::insert(&hparams, &mut weights);
         let meta = Meta {
             name: first.opt_text("general.name")?.map(String::from),
             file_type: first.opt_u32("general.file_type")?,

@@ -335,6 +335,33 @@ fn factors_of_experts_need_the_cpu() {
     assert!(message.contains("factors of experts") && message.contains("--device cpu"), "{message}");
 }
 
+/// Channels that are always large take no precision from the others: keys and values are rotated before they are cached
+/// in blocks, and only then.
+#[test]
+fn large_channels_survive_a_cache_in_blocks() {
+    let mut model = Tiny::new("llama").with("attention.head_count", Kv::U32(1));
+    model.key("attention.head_count_kv", Kv::U32(1));
+    for il in 0..N_LAYER {
+        for (part, channel) in [("k", 3), ("v", 10)] {
+            model.matrix(&format!("blk.{il}.attn_{part}.weight"), E, E);
+            model.vector(&format!("blk.{il}.attn_{part}.bias"), E, 0.0);
+            model.tensors.get_mut(&format!("blk.{il}.attn_{part}.bias")).unwrap().1[channel] = 15.0;
+        }
+    }
+    for backend in BACKENDS {
+        let run = |cache| model.run(backend, cache).unwrap();
+        let want = run(FormatId::F32);
+        for (cache, bound) in [(FormatId::Q4_0, LARGE_Q4_0), (FormatId::Q8_0, LARGE_Q8_0)] {
+            let err = nmse(&run(cache), &want);
+            assert!(err <= bound, "{} on {backend}: nmse {err:.1e}", cache.name());
+        }
+    }
+}
+
+/// Half of what the caches give without rotation.
+const LARGE_Q4_0: f64 = 3.3e-2;
+const LARGE_Q8_0: f64 = 1.8e-4;
+
 fn nmse(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
     let err: f64 = got.iter().zip(want).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum();

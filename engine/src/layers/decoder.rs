@@ -6,6 +6,7 @@
 use alloc::vec::Vec;
 
 use super::ffn::{FfnWeights, Gating, gated_ffn, moe_ffn};
+use super::rotation;
 use crate::graph::Output;
 use crate::hparams::Hparams;
 use crate::models::{Build, Matrix, TensorList};
@@ -176,12 +177,15 @@ fn attend(b: &mut Build<'_>, il: usize, h: TensorId, tables: &RopeTables) -> Opt
     };
     let q = rotated(b, q, layer.n_head, "attn_q_norm.weight");
     let k = rotated(b, k, layer.n_head_kv, "attn_k_norm.weight");
+    let (q, k) = (rotation::rotated_k(b, il, q), rotation::rotated_k(b, il, k));
+    let v = rotation::rotated_v(b, il, v);
     b.g.kv_store(k, v, il);
     let sinks = b.layer_opt(il, "attn_sinks.weight");
     if il + 1 == hp.n_layer() && b.shape.n_outputs == 0 {
         return None;
     }
-    Some(b.g.attention(q, sinks, hp.attention(il)))
+    let out = b.g.attention(q, sinks, hp.attention(il));
+    Some(rotation::rotated_v(b, il, out))
 }
 
 /// The feed-forward part of layer `il`, or its experts, on the normed stream `h`.
