@@ -20,7 +20,7 @@ use engine::models::StepShape;
 use engine::plan::Plan;
 use engine::pool::Pool;
 use engine::weights::ByteSource;
-use engine::{EngineError, Executor, Model, Tokenizer};
+use engine::{ContextParams, EngineError, Executor, Model, Tokenizer};
 use gpu_kernels::driver::{Driver, DriverError, MemKind, StreamId};
 use gpu_kernels::launch::DevicePtr;
 use memmap2::MmapMut;
@@ -465,8 +465,7 @@ fn engine(driver: &Arc<Hosted>, path: &Path, rows: &Rows) -> Result<(), BenchErr
     let start = Instant::now();
     let model = Model::load(vec![file.clone()])?;
     rows.time("engine: model (header and tokenizer again)", start.elapsed().as_secs_f64());
-    let shape =
-        StepShape { n_tokens: 1, n_outputs: 1, embeddings: false, greedy: false, taps: false, prompt: true };
+    let shape = StepShape { prompt: true, ..ContextParams::default().step(1, 1) };
     let graph = model.graph(512, shape);
     let device: Device = driver.clone();
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());

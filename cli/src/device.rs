@@ -290,14 +290,8 @@ fn load(
 
 /// A step of so many tokens of one sequence, of which the last one's logits are wanted, or all hidden states.
 fn first_shape(params: &ContextParams, n_tokens: usize, prompt: bool) -> StepShape {
-    StepShape {
-        n_tokens,
-        n_outputs: if params.embeddings { n_tokens } else { 1 },
-        embeddings: params.embeddings,
-        greedy: false,
-        taps: false,
-        prompt,
-    }
+    let n_outputs = if params.embeddings { n_tokens } else { 1 };
+    StepShape { prompt, taps: false, ..params.step(n_tokens, n_outputs) }
 }
 
 /// The steps that come first in most cases, with the positions of their tokens: a prompt, then an answer's token.

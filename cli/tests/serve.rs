@@ -182,6 +182,26 @@ fn tokens_and_embeddings() {
     let norm: f64 =
         both[0]["embedding"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap().powi(2)).sum();
     assert!((norm - 1.0).abs() < 1e-5, "{norm}");
+    // What OpenAI's own client asks for: the same numbers' bytes.
+    let body = json!({ "input": "another", "encoding_format": "base64" });
+    let text =
+        client.post("/v1/embeddings", &body).json()["data"][0]["embedding"].as_str().unwrap().to_owned();
+    let digits = text.bytes().map(|c| match c {
+        b'A'..=b'Z' => c - b'A',
+        b'a'..=b'z' => c - b'a' + 26,
+        b'0'..=b'9' => c - b'0' + 52,
+        b'+' => 62,
+        b'/' => 63,
+        _ => 0,
+    });
+    let bits: Vec<u8> = digits.flat_map(|digit| (0..6).rev().map(move |bit| digit >> bit & 1)).collect();
+    let bytes: Vec<u8> = bits.chunks(8).map(|byte| byte.iter().fold(0, |n, bit| n << 1 | bit)).collect();
+    let numbers = last[0]["embedding"].as_array().unwrap();
+    for (four, number) in bytes.chunks(4).zip(numbers) {
+        assert_eq!(f32::from_le_bytes(four.try_into().unwrap()), number.as_f64().unwrap() as f32);
+    }
+    assert_eq!(bytes.len() / 4, numbers.len());
+    assert_eq!(client.get("/v1/models/tiny").json(), models["data"][0]);
 }
 
 /// What is wrong is said, and the server goes on.

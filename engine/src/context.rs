@@ -64,16 +64,24 @@ impl Default for ContextParams {
 }
 
 impl ContextParams {
-    /// The step that takes the most memory.
-    pub fn largest_step(&self) -> StepShape {
+    /// A step of so many tokens, with the logits of so many of them, none of them of a prompt.
+    pub fn step(&self, n_tokens: usize, n_outputs: usize) -> StepShape {
+        let in_blocks = |format| quant::table::info(format).elems > 1;
         StepShape {
-            n_tokens: self.n_ubatch,
-            n_outputs: MAX_OUTPUTS.min(self.n_ubatch),
+            n_tokens,
+            n_outputs,
             embeddings: self.embeddings,
             greedy: false,
             taps: self.taps,
             prompt: false,
+            blocks_k: in_blocks(self.type_k),
+            blocks_v: in_blocks(self.type_v),
         }
+    }
+
+    /// The step that takes the most memory.
+    pub fn largest_step(&self) -> StepShape {
+        self.step(self.n_ubatch, MAX_OUTPUTS.min(self.n_ubatch))
     }
 
     /// The cache for all sequences.
@@ -516,14 +524,8 @@ impl Context {
         self.step.fill(tokens, &mut self.kv)?;
         let n_outputs = self.step.output_rows.len();
         let (first, end) = (self.n_outputs, self.n_outputs + n_outputs);
-        let shape = StepShape {
-            n_tokens: tokens.len(),
-            n_outputs,
-            embeddings: self.params.embeddings,
-            greedy: pick.is_likeliest(first, end),
-            taps: self.params.taps,
-            prompt,
-        };
+        let greedy = pick.is_likeliest(first, end);
+        let shape = StepShape { greedy, prompt, ..self.params.step(tokens.len(), n_outputs) };
         let (id, output) = self.prepared(shape)?;
         self.backend.run(id, &self.step.step())?;
         self.last_step = Some(shape);

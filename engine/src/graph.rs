@@ -320,6 +320,13 @@ impl GraphBuilder {
         self.unary_node(Op::MoeCombine { x, weights }, Shape::new(&[sw.rows(), sx.cols()]))
     }
 
+    /// [`Op::ScaleExperts`]
+    pub fn scale_experts(&mut self, x: TensorId, factors: TensorId, ids: TensorId) -> TensorId {
+        let shape = self.shape(x);
+        assert_eq!(shape.rows(), self.shape(ids).elems(), "scale_experts: x {shape:?}");
+        self.unary_node(Op::ScaleExperts { x, factors, ids }, shape)
+    }
+
     /// [`Op::Argmax`]
     pub fn argmax(&mut self, x: TensorId) -> TensorId {
         let out = self.push(FormatId::I32, &[self.shape(x).rows()], Storage::Activation);

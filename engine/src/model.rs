@@ -9,6 +9,7 @@ use gguf::Gguf;
 use crate::error::EngineError;
 use crate::graph::Graph;
 use crate::hparams::{Hparams, Keys};
+use crate::layers;
 use crate::models::{self, Arch, StepShape};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{ByteSource, Weights};
@@ -66,10 +67,11 @@ impl Model {
                 len_bytes: info.n_bytes() as usize,
             })
         })?;
+        layers::rotation::insert(&hparams, &mut weights);
         let meta = Meta {
-            name: first.opt_str("general.name")?.map(String::from),
+            name: first.opt_text("general.name")?.map(String::from),
             file_type: first.opt_u32("general.file_type")?,
-            chat_template: first.opt_str("tokenizer.chat_template")?.map(String::from),
+            chat_template: first.opt_text("tokenizer.chat_template")?.map(String::from),
             file_bytes: held.iter().map(|s| s.bytes().len()).sum(),
         };
         let tokenizer = Tokenizer::from_gguf(first)?;

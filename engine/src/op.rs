@@ -280,6 +280,15 @@ pub enum Op {
         /// f32 [n, n_used]
         weights: TensorId,
     },
+    /// `factors[ids[t, j]] · x[t, j]`: what a file multiplies the products of each expert by.
+    ScaleExperts {
+        /// f32 [n, n_used, cols]
+        x: TensorId,
+        /// f32 `[n_expert]`
+        factors: TensorId,
+        /// i32 [n, n_used]
+        ids: TensorId,
+    },
     /// Index of each row's largest element, the first of equal ones → i32 `[rows]`. NaN is below all.
     Argmax {
         /// f32 [.., cols]
@@ -337,6 +346,7 @@ impl Op {
             Op::Glu { gate, up, .. } => [*gate, *up].into_iter().for_each(f),
             Op::MoeRoute { logits, .. } => f(*logits),
             Op::MoeCombine { x, weights } => [*x, *weights].into_iter().for_each(f),
+            Op::ScaleExperts { x, factors, ids } => [*x, *factors, *ids].into_iter().for_each(f),
             Op::RowGate { x, gate } => [*x, *gate].into_iter().for_each(f),
         }
     }
@@ -351,6 +361,7 @@ impl Op {
             | Op::Glu { gate: a, up: b, .. }
             | Op::MoeCombine { x: a, weights: b }
             | Op::RowGate { x: a, gate: b } => [a, b].into_iter().for_each(f),
+            Op::ScaleExperts { x, factors, ids } => [x, factors, ids].into_iter().for_each(f),
             Op::RmsNorm { x, weight, .. } => [x].into_iter().chain(weight).for_each(f),
             Op::LayerNorm { x, weight, bias, .. } => [x].into_iter().chain(weight).chain(bias).for_each(f),
             Op::MatMul { x, weights, biases } => {
@@ -387,6 +398,7 @@ impl Op {
             Op::Glu { .. } => "glu",
             Op::MoeRoute { .. } => "moe_route",
             Op::MoeCombine { .. } => "moe_combine",
+            Op::ScaleExperts { .. } => "scale_experts",
             Op::Argmax { .. } => "argmax",
             Op::RowGate { .. } => "row_gate",
         }
@@ -402,6 +414,7 @@ impl Op {
             | Op::Unary { x, .. }
             | Op::Scale { x, .. }
             | Op::Softcap { x, .. }
+            | Op::ScaleExperts { x, .. }
             | Op::RowGate { x, .. } => Some(*x),
             Op::Binary { a, .. } => Some(*a),
             Op::Glu { gate, .. } => Some(*gate),

@@ -47,7 +47,7 @@ fn every_tensor(
     prompt: bool,
 ) -> Vec<(TensorId, Vec<f32>)> {
     let bert = model.arch_name() == "bert";
-    let shape = StepShape { n_tokens: n, n_outputs: n, embeddings: bert, greedy: false, taps: false, prompt };
+    let shape = StepShape { embeddings: bert, prompt, ..ContextParams::default().step(n, n) };
     let mut graph = model.graph(256, shape);
     let written: Vec<TensorId> = graph
         .nodes
@@ -101,14 +101,8 @@ fn every_tensor_matches_the_reference() {
         };
         for n in [1, 20] {
             let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false, false);
-            let shape = StepShape {
-                n_tokens: n,
-                n_outputs: n,
-                embeddings: name.starts_with("bert"),
-                greedy: false,
-                taps: false,
-                prompt: false,
-            };
+            let embeddings = name.starts_with("bert");
+            let shape = ContextParams { embeddings, ..ContextParams::default() }.step(n, n);
             let graph = model.graph(256, shape);
             for device in common::gpus_or_emulators() {
                 let mut cuda = cuda_on(device, &model);

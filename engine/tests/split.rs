@@ -25,8 +25,7 @@ fn cpu(model: &Model) -> Box<dyn Backend> {
 /// The CPU, and a GPU that brings weights for what the placement takes from the CPU.
 fn cpu_and_gpu(model: &Model, device: &Device, placement: &Placement) -> Box<dyn Backend> {
     let gpu = Cuda::new(device.clone(), Arc::new(Serial), model.weights().clone());
-    let shape =
-        StepShape { n_tokens: 1, n_outputs: 1, embeddings: false, greedy: false, taps: false, prompt: true };
+    let shape = StepShape { prompt: true, ..ContextParams::default().step(1, 1) };
     let brought = placement.brought(&model.graph(256, shape), model.weights());
     assert_eq!(brought.is_empty(), placement.offload.is_none());
     let gpu = Streaming::new(gpu, &brought, u64::MAX).unwrap();

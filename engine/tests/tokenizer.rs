@@ -273,7 +273,7 @@ proptest! {
             types: Some(tokens.iter().map(|token| token.1).collect()),
             merges: Some(merges.iter().map(|merge| &merge[..]).collect()),
             charsmap,
-            general_name: name,
+            general_name: name.into(),
             ..VocabSource::default()
         };
         if let Ok(tokenizer) = Tokenizer::new(source) {

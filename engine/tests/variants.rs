@@ -25,6 +25,7 @@ const HEAD_DIM: usize = E / HEADS;
 const FF: usize = 64;
 const VOCAB: usize = 40;
 const N_LAYER: usize = 3;
+const N_EXPERT: usize = 4;
 const IDS: [u32; 24] =
     [7, 3, 31, 12, 25, 0, 39, 18, 18, 5, 22, 9, 33, 1, 14, 27, 36, 8, 2, 19, 30, 11, 4, 23];
 
@@ -116,18 +117,31 @@ impl Tiny {
         t
     }
 
-    /// The feed-forward parts made mixtures of four experts.
+    /// The feed-forward parts made mixtures of [`N_EXPERT`] experts.
     fn mixture(mut self) -> Tiny {
-        self.key("expert_count", Kv::U32(4));
+        self.key("expert_count", Kv::U32(N_EXPERT as u32));
         self.key("expert_used_count", Kv::U32(2));
         for il in 0..N_LAYER {
             for (part, rows, cols) in [("gate", FF, E), ("up", FF, E), ("down", E, FF)] {
                 self.tensors.remove(&format!("blk.{il}.ffn_{part}.weight"));
                 let name = format!("blk.{il}.ffn_{part}_exps.weight");
-                let data = values(&name, 4 * rows * cols, 1.0 / (cols as f32).sqrt());
-                self.tensors.insert(name, (vec![4, rows, cols], data));
+                let data = values(&name, N_EXPERT * rows * cols, 1.0 / (cols as f32).sqrt());
+                self.tensors.insert(name, (vec![N_EXPERT, rows, cols], data));
             }
-            self.matrix(&format!("blk.{il}.ffn_gate_inp.weight"), 4, E);
+            self.matrix(&format!("blk.{il}.ffn_gate_inp.weight"), N_EXPERT, E);
+        }
+        self
+    }
+
+    /// A shared expert beside those of a mixture, as qwen2moe has it.
+    fn shared_expert(mut self) -> Tiny {
+        self.key("expert_feed_forward_length", Kv::U32(FF as u32));
+        self.key("expert_shared_feed_forward_length", Kv::U32(FF as u32));
+        for il in 0..N_LAYER {
+            self.vector(&format!("blk.{il}.ffn_gate_inp_shexp.weight"), E, 0.0);
+            for (part, rows, cols) in [("gate", FF, E), ("up", FF, E), ("down", E, FF)] {
+                self.matrix(&format!("blk.{il}.ffn_{part}_shexp.weight"), rows, cols);
+            }
         }
         self
     }
@@ -184,16 +198,26 @@ impl Tiny {
         self
     }
 
-    /// Every matrix of the layers halved, and a factor of two put beside it.
+    /// Every matrix of the layers halved, and a factor of two put beside it; each expert's, and a router's never, divided
+    /// by another power of two.
     fn scaled(mut self) -> Tiny {
-        let names: Vec<_> = self.tensors.keys().filter(|n| n.starts_with("blk.")).cloned().collect();
+        let is_matrix = |name: &&String| {
+            name.starts_with("blk.") && name.ends_with(".weight") && !name.contains("gate_inp")
+        };
+        let names: Vec<_> = self.tensors.keys().filter(is_matrix).cloned().collect();
         for name in names {
             let (shape, data) = self.tensors.get_mut(&name).unwrap();
-            if shape.len() == 2 {
-                data.iter_mut().for_each(|v| *v /= 2.0);
-                let scale = name.replace(".weight", ".scale");
-                self.tensors.insert(scale, (vec![1], vec![2.0]));
+            let factors: Vec<f32> = match shape.len() {
+                1 => continue,
+                2 => vec![2.0],
+                _ => (0..shape[0]).map(|expert| (1 << expert) as f32).collect(),
+            };
+            let n = data.len() / factors.len();
+            for (part, factor) in data.chunks_mut(n).zip(&factors) {
+                part.iter_mut().for_each(|v| *v /= factor);
             }
+            let scale = name.replace(".weight", ".scale");
+            self.tensors.insert(scale, (vec![factors.len()], factors));
         }
         self
     }
@@ -228,6 +252,11 @@ impl Tiny {
 
     /// Logits of every position, or hidden states of an encoder, on a backend.
     fn outputs(&self, backend: &str) -> Vec<f32> {
+        self.run(backend, FormatId::F32).unwrap_or_else(|e| panic!("{} on {backend}: {e}", self.arch))
+    }
+
+    /// The same, with keys and values cached in a format.
+    fn run(&self, backend: &str, cache: FormatId) -> Result<Vec<f32>, EngineError> {
         let model = self.load().unwrap_or_else(|e| panic!("{}: {e}", self.arch));
         let weights = model.weights().clone();
         let backend: Box<dyn Backend> = match backend {
@@ -238,23 +267,29 @@ impl Tiny {
         let embeddings = self.arch == "bert";
         let params = ContextParams {
             n_ctx: 256,
-            type_k: FormatId::F32,
-            type_v: FormatId::F32,
+            type_k: cache,
+            type_v: cache,
             embeddings,
             ..ContextParams::default()
         };
-        let mut context = Context::new(model, backend, params).unwrap();
+        let mut context = Context::new(model, backend, params)?;
         if embeddings {
-            return context.embed(&IDS, Pooling::None).unwrap();
+            return context.embed(&IDS, Pooling::None);
         }
         let mut batch = Batch::default();
         batch.extend(0, &IDS, true);
-        let n = context.decode(&batch).unwrap();
-        (0..n).flat_map(|i| context.output(i).to_vec()).collect()
+        let n = context.decode(&batch)?;
+        Ok((0..n).flat_map(|i| context.output(i).to_vec()).collect())
     }
 }
 
 const BACKENDS: [&str; 3] = ["reference", "cpu", "cuda"];
+
+/// Those that can run a model: the GPU has no kernel for factors of experts.
+fn backends_for(model: &Tiny) -> impl Iterator<Item = &'static str> {
+    let factors = model.tensors.keys().any(|name| name.contains("_exps.scale"));
+    BACKENDS.into_iter().filter(move |name| !factors || *name != "cuda")
+}
 
 #[test]
 fn fused_matrices_are_their_parts() {
@@ -277,16 +312,55 @@ fn fused_matrices_are_their_parts() {
 /// Halving and doubling are exact, so the bits are those of the matrices without factors; but a bias is added apart there.
 #[test]
 fn factors_of_matrices_count() {
-    for arch in ["llama", "phi3", "bert"] {
-        for (model, bound) in [(Tiny::new(arch), 0.0), (Tiny::new(arch).biases(), 1e-12)] {
-            for backend in BACKENDS {
-                let (want, got) = (model.outputs(backend), model.clone().scaled().outputs(backend));
-                let err = nmse(&got, &want);
-                assert!(err <= bound, "{arch} on {backend}: nmse {err:.1e}");
-            }
+    let dense = ["llama", "phi3", "bert"].map(Tiny::new);
+    let biased = dense.clone().map(Tiny::biases);
+    let mixtures = [Tiny::new("llama").mixture(), Tiny::new("qwen2moe").mixture().shared_expert()];
+    let exact = dense.into_iter().chain(mixtures).map(|model| (model, 0.0));
+    let rounded = biased.into_iter().map(|model| (model, 1e-12));
+    for (model, bound) in exact.chain(rounded) {
+        let scaled = model.clone().scaled();
+        for backend in backends_for(&scaled) {
+            let (want, got) = (model.outputs(backend), scaled.outputs(backend));
+            let err = nmse(&got, &want);
+            assert!(err <= bound, "{} on {backend}: nmse {err:.1e}", model.arch);
         }
     }
 }
+
+/// What has no kernel reaches the user, with a way out.
+#[test]
+fn factors_of_experts_need_the_cpu() {
+    let scaled = Tiny::new("llama").mixture().scaled();
+    let message = scaled.run("cuda", FormatId::F32).unwrap_err().to_string();
+    assert!(message.contains("factors of experts") && message.contains("--device cpu"), "{message}");
+}
+
+/// Channels that are always large take no precision from the others: keys and values are rotated before they are cached
+/// in blocks, and only then.
+#[test]
+fn large_channels_survive_a_cache_in_blocks() {
+    let mut model = Tiny::new("llama").with("attention.head_count", Kv::U32(1));
+    model.key("attention.head_count_kv", Kv::U32(1));
+    for il in 0..N_LAYER {
+        for (part, channel) in [("k", 3), ("v", 10)] {
+            model.matrix(&format!("blk.{il}.attn_{part}.weight"), E, E);
+            model.vector(&format!("blk.{il}.attn_{part}.bias"), E, 0.0);
+            model.tensors.get_mut(&format!("blk.{il}.attn_{part}.bias")).unwrap().1[channel] = 15.0;
+        }
+    }
+    for backend in BACKENDS {
+        let run = |cache| model.run(backend, cache).unwrap();
+        let want = run(FormatId::F32);
+        for (cache, bound) in [(FormatId::Q4_0, LARGE_Q4_0), (FormatId::Q8_0, LARGE_Q8_0)] {
+            let err = nmse(&run(cache), &want);
+            assert!(err <= bound, "{} on {backend}: nmse {err:.1e}", cache.name());
+        }
+    }
+}
+
+/// Half of what the caches give without rotation.
+const LARGE_Q4_0: f64 = 3.3e-2;
+const LARGE_Q8_0: f64 = 1.8e-4;
 
 fn nmse(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
@@ -308,6 +382,12 @@ fn unusual() -> Vec<(&'static str, Tiny)> {
     };
     let mut bias = Tiny::new("qwen2").biases();
     bias.vector("output.bias", VOCAB, 0.0);
+    let mut factors = Tiny::new("llama").mixture();
+    for il in 0..N_LAYER {
+        for part in ["gate", "up", "down"] {
+            factors.vector(&format!("blk.{il}.ffn_{part}_exps.scale"), N_EXPERT, 1.0);
+        }
+    }
     vec![
         (
             "yarn-keys",
@@ -336,6 +416,7 @@ fn unusual() -> Vec<(&'static str, Tiny)> {
                 .with("expert_feed_forward_length", Kv::U32(32))
                 .with("expert_shared_feed_forward_length", Kv::U32(32)),
         ),
+        ("expert-factors", factors),
     ]
 }
 
@@ -354,7 +435,7 @@ fn unusual_keys_match_llama_cpp() {
             .collect();
         // llama.cpp's GELU is a table of f16.
         let bound = if model.arch.starts_with("gemma") { 1e-5 } else { 1e-8 };
-        for backend in BACKENDS {
+        for backend in backends_for(&model) {
             let got = model.outputs(backend);
             let err = nmse(&got[got.len() - VOCAB..], &want);
             assert!(err <= bound, "{name} on {backend}: nmse {err:.1e}, allowed {bound:.0e}");
@@ -382,6 +463,11 @@ fn what_would_be_left_out_is_refused() {
     let windows = Tiny::new("gemma3").with("attention.sliding_window", Kv::U32(6));
     let message = refused(windows.with("rope.dimension_count_swa", Kv::U32(8)));
     assert!(message.contains("gemma3.rope.dimension_count_swa is 8, expected 16"), "{message}");
+
+    let mut factors = Tiny::new("llama").mixture();
+    factors.vector("blk.1.ffn_up_exps.scale", N_EXPERT + 1, 1.0);
+    let message = refused(factors);
+    assert!(message.contains("blk.1.ffn_up_exps.scale: expected shape [4, 1], got [5]"), "{message}");
 
     let mut types = Tiny::new("bert");
     types.kvs.remove("tokenizer.ggml.token_type_count");

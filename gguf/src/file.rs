@@ -3,6 +3,8 @@
 //! After `parse`, every metadata value decodes, every tensor's data lies inside the file, aligned and apart from all
 //! others, and keys and tensor names are unique. Lookups are binary searches in indices sorted once.
 
+use alloc::borrow::Cow;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::error::{GgufError, TensorProblem};
@@ -262,6 +264,15 @@ impl<'a> Gguf<'a> {
                 GgufError::NotUtf8 { what: key.into(), offset: (start + e.valid_up_to()) as u64 }
             }),
             other => Err(wrong_type(key, "str", &other)),
+        }
+    }
+
+    /// A string for people, if the key is there: what is no UTF-8 in it is U+FFFD, and no error.
+    pub fn opt_text(&self, key: &str) -> Result<Option<Cow<'a, str>>, GgufError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Str(bytes)) => Ok(Some(String::from_utf8_lossy(bytes))),
+            Some(other) => Err(wrong_type(key, "str", &other)),
         }
     }
 

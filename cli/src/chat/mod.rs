@@ -22,7 +22,7 @@ use template::{Blocks, Template, strftime_now};
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `developer`, `user` or `assistant`.
     pub role: String,
     /// Its text.
     pub content: String,
@@ -44,6 +44,8 @@ pub struct Format {
     template: Template,
     /// Whether a system message's text gets into the prompt.
     takes_system: bool,
+    /// Whether developer messages are not simply the system's.
+    takes_developer: bool,
     /// What it is, for people.
     pub name: String,
 }
@@ -88,7 +90,9 @@ impl Format {
 
     fn compile(source: &str, blocks: Blocks, name: String) -> Result<Format> {
         let template = Template::new(source, blocks).with_context(|| format!("chat template ({name})"))?;
-        let mut format = Format { template, takes_system: true, name };
+        // llama.cpp's mark of gpt-oss, whose template alone has words for them.
+        let takes_developer = source.contains("<|channel|>");
+        let mut format = Format { template, takes_system: true, takes_developer, name };
         // The built-in formats are llama.cpp's in this too.
         if blocks == Blocks::Trimmed {
             let probe = "\u{F8F0}";
@@ -108,20 +112,19 @@ impl Format {
             .with_context(|| format!("chat template ({})", self.name))
     }
 
-    /// Variables and repairs are llama.cpp's: models that may think do, there is a date, and where a template knows no
-    /// system message, its text opens the next message.
+    /// Variables and repairs are llama.cpp's: models that may think do, there is a date, a developer speaks as the system
+    /// does, and where a template knows no system message, its text opens the next message.
     fn render_with(&self, messages: &[Message], answer: bool, bos: &str, eos: &str) -> Result<String> {
-        let merged = match messages {
-            [system, rest @ ..] if !self.takes_system && system.role == "system" => {
-                let mut rest = rest.to_vec();
-                if let Some(next) = rest.first_mut() {
-                    next.content = format!("{}\n{}", system.content, next.content);
-                }
-                Some(rest)
+        let mut messages = messages.to_vec();
+        if !self.takes_developer {
+            messages.iter_mut().filter(|m| m.role == "developer").for_each(|m| m.role = "system".into());
+        }
+        if !self.takes_system && messages.first().is_some_and(|m| m.role == "system") {
+            let system = messages.remove(0);
+            if let Some(next) = messages.first_mut() {
+                next.content = format!("{}\n{}", system.content, next.content);
             }
-            _ => None,
-        };
-        let messages = merged.as_deref().unwrap_or(messages);
+        }
         let mut vars = vec![
             ("messages", messages.iter().map(Message::value).collect::<Vec<_>>().into()),
             ("bos_token", bos.into()),

@@ -6,6 +6,7 @@
 //! * what `{{ }}` prints follows llama.cpp: `True`, nothing for `None` and for mappings, the items of a list one after
 //!   the other, six decimals of a float. Python prints lists in brackets; no template can rely on both;
 //! * `tojson` keeps key order, escapes no HTML, separates with `", "` and `": "`, and takes Python's arguments;
+//! * what is missing or `None` adds nothing to a text (`'x' + y`), as in llama.cpp, where Jinja refuses;
 //! * lists made in a template can be appended to, `{% generation %}` blocks count as plain blocks, `none|default(x)` is
 //!   `x`, trimming is of ASCII white space, `strftime_now` and `raise_exception` exist.
 //!
@@ -69,6 +70,7 @@ impl Template {
             Ok(out.write_str(&text)?)
         });
         env.set_unknown_method_callback(method);
+        env.add_filter(ADDED, added);
         env.add_filter(KEPT, kept);
         env.add_filter(STORED, stored);
         env.add_filter("d", default);
@@ -86,7 +88,8 @@ impl Template {
         env.add_global("True", true);
         env.add_global("False", false);
         env.add_global("None", ());
-        env.add_template_owned("chat", check_sets(&rewrite(source), syntax))?;
+        let source = lenient_sums(&rewrite(source), syntax.clone());
+        env.add_template_owned("chat", check_sets(&source, syntax))?;
         Ok(Template { env })
     }
 
@@ -112,6 +115,66 @@ fn rewrite(source: &str) -> String {
         text = Cow::Owned(in_call.replace_all(&with_set, "${1}mutable_list([])${2}").into_owned());
     }
     text.into_owned()
+}
+
+/// The filter that [`lenient_sums`] puts behind what is added.
+const ADDED: &str = "__added";
+
+/// An operand of `+`.
+fn added(value: Value) -> Value {
+    if value.is_undefined() || value.is_none() { Value::from("") } else { value }
+}
+
+/// Lets names on both sides of a `+` be missing, unless a filter or a test says what then.
+fn lenient_sums(source: &str, syntax: SyntaxConfig) -> String {
+    const KEYWORDS: &[&str] = &["and", "else", "if", "in", "is", "not", "or"];
+    let tokens: Vec<_> = tokenize(source, false, syntax).map_while(Result::ok).collect();
+    let is_name =
+        |i: usize| matches!(tokens.get(i), Some((Token::Ident(name), _)) if !KEYWORDS.contains(name));
+    let is_close = |token: &Token<'_>| matches!(token, Token::BracketClose | Token::ParenClose);
+    // Where what opens at a token closes.
+    let (mut closes, mut open) = (vec![0; tokens.len()], Vec::new());
+    for (i, (token, _)) in tokens.iter().enumerate() {
+        if matches!(token, Token::BracketOpen | Token::ParenOpen) {
+            open.push(i);
+        } else if is_close(token)
+            && let Some(from) = open.pop()
+        {
+            closes[from] = i;
+        }
+    }
+    let mut ends = Vec::new();
+    for plus in (1..tokens.len()).filter(|i| matches!(tokens[*i].0, Token::Plus)) {
+        if is_name(plus - 1) || is_close(&tokens[plus - 1].0) {
+            ends.push(tokens[plus - 1].1.end_offset as usize);
+        }
+        if !is_name(plus + 1) {
+            continue;
+        }
+        // The name with its attributes, items and arguments.
+        let mut last = plus + 1;
+        loop {
+            last = match tokens.get(last + 1) {
+                Some((Token::Dot, _)) if is_name(last + 2) => last + 2,
+                Some((Token::BracketOpen | Token::ParenOpen, _)) if closes[last + 1] > 0 => closes[last + 1],
+                _ => break,
+            };
+        }
+        if !matches!(tokens.get(last + 1), Some((Token::Pipe | Token::Ident("is"), _))) {
+            ends.push(tokens[last].1.end_offset as usize);
+        }
+    }
+    ends.sort_unstable();
+    ends.dedup();
+    let (mut out, mut copied) = (String::with_capacity(source.len()), 0);
+    for end in ends {
+        out.push_str(&source[copied..end]);
+        out.push('|');
+        out.push_str(ADDED);
+        copied = end;
+    }
+    out.push_str(&source[copied..]);
+    out
 }
 
 /// Filters that [`check_sets`] puts behind what is assigned to a variable, and to a namespace.

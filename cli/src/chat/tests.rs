@@ -106,6 +106,13 @@ fn python_shims() {
         "{{ 'xay'.removeprefix('x').removesuffix('y') }}{{ 'a{}c'.format('b') }}{{ [1, 2, 3][::-1] }}",
         "aabc321",
     );
+    is(
+        "{{ 'a' + q }}{{ q.x['y'] + 'b' + none }}{{ m.get('q') + 'c' + m['z'] }}{% set s = s + q %}{{ s }}",
+        "abc x ",
+    );
+    is("{{ 1 + 2 }}{{ ([1] + [2])|length }}{{ m.b + (2 + 3) * 2 }}{{ '+' + 'q + q' }}", "3211+q + q");
+    is("{{ [s + (m.b|string) + s.strip()][0] + q|default('d') + m.get('zz', 'e') }}", " x 1xde");
+    assert!(render("{{ q + 1 }}", Blocks::Trimmed, &vars).is_err());
     assert_eq!(render("{{ strftime_now('%Y') }}", Blocks::Trimmed, &vars).unwrap().len(), 4);
     let refused = render("{{ raise_exception('no tools') }}", Blocks::Trimmed, &vars).unwrap_err();
     assert!(refused.to_string().contains("no tools"), "{refused}");
@@ -246,7 +253,7 @@ fn messages_cannot_inject_special_tokens() {
 /// The formats that the image has are those of the same names here, whatever the order of roles.
 #[test]
 fn formats_without_jinja_are_the_same() {
-    const ROLES: [&str; 3] = ["system", "user", "assistant"];
+    const ROLES: [&str; 4] = ["system", "user", "assistant", "developer"];
     let Ok(model) = crate::load::Files::open(TINY.as_ref()) else { panic!("{TINY}") };
     let tokenizer = model.tokenizer().unwrap();
     let mut compared = 0;
@@ -309,8 +316,8 @@ fn messages_read_back() {
 }
 
 /// Variables and repairs of llama.cpp's `common_chat_templates_apply`: models that may think do, there is a date, a
-/// conversation without an answer to come has no `add_generation_prompt`, and a system message that a template refuses or
-/// leaves out opens the next message.
+/// conversation without an answer to come has no `add_generation_prompt`, a system message that a template refuses or
+/// leaves out opens the next message, and a developer's is one but for gpt-oss.
 #[test]
 fn variables_are_llama_cpps() {
     let say = |source: &str, messages: &[Message], answer| {
@@ -334,4 +341,9 @@ fn variables_are_llama_cpps() {
     assert_eq!(say(drops, &both, true), "[user:s\nu]");
     assert_eq!(say(takes, &both, true), "[system:s][user:u]");
     assert_eq!(say(drops, &both[..1], true), "");
+
+    let developer = [Message::new("developer", "s"), Message::new("user", "u")];
+    assert_eq!(say(takes, &developer, true), "[system:s][user:u]");
+    assert_eq!(say(drops, &developer, true), "[user:s\nu]");
+    assert_eq!(say(&format!("{takes}<|channel|>"), &developer, true), "[developer:s][user:u]<|channel|>");
 }

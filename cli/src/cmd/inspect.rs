@@ -201,7 +201,7 @@ fn as_text(files: &Files, set: &SplitSet<'_>, memory: &Result<Memory>, args: &In
         }
     }
     writeln!(out, "\nchat template")?;
-    match meta.opt_str("tokenizer.chat_template") {
+    match meta.opt_text("tokenizer.chat_template") {
         Ok(Some(template)) => template.lines().try_for_each(|l| writeln!(out, "  {}", l.escape_debug()))?,
         Ok(None) => writeln!(out, "  none")?,
         Err(e) => writeln!(out, "  unreadable: {e}")?,
@@ -278,7 +278,7 @@ fn as_json(
         "metadata": kvs,
         "formats": formats,
         "tensors": tensors,
-        "chat_template": meta.opt_str("tokenizer.chat_template").ok().flatten(),
+        "chat_template": meta.opt_text("tokenizer.chat_template").ok().flatten(),
         "memory": memory,
     }))
 }

@@ -160,19 +160,21 @@ fn message(v: &Value) -> Result<Message, ApiError> {
         Some(Value::String(s)) => s.clone(),
         // An assistant's turn may be empty.
         None | Some(Value::Null) => String::new(),
-        Some(Value::Array(parts)) => {
-            let mut text = String::new();
-            for part in parts {
-                match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
-                    (Some("text"), Some(t)) => text.push_str(t),
-                    _ => return Err(ApiError::field("messages", "only parts of type text are supported")),
-                }
-            }
-            text
-        }
+        Some(Value::Array(parts)) => parts.iter().map(text_part).collect::<Result<Vec<_>, _>>()?.join("\n"),
         Some(other) => return Err(wrong("messages", other, "a content that is a text or text parts")),
     };
+    if v.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty()) {
+        return Err(ApiError::field("messages", "a message has tool_calls, which are not supported"));
+    }
     Ok(Message { role: role.to_string(), content })
+}
+
+/// The text of a part of a message; several parts are lines of it, as in llama.cpp.
+fn text_part(part: &Value) -> Result<&str, ApiError> {
+    match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
+        (Some("text"), Some(text)) => Ok(text),
+        _ => Err(ApiError::field("messages", "only parts of type text are supported")),
+    }
 }
 
 /// The fields that both kinds of completion share.
@@ -210,7 +212,11 @@ pub fn generation(fields: &Fields<'_>, chat: bool, defaults: &SamplerParams) -> 
     };
     let sampling = SamplerParams {
         temp: fields.number("temperature", defaults.temp, 0.0, 100.0)?,
-        top_k: fields.count("top_k", 0, 1 << 31)?.map_or(defaults.top_k, |n| n as usize),
+        // -1 asks for all, as in llama.cpp and vLLM.
+        top_k: match fields.get("top_k").and_then(Value::as_i64) {
+            Some(-1) => 0,
+            _ => fields.count("top_k", 0, 1 << 31)?.map_or(defaults.top_k, |n| n as usize),
+        },
         top_p: fields.number("top_p", defaults.top_p, 0.0, 1.0)?,
         min_p: fields.number("min_p", defaults.min_p, 0.0, 1.0)?,
         // Zero would divide logits by it.
@@ -222,11 +228,11 @@ pub fn generation(fields: &Fields<'_>, chat: bool, defaults: &SamplerParams) -> 
     Ok(Generation {
         max_tokens: max_tokens(fields)?,
         sampling,
-        // -1 asks for any, as in llama.cpp.
-        seed: if fields.get("seed").and_then(Value::as_i64) == Some(-1) {
-            None
-        } else {
-            fields.count("seed", 0, u64::MAX)?
+        // -1 asks for any, as in llama.cpp; other negative numbers are seeds like all.
+        seed: match fields.get("seed").and_then(Value::as_i64).filter(|seed| *seed < 0) {
+            Some(-1) => None,
+            Some(seed) => Some(seed as u64),
+            None => fields.count("seed", 0, u64::MAX)?,
         },
         stop: stop(fields)?,
         ignore_eos: fields.bool("ignore_eos", false)?,
@@ -278,13 +284,26 @@ fn logprobs(fields: &Fields<'_>, chat: bool) -> Result<Option<usize>, ApiError> 
     }
 }
 
+/// How vectors are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VectorEncoding {
+    /// An array of numbers.
+    Numbers,
+    /// The numbers' f32, little-endian, in base64: what OpenAI's own client asks for unless told otherwise.
+    Base64,
+}
+
+/// The `encoding_format` of `/v1/embeddings`.
+pub fn vector_encoding(fields: &Fields<'_>) -> Result<VectorEncoding, ApiError> {
+    match fields.get("encoding_format").map(|v| (v, v.as_str())) {
+        None | Some((_, Some("float"))) => Ok(VectorEncoding::Numbers),
+        Some((_, Some("base64"))) => Ok(VectorEncoding::Base64),
+        Some((v, _)) => Err(wrong("encoding_format", v, "float or base64")),
+    }
+}
+
 /// The inputs of `/v1/embeddings`.
 pub fn inputs(fields: &Fields<'_>) -> Result<Vec<Prompt>, ApiError> {
-    if let Some(format) = fields.get("encoding_format")
-        && format.as_str() != Some("float")
-    {
-        return Err(wrong("encoding_format", format, "float"));
-    }
     if fields.get("dimensions").is_some() {
         return Err(ApiError::field("dimensions", "not supported"));
     }

@@ -210,7 +210,7 @@ impl ChatFormat {
         for (i, message) in messages.iter().enumerate() {
             let role = message.role.as_str();
             let (around, trims) = match role {
-                "system" => (self.system, self.trims == Trims::All),
+                "system" | "developer" => (self.system, self.trims == Trims::All),
                 "user" => (self.user, self.trims == Trims::All),
                 "assistant" => (self.assistant, self.trims != Trims::Nobody),
                 _ => {
@@ -221,7 +221,7 @@ impl ChatFormat {
                 }
             };
             let content = if trims { message.content.trim() } else { &message.content };
-            if role == "system" && self.system_joins_user {
+            if self.system_joins_user && matches!(role, "system" | "developer") {
                 system.say(content);
                 continue;
             }

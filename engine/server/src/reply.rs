@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use engine::Tokenizer;
 use serde_json::{Value, json};
 
+use crate::api::VectorEncoding;
 use crate::scheduler::{End, Finish, TokenLogprob};
 
 /// A completion under way.
@@ -142,12 +143,37 @@ fn finite(logprob: f64) -> f64 {
     if logprob.is_finite() { logprob } else { -9999.0 }
 }
 
+/// Bytes in base64, padded.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for three in bytes.chunks(3) {
+        let bits =
+            three.iter().enumerate().fold(0u32, |bits, (i, byte)| bits | u32::from(*byte) << (16 - 8 * i));
+        for digit in 0..4 {
+            let at = bits >> (18 - 6 * digit) & 63;
+            out.push(if digit <= three.len() { char::from(DIGITS[at as usize]) } else { '=' });
+        }
+    }
+    out
+}
+
 /// The answer of `/v1/embeddings`.
-pub(crate) fn embeddings(vectors: &[Vec<f32>], model: &str, n_tokens: usize) -> Value {
-    let data = vectors
-        .iter()
-        .enumerate()
-        .map(|(index, v)| json!({ "object": "embedding", "index": index, "embedding": v }));
+pub(crate) fn embeddings(
+    vectors: &[Vec<f32>],
+    encoding: VectorEncoding,
+    model: &str,
+    n_tokens: usize,
+) -> Value {
+    let data = vectors.iter().enumerate().map(|(index, v)| {
+        let embedding = match encoding {
+            VectorEncoding::Numbers => json!(v),
+            VectorEncoding::Base64 => {
+                base64(&v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()).into()
+            }
+        };
+        json!({ "object": "embedding", "index": index, "embedding": embedding })
+    });
     json!({
         "object": "list",
         "data": data.collect::<Vec<_>>(),
@@ -159,4 +185,23 @@ pub(crate) fn embeddings(vectors: &[Vec<f32>], model: &str, n_tokens: usize) -> 
 /// A server-sent event.
 pub(crate) fn sse(data: &Value) -> String {
     format!("data: {data}\n\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::base64;
+
+    #[test]
+    fn base64_is_padded() {
+        for (bytes, text) in [
+            (&b""[..], ""),
+            (b"f", "Zg=="),
+            (b"fo", "Zm8="),
+            (b"foo", "Zm9v"),
+            (b"foob", "Zm9vYg=="),
+            (&[0xFB, 0xFF, 0xFE], "+//+"),
+        ] {
+            assert_eq!(base64(bytes), text);
+        }
+    }
 }

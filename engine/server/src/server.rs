@@ -16,7 +16,7 @@ use engine::tokenizer::{DecodeOptions, EncodeOptions};
 use engine::{Context, Model, Tokenizer};
 use serde_json::{Value, json};
 
-use crate::api::{self, Fields, Generation, Prompt};
+use crate::api::{self, Fields, Generation, Prompt, VectorEncoding};
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::http::{self, Framed, Incoming, Reader, Request};
@@ -37,8 +37,17 @@ pub trait Templates {
 
 /// What a request asks for, and how far its answer has come.
 enum Kind {
-    Completion { job: JobId, stream: bool, completion: Box<Completion> },
-    Embeddings { inputs: VecDeque<Vec<u32>>, vectors: Vec<Vec<f32>>, n_tokens: usize },
+    Completion {
+        job: JobId,
+        stream: bool,
+        completion: Box<Completion>,
+    },
+    Embeddings {
+        inputs: VecDeque<Vec<u32>>,
+        vectors: Vec<Vec<f32>>,
+        encoding: VectorEncoding,
+        n_tokens: usize,
+    },
 }
 
 /// A request whose answer takes steps.
@@ -356,6 +365,7 @@ impl<'m> Server<'m> {
         now_ms: u64,
     ) -> Result<(), ApiError> {
         let post = match request.path.as_str() {
+            path if path.starts_with(ONE_MODEL) => false,
             "/health" | "/v1/health" | "/v1/models" | "/models" | "/metrics" => false,
             "/v1/completions" | "/v1/chat/completions" | "/v1/embeddings" | "/tokenize" | "/detokenize" => {
                 true
@@ -385,8 +395,12 @@ impl<'m> Server<'m> {
                 self.respond(id, 200, kind, "", text.as_bytes(), framed, now_ms);
             }
             "/v1/models" | "/models" => {
-                let value = self.models();
+                let value = json!({ "object": "list", "data": [self.model_object()] });
                 self.respond_json(id, &value, framed, now_ms);
+            }
+            path if path.starts_with(ONE_MODEL) => {
+                self.check_name(&path[ONE_MODEL.len()..])?;
+                self.respond_json(id, &self.model_object(), framed, now_ms);
             }
             path => {
                 let object = api::object(&request.body)?;
@@ -431,35 +445,40 @@ impl<'m> Server<'m> {
         }
     }
 
-    fn models(&self) -> Value {
+    /// The model in OpenAI's words, with more about it under `meta`.
+    fn model_object(&self) -> Value {
         let hp = self.model.hparams();
         let n_ctx = self.scheduler.as_ref().map(Scheduler::n_ctx);
         json!({
-            "object": "list",
-            "data": [{
-                "id": self.config.model_name,
-                "object": "model",
-                "created": self.config.epoch_s,
-                "owned_by": "runik",
-                "meta": {
-                    "architecture": self.model.arch_name(),
-                    "n_vocab": hp.n_vocab,
-                    "n_embd": hp.n_embd,
-                    "n_ctx_train": hp.n_ctx_train,
-                    "n_ctx": n_ctx.or(self.embedder.as_ref().map(Context::n_ctx)),
-                    "size": self.model.meta().file_bytes,
-                },
-            }],
+            "id": self.config.model_name,
+            "object": "model",
+            "created": self.config.epoch_s,
+            "owned_by": "runik",
+            "meta": {
+                "architecture": self.model.arch_name(),
+                "n_vocab": hp.n_vocab,
+                "n_embd": hp.n_embd,
+                "n_ctx_train": hp.n_ctx_train,
+                "n_ctx": n_ctx.or(self.embedder.as_ref().map(Context::n_ctx)),
+                "size": self.model.meta().file_bytes,
+            },
+        })
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), ApiError> {
+        let ours = self.config.model_name.as_str();
+        if name == ours {
+            return Ok(());
+        }
+        Err(ApiError {
+            param: Some("model".into()),
+            ..ApiError::new(404, format!("no model '{name}'; this server has '{ours}'"))
         })
     }
 
     fn check_model(&self, fields: &Fields<'_>) -> Result<(), ApiError> {
-        let ours = self.config.model_name.as_str();
         match fields.model()? {
-            Some(name) if !name.is_empty() && name != ours => Err(ApiError {
-                param: Some("model".into()),
-                ..ApiError::new(404, format!("no model '{name}'; this server has '{ours}'"))
-            }),
+            Some(name) if !name.is_empty() => self.check_name(name),
             _ => Ok(()),
         }
     }
@@ -606,6 +625,7 @@ impl<'m> Server<'m> {
         if self.embeddings.len() >= self.config.limits.queue {
             return Err(ApiError::new(429, "too many requests wait already; try again later"));
         }
+        let encoding = api::vector_encoding(fields)?;
         let mut inputs = VecDeque::new();
         for input in api::inputs(fields)? {
             let tokens = self.tokens_of("input", input, false)?;
@@ -616,7 +636,7 @@ impl<'m> Server<'m> {
         }
         let n_tokens = inputs.iter().map(Vec::len).sum();
         self.embeddings.push_back(id);
-        let kind = Kind::Embeddings { inputs, vectors: Vec::new(), n_tokens };
+        let kind = Kind::Embeddings { inputs, vectors: Vec::new(), encoding, n_tokens };
         if let Some(c) = self.connections.get_mut(&id) {
             c.exchange = Some(Exchange { framed, began_ms: now_ms, has_token: false, kind });
         }
@@ -627,12 +647,12 @@ impl<'m> Server<'m> {
     fn embed_one(&mut self, clock: &dyn Fn() -> u64) {
         let Some(id) = self.embeddings.pop_front() else { return };
         let (Some(embedder), Some(c)) = (&mut self.embedder, self.connections.get_mut(&id)) else { return };
-        let Some(Exchange { framed, kind: Kind::Embeddings { inputs, vectors, n_tokens }, .. }) =
+        let Some(Exchange { framed, kind: Kind::Embeddings { inputs, vectors, encoding, n_tokens }, .. }) =
             &mut c.exchange
         else {
             return;
         };
-        let (framed, n_tokens) = (*framed, *n_tokens);
+        let (framed, encoding, n_tokens) = (*framed, *encoding, *n_tokens);
         if let Some(tokens) = inputs.pop_front() {
             let pooling = match self.model.hparams().pooling {
                 // One vector a text is what the API promises; llama.cpp's default for decoders is the last token.
@@ -649,7 +669,7 @@ impl<'m> Server<'m> {
             // Its next input waits behind the other requests.
             return self.embeddings.push_back(id);
         }
-        let value = reply::embeddings(vectors, &self.config.model_name, n_tokens);
+        let value = reply::embeddings(vectors, encoding, &self.config.model_name, n_tokens);
         let now_ms = clock();
         self.respond_json(id, &value, framed, now_ms);
         self.advance(id, now_ms);
@@ -725,6 +745,9 @@ impl<'m> Server<'m> {
         }
     }
 }
+
+/// `GET` of this and a name is about that model.
+const ONE_MODEL: &str = "/v1/models/";
 
 const JSON: &str = "application/json; charset=utf-8";
 

@@ -132,6 +132,33 @@ fn a_stream_says_what_the_whole_answer_says() {
     assert!(got[1].ends_with("data: [DONE]\n\n\r\n0\r\n\r\n"), "{}", got[1]);
 }
 
+/// Different words for the same: what clients send instead of a text, and fields that say what is so anyhow.
+#[test]
+fn clients_words_are_understood() {
+    let model = model();
+    let say = |content: &str, more: &str| {
+        let body = format!(
+            r#"{{"messages":[{{"role":"user","content":{content}}}],"max_completion_tokens":6,"ignore_eos":true{more}}}"#
+        );
+        let mut server = server(&model, 1, 64);
+        let id = ask(&mut server, &post("/v1/chat/completions", &body));
+        choices(&answers(&mut server, &[id])[0])
+    };
+    let plain = say(r#""one\ntwo""#, r#","seed":5"#);
+    let parts = r#"[{"type":"text","text":"one"},{"type":"text","text":"two"}]"#;
+    assert_eq!(say(parts, r#","seed":5"#), plain);
+    for more in [
+        r#","top_k":-1"#,
+        r#","top_k":0,"tools":[],"tool_choice":"none","stop":[],"logit_bias":{},"user":"u","store":false"#,
+        r#","top_k":0,"tools":null,"stop":null,"n":1,"response_format":{"type":"text"},"stream_options":null"#,
+    ] {
+        let all = say(r#""one""#, r#","seed":5,"top_k":0"#);
+        assert_eq!(say(r#""one""#, &format!(r#","seed":5{more}"#)), all, "{more}");
+    }
+    let seeds = [5, -7, -8].map(|seed| say(r#""one""#, &format!(r#","seed":{seed},"temperature":3"#)));
+    assert!(seeds[0] != seeds[1] && seeds[1] != seeds[2], "{seeds:?}");
+}
+
 #[test]
 fn errors_say_what_is_wrong() {
     let model = model();
@@ -144,6 +171,15 @@ fn errors_say_what_is_wrong() {
         (post("/v1/completions", r#"{"prompt":"a","max_tokens":-5}"#), 400),
         (post("/v1/completions", r#"{"prompt":[999999]}"#), 400),
         (post("/v1/completions", r#"{"prompt":"a","model":"other"}"#), 404),
+        ("GET /v1/models/other HTTP/1.1\r\nHost: a\r\n\r\n".into(), 404),
+        (post("/v1/models/tiny", "{}"), 405),
+        (
+            post(
+                "/v1/chat/completions",
+                r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":null,"tool_calls":[{"id":"1"}]}]}"#,
+            ),
+            400,
+        ),
         (post("/v1/completions", &long), 400),
         (post("/v1/embeddings", r#"{"input":"a"}"#), 501),
         (post("/nowhere", "{}"), 404),

@@ -308,6 +308,11 @@ impl Run<'_> {
                 let (x, cols) = self.rows(*x);
                 one(x.chunks_exact(cols).map(|row| crate::sampler::argmax(row) as f32).collect())
             }
+            Op::ScaleExperts { x, factors, ids } => {
+                let (x, cols) = self.rows(*x);
+                let (factors, ids) = (self.value(*factors), self.value(*ids));
+                one(x.iter().enumerate().map(|(i, x)| x * factors[ids[i / cols] as usize]).collect())
+            }
             Op::RowGate { x, gate } => {
                 let (x, cols) = self.rows(*x);
                 let gate = self.value(*gate);

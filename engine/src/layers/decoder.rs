@@ -6,6 +6,7 @@
 use alloc::vec::Vec;
 
 use super::ffn::{FfnWeights, Gating, gated_ffn, moe_ffn};
+use super::rotation;
 use crate::graph::Output;
 use crate::hparams::Hparams;
 use crate::models::{Build, Matrix, TensorList};
@@ -18,6 +19,7 @@ pub fn decoder_tensors(hp: &Hparams, list: &mut TensorList, d: &Decoder<'_>) {
     list.global("token_embd.weight", &[hp.n_vocab, n_embd]);
     list.global("output_norm.weight", &[n_embd]);
     list.global_opt("output.weight", &[hp.n_vocab, n_embd]);
+    list.global_opt("output.scale", &[1]);
     for (il, layer) in hp.layers.iter().enumerate() {
         list.layer(il, "attn_norm.weight", &[n_embd]);
         attention_tensors(hp, list, il);
@@ -31,13 +33,21 @@ pub fn decoder_tensors(hp: &Hparams, list: &mut TensorList, d: &Decoder<'_>) {
                     ("down", n_embd, moe.n_ff_exp),
                 ] {
                     list.layer(il, &alloc::format!("ffn_{name}_exps.weight"), &[moe.n_expert, rows, cols]);
+                    if d.scaled_experts {
+                        list.layer_opt(il, &alloc::format!("ffn_{name}_exps.scale"), &[moe.n_expert, 1]);
+                    }
                 }
                 // Whoever gives the shared expert a width must bring it, whatever the architecture.
                 if moe.n_ff_shexp > 0 {
                     list.layer(il, "ffn_gate_inp_shexp.weight", &[1, n_embd]);
-                    list.layer(il, "ffn_gate_shexp.weight", &[moe.n_ff_shexp, n_embd]);
-                    list.layer(il, "ffn_up_shexp.weight", &[moe.n_ff_shexp, n_embd]);
-                    list.layer(il, "ffn_down_shexp.weight", &[n_embd, moe.n_ff_shexp]);
+                    for (name, rows, cols) in [
+                        ("gate", moe.n_ff_shexp, n_embd),
+                        ("up", moe.n_ff_shexp, n_embd),
+                        ("down", n_embd, moe.n_ff_shexp),
+                    ] {
+                        list.layer(il, &alloc::format!("ffn_{name}_shexp.weight"), &[rows, cols]);
+                        list.layer_opt(il, &alloc::format!("ffn_{name}_shexp.scale"), &[1]);
+                    }
                 }
             }
             None if d.fused_up => {
@@ -84,6 +94,8 @@ pub struct Decoder<'a> {
     pub ffn_norm: &'a str,
     /// Whether gate and up are one matrix, `ffn_up`.
     pub fused_up: bool,
+    /// Whether files may have a factor on each expert's products.
+    pub scaled_experts: bool,
 }
 
 impl Decoder<'_> {
@@ -93,6 +105,7 @@ impl Decoder<'_> {
         gating: Gating { softmax_after: false, normalise: true },
         ffn_norm: "ffn_norm.weight",
         fused_up: false,
+        scaled_experts: true,
     };
 }
 
@@ -164,12 +177,15 @@ fn attend(b: &mut Build<'_>, il: usize, h: TensorId, tables: &RopeTables) -> Opt
     };
     let q = rotated(b, q, layer.n_head, "attn_q_norm.weight");
     let k = rotated(b, k, layer.n_head_kv, "attn_k_norm.weight");
+    let (q, k) = (rotation::rotated_k(b, il, q), rotation::rotated_k(b, il, k));
+    let v = rotation::rotated_v(b, il, v);
     b.g.kv_store(k, v, il);
     let sinks = b.layer_opt(il, "attn_sinks.weight");
     if il + 1 == hp.n_layer() && b.shape.n_outputs == 0 {
         return None;
     }
-    Some(b.g.attention(q, sinks, hp.attention(il)))
+    let out = b.g.attention(q, sinks, hp.attention(il));
+    Some(rotation::rotated_v(b, il, out))
 }
 
 /// The feed-forward part of layer `il`, or its experts, on the normed stream `h`.
@@ -193,7 +209,8 @@ fn output_head(b: &mut Build<'_>, x: TensorId, token_embd: TensorId) {
     // A file without an output matrix ties it to the embeddings.
     let head = b.weight_opt("output.weight").unwrap_or(token_embd);
     let bias = b.weight_opt("output.bias");
-    let mut logits = b.g.matmul(x, head, bias);
+    let scale = b.scale_of("output");
+    let mut logits = b.products(x, &[Matrix { weight: head, bias, scale }])[0];
     if b.hp.final_softcap != 0.0 {
         logits = b.g.softcap(logits, b.hp.final_softcap);
     }

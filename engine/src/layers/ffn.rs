@@ -52,6 +52,18 @@ pub fn gated_ffn(
     b.products(h, &[down])[0]
 }
 
+/// Products of `x` [n, n_used or 1, k] with the matrices `name` of the experts `ids` [n, n_used]: with biases, or with the
+/// factors that NVFP4 files have of each expert.
+fn expert_products(b: &mut Build<'_>, il: usize, name: &str, x: TensorId, ids: TensorId) -> TensorId {
+    let weight = b.layer(il, &format!("ffn_{name}_exps.weight"));
+    let bias = b.layer_opt(il, &format!("ffn_{name}_exps.bias"));
+    let y = b.g.matmul_id(x, weight, bias, ids);
+    match b.layer_opt(il, &format!("ffn_{name}_exps.scale")) {
+        Some(factors) => b.g.scale_experts(y, factors, ids),
+        None => y,
+    }
+}
+
 /// Mixture of gated experts, plus the shared expert where the model has one.
 pub fn moe_ffn(b: &mut Build<'_>, il: usize, x: TensorId, act: Glu, gating: Gating) -> TensorId {
     let moe = b.hp.moe.expect("a mixture has expert hyperparameters");
@@ -67,15 +79,10 @@ pub fn moe_ffn(b: &mut Build<'_>, il: usize, x: TensorId, act: Glu, gating: Gati
     };
     let (ids, weights) = b.g.moe_route(logits, params);
     let x3 = b.g.reshape(x, &[n, 1, n_embd]);
-    let expert = |b: &mut Build<'_>, name: &str, x: TensorId| {
-        let w = b.layer(il, &format!("ffn_{name}_exps.weight"));
-        let bias = b.layer_opt(il, &format!("ffn_{name}_exps.bias"));
-        b.g.matmul_id(x, w, bias, ids)
-    };
-    let gate = expert(b, "gate", x3);
-    let up = expert(b, "up", x3);
+    let gate = expert_products(b, il, "gate", x3, ids);
+    let up = expert_products(b, il, "up", x3, ids);
     let h = b.g.glu(act, gate, up);
-    let down = expert(b, "down", h);
+    let down = expert_products(b, il, "down", h, ids);
     let out = b.g.moe_combine(down, weights);
     if moe.n_ff_shexp == 0 {
         return out;

@@ -14,6 +14,8 @@ const DECODER: Decoder<'static> = Decoder {
     gating: Gating { softmax_after: true, normalise: false },
     ffn_norm: "post_attention_norm.weight",
     fused_up: false,
+    // They would come before the biases; no file has both.
+    scaled_experts: false,
 };
 
 fn hparams(keys: &Keys<'_>) -> Result<Hparams, EngineError> {

@@ -123,6 +123,10 @@ pub struct StepShape {
     /// Whether the tokens are a prompt's, where the back end runs those apart
     /// ([`crate::backend::Backend::runs_prompts_apart`]).
     pub prompt: bool,
+    /// Whether keys are cached in a block format.
+    pub blocks_k: bool,
+    /// Whether values are.
+    pub blocks_v: bool,
 }
 
 /// A matrix with what is done to its products.
@@ -183,7 +187,12 @@ impl Build<'_> {
 
     /// The factor on the products of a matrix of layer `il`; 1 if the file has none.
     pub fn layer_scale(&self, il: usize, name: &str) -> f32 {
-        self.weights.id(&format!("blk.{il}.{name}.scale")).map_or(1.0, |id| {
+        self.scale_of(&format!("blk.{il}.{name}"))
+    }
+
+    /// The factor on the products of a matrix; 1 if the file has none.
+    pub fn scale_of(&self, name: &str) -> f32 {
+        self.weights.id(&format!("{name}.scale")).map_or(1.0, |id| {
             let bytes = self.weights.row_range(id, 0, 1);
             f32::from_le_bytes(bytes.try_into().expect("one f32: checked with the tensor list"))
         })

@@ -1,5 +1,6 @@
 //! What a tokenizer is made of: a plain value, filled from a GGUF file or by hand.
 
+use alloc::borrow::Cow;
 use alloc::format;
 use alloc::vec::Vec;
 
@@ -39,7 +40,7 @@ pub struct VocabSource<'a> {
     /// SentencePiece's normalisation table (unigram).
     pub charsmap: Vec<u8>,
     /// `general.name`: some habits of a model are known by it only.
-    pub general_name: &'a str,
+    pub general_name: Cow<'a, str>,
     /// `general.architecture`.
     pub architecture: &'a str,
     /// `<architecture>.vocab_size`: the number of tokens of a file without vocabulary.
@@ -87,7 +88,7 @@ impl<'a> VocabSource<'a> {
             lowercase: gguf.opt_bool("tokenizer.ggml.normalizer.lowercase")?,
             strip_accents: gguf.opt_bool("tokenizer.ggml.normalizer.strip_accents")?,
             charsmap: charsmap(gguf)?,
-            general_name: gguf.opt_str("general.name")?.unwrap_or_default(),
+            general_name: gguf.opt_text("general.name")?.unwrap_or_default(),
             architecture,
             vocab_size: gguf.opt_u32(&format!("{architecture}.vocab_size"))?,
         })

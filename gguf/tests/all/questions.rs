@@ -39,6 +39,21 @@ fn getters_convert_what_fits_and_name_what_does_not() {
 }
 
 #[test]
+fn texts_for_people_need_no_utf8() {
+    let mut writer = Writer::default();
+    writer.kv("name", "a?b").unwrap();
+    let mut bytes = writer.header_bytes();
+    let at = bytes.iter().position(|byte| *byte == b'?').unwrap();
+    bytes[at] = 0xFF;
+    let gguf = Gguf::parse(&bytes).unwrap();
+    assert_eq!(gguf.str("name"), Err(GgufError::NotUtf8 { what: "name".into(), offset: at as u64 }));
+    assert_eq!(gguf.opt_text("name").unwrap().as_deref(), Some("a\u{FFFD}b"));
+    assert_eq!(gguf.opt_text("none"), Ok(None));
+    let numbers = metadata();
+    assert!(Gguf::parse(&numbers).unwrap().opt_text("u64").is_err());
+}
+
+#[test]
 fn arrays_convert_what_fits() {
     let bytes = metadata();
     let gguf = Gguf::parse(&bytes).unwrap();

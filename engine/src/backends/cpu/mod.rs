@@ -323,6 +323,17 @@ impl<'a> Run<'a> {
                 }
                 Ok(())
             }
+            Op::ScaleExperts { x, factors, ids } => {
+                let (factors, cols) = (self.opt_vector(Some(*factors)), self.plan.shape(*x).cols());
+                let (ids, out) = (self.slot(*ids), out());
+                let v = self.map(*x, out, [ids]);
+                if let Some(x) = v.x {
+                    v.out.copy_from_slice(x);
+                }
+                let factors = factors.expect("it was asked for");
+                moe::scale_experts(&factors, bytemuck::cast_slice(v.others[0]), cols, v.out);
+                Ok(())
+            }
             Op::RowGate { x, gate } => {
                 let (gate, cols) = (self.slot(*gate), self.plan.shape(*x).cols());
                 let v = self.map(*x, out(), [gate]);

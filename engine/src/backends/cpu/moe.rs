@@ -47,6 +47,14 @@ pub fn combine(x: &[f32], weights: &[f32], n_used: usize, out: &mut [f32]) {
     }
 }
 
+/// See [`crate::op::Op::ScaleExperts`], in place.
+pub fn scale_experts(factors: &[f32], ids: &[i32], cols: usize, x: &mut [f32]) {
+    for (row, id) in x.chunks_exact_mut(cols).zip(ids) {
+        let factor = factors[*id as usize];
+        row.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
 /// See [`crate::op::Op::RowGate`], in place.
 pub fn row_gate(gate: &[f32], cols: usize, x: &mut [f32]) {
     for (row, gate) in x.chunks_exact_mut(cols).zip(gate) {

@@ -115,13 +115,13 @@ mod tests {
     use quant::FormatId;
 
     use super::*;
-    use crate::Model;
     use crate::backend::{Backend, Step, StepSequence};
     use crate::backends::cuda::Cuda;
     use crate::executor::Serial;
     use crate::io::Mapped;
     use crate::models::StepShape;
     use crate::plan::Plan;
+    use crate::{ContextParams, Model};
 
     /// What is loaded ahead of two steps is what they launch, and what both launch comes first.
     #[test]
@@ -136,15 +136,7 @@ mod tests {
             let apart = cuda.runs_prompts_apart();
             let steps: Vec<(Graph, Range<usize>)> = [(0..20, apart), (20..21, false)]
                 .map(|(positions, prompt)| {
-                    let n_tokens = positions.len();
-                    let shape = StepShape {
-                        n_tokens,
-                        n_outputs: 1,
-                        embeddings: false,
-                        greedy: false,
-                        taps: false,
-                        prompt,
-                    };
+                    let shape = StepShape { prompt, ..ContextParams::default().step(positions.len(), 1) };
                     (model.graph(64, shape), positions)
                 })
                 .into();

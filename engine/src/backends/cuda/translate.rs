@@ -389,6 +389,9 @@ impl<'a> Translator<'a> {
                 let (x, out) = (self.place(*x), self.value(out()));
                 self.push(Action::Argmax { x, n, cols, out, scratch });
             }
+            Op::ScaleExperts { .. } => {
+                return Err("factors of experts have no kernel; --device cpu has them".into());
+            }
             Op::RowGate { x, gate } => {
                 let (n, cols) = (shape(*x).rows(), shape(*x).cols());
                 let (x, gate, out) = (self.place(*x), self.place(*gate), self.value(out()));
