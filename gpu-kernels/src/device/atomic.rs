@@ -1,5 +1,5 @@
-//! Relaxed atomics on global and shared memory, by scope. They order nothing but themselves: use them for sums and
-//! counters whose result is read after the kernel or behind a barrier.
+//! Atomics on global and shared memory, by scope. All but [`arrive_global`] are relaxed: they order nothing but
+//! themselves; use them for sums and counters whose result is read after the kernel or behind a barrier.
 //!
 //! Sums of floats by atomics depend on the order of arrival; kernels use them only where a result may.
 
@@ -46,6 +46,25 @@ twin! {
             before
         }
         host { lane::atomic_global(array.address(i), |before| if before == expected { value } else { before }) }
+    }
+}
+
+twin! {
+    /// Arrives at a counter of the device that starts at 0; whether this was the last of `n` arrivals, which leaves the
+    /// counter at 0 again. What a thread wrote before it arrived, or saw by a barrier, threads that arrive later see
+    /// (`atom.acq_rel.gpu.global.inc.u32`; fences beside a plain one before sm_70).
+    pub fn arrive_global(counter: Glb<u32>, i: u32, n: u32) -> bool {
+        ptx {
+            let before: u32;
+            #[cfg(sm_ge_70)]
+            // SAFETY: the launch gave an array that holds element `i`. Memory is clobbered, so no access moves across.
+            unsafe { asm!("atom.acq_rel.gpu.global.inc.u32 {},[{}],{};", out(reg32) before, in(reg64) counter.address(i), in(reg32) n - 1, options(nostack, preserves_flags)) }
+            #[cfg(not(sm_ge_70))]
+            // SAFETY: as above.
+            unsafe { asm!("membar.gl; atom.global.inc.u32 {},[{}],{}; membar.gl;", out(reg32) before, in(reg64) counter.address(i), in(reg32) n - 1, options(nostack, preserves_flags)) }
+            before == n - 1
+        }
+        host { lane::arrive_global(counter.address(i), |before| if before >= n - 1 { 0 } else { before + 1 }) == n - 1 }
     }
 }
 

@@ -187,6 +187,14 @@ impl Cta {
         Ref::map(self.clocks.borrow(), |clocks| &clocks[me])
     }
 
+    /// An arrival of thread `me` at a counter in global memory, which `count` makes.
+    pub(super) fn arrive_global<R>(&self, me: usize, address: u64, count: impl FnOnce() -> R) -> R {
+        match &self.marks {
+            Some(marks) => marks.arrive(address, self.number, me, &mut self.clocks.borrow_mut()[me], count),
+            None => count(),
+        }
+    }
+
     pub(super) fn thread<R>(&self, me: usize, f: impl FnOnce(&mut Thread) -> R) -> R {
         f(&mut self.states.borrow_mut()[me])
     }

@@ -325,6 +325,14 @@ pub fn atomic_global(address: u64, f: impl Fn(u32) -> u32) -> u32 {
     place.allocation.update(place.offset, f)
 }
 
+/// An atomic operation on a word of global memory that orders what threads of other CTAs do around theirs; returns the
+/// value before.
+#[track_caller]
+pub fn arrive_global(address: u64, f: impl Fn(u32) -> u32) -> u32 {
+    let place = checked(touch(address, 4, 4, Kind::Atomic), Location::caller());
+    cta().arrive_global(me(), address, || place.allocation.update(place.offset, f))
+}
+
 /// Starts an asynchronous copy of `size` bytes, at most 16, or of zeros from nowhere.
 #[track_caller]
 pub fn async_copy(to: u32, from: Option<u64>, size: u32) {

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::vec::Vec;
 
+use super::clock::{Clock, Others};
 use crate::driver::MemKind;
 use crate::launch::DevicePtr;
 
@@ -228,18 +229,36 @@ type Pages = HashMap<u64, Box<[Mark]>>;
 /// The marks of one launch.
 pub(super) struct LaunchMarks {
     shards: Box<[Mutex<Pages>]>,
+    /// Per counter that CTAs arrive at, by address: what the arrivals know.
+    arrivals: Mutex<HashMap<u64, Others>>,
 }
 
 /// The thread that makes an access, and how it judges earlier ones.
 pub(super) struct Toucher<'a> {
     pub(super) cta: u32,
     pub(super) thread: usize,
-    pub(super) clock: &'a super::clock::Clock,
+    pub(super) clock: &'a Clock,
 }
 
 impl LaunchMarks {
     pub(super) fn new() -> LaunchMarks {
-        LaunchMarks { shards: (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect() }
+        let shards = (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect();
+        LaunchMarks { shards, arrivals: Mutex::default() }
+    }
+
+    /// An arrival at the counter at address `at` by thread `me` of CTA `cta`, which `count` makes: in the order of the
+    /// counts each learns what those before it knew.
+    pub(super) fn arrive<R>(
+        &self,
+        at: u64,
+        cta: u32,
+        me: usize,
+        clock: &mut Clock,
+        count: impl FnOnce() -> R,
+    ) -> R {
+        let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        clock.arrive(cta, me, arrivals.entry(at).or_default());
+        count()
     }
 
     /// Marks an access; says what it races with.
@@ -275,11 +294,16 @@ impl LaunchMarks {
 impl Mark {
     fn touch(&mut self, who: &Toucher<'_>, mask: u8, kind: Kind) -> Option<(&'static str, Touch)> {
         let atomic = kind == Kind::Atomic;
+        let after = |other: &Touch| {
+            let thread = other.thread.into();
+            if other.cta == who.cta {
+                who.clock.after(who.thread, thread, other.time)
+            } else {
+                who.clock.after_other(other.cta, thread, other.time)
+            }
+        };
         let conflict = |other: &Touch| {
-            other.time != 0
-                && other.mask & mask != 0
-                && !(atomic && other.atomic)
-                && (other.cta != who.cta || !who.clock.after(who.thread, other.thread.into(), other.time))
+            other.time != 0 && other.mask & mask != 0 && !(atomic && other.atomic) && !after(other)
         };
         let found = if conflict(&self.write) {
             Some(("write", self.write))

@@ -170,6 +170,66 @@ plant!(plain_write_beside_an_atomic, "race: global memory", |memory, bug| {
     }
 });
 
+/// The CTA that arrives last may read what the others wrote before they arrived, and finds the counter ready for the next
+/// launch. Nothing orders them if only the arriving thread's own writes come before, or if the atomic is a relaxed one.
+#[test]
+fn the_last_cta_to_arrive_sees_what_all_wrote() {
+    fn kernel(memory: Glb<u32>, bug: u32) {
+        // Element 0 counts; each of four CTAs writes 64 words, the last one reads all.
+        let (n, t) = (thread::grid_dim_x(), thread_idx_x());
+        let (verdict, data) = (Shared::words(), memory.offset(1));
+        data.st(64 * thread::block_idx_x() + t, t);
+        if bug != 1 {
+            sync::sync_threads();
+        }
+        if t == 0 {
+            let last = match bug {
+                2 => atomic::add_global(memory, 0, 1) == n - 1,
+                _ => atomic::arrive_global(memory, 0, n),
+            };
+            verdict.st(0, last.into());
+        }
+        sync::sync_threads();
+        if verdict.ld(0) == 1 {
+            let mut cta = 0;
+            while cta < n {
+                let word = data.ld(64 * cta + (t ^ 1));
+                assert!(bug != 0 || word == t ^ 1);
+                cta += 1;
+            }
+        }
+    }
+    kernels! {
+        in "emulator_tests";
+        TABLE: threads(64);
+        fn (memory: Glb<u32>, bug: u32);
+        "arrives" => kernel;
+    }
+    let run = |bug: u32, seed: u64| {
+        let emulator = Emulator::new(Options { seed, ..Options::default() });
+        let memory = emulator.alloc(MemKind::Device, BYTES).unwrap();
+        emulator.fill(memory, 0, BYTES, StreamId::DEFAULT).unwrap();
+        let launch = Launch {
+            entry: "arrives",
+            grid: [4, 1, 1],
+            cta: 64,
+            cluster: 1,
+            smem_bytes: Shared::BYTES,
+            params: Params::new().with(memory).with(bug),
+        };
+        emulator.run(&TABLE[0], &launch).map_err(|error| error.to_string())?;
+        let mut count = [1; 4];
+        emulator.read(&mut count, memory, StreamId::DEFAULT).unwrap();
+        assert_eq!(count, [0; 4]);
+        Ok::<(), String>(())
+    };
+    (0..4).for_each(|seed| run(0, seed).unwrap());
+    for bug in [1, 2] {
+        let error = run(bug, 1).unwrap_err();
+        assert!(error.contains("race: global memory") && error.contains("of CTA"), "{bug}: {error}");
+    }
+}
+
 plant!(uninitialised_shared_memory, "uninitialised", |_memory, bug| {
     let t = thread_idx_x();
     if bug == 0 {

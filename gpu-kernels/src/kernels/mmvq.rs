@@ -6,6 +6,8 @@
 //!   Nothing overlaps, except that `residual` may be `y`. One column (in a mixture any) may also come as f32 in `q`,
 //!   without `scales`: the kernel quantises it on its way to shared memory, after an RMS norm of the row if there is a
 //!   [`Norm`] (k at most [`MAX_NORM_K`]); to the same bits as `quantise_act` and `rms_norm`.
+//! * One column of one matrix may be followed by an RMS norm of the result ([`NormAfter`], at most [`MAX_NORM_K`] rows): the
+//!   CTA that is done last makes it, to the bits of `rms_norm`. A launch of its own costs more.
 //! * Several matrices, bias, gate and up, residual, mixtures of experts: `product.rs`. In a mixture every pair is a column
 //!   of its own.
 //! * Result: for every output the sum over a span of 256 weights is `BlockFormat::dot_group`'s chain from 0 over its groups in
@@ -590,6 +592,16 @@ macro_rules! entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
+            NORMED: threads(512), early;
+            fn (part: Part, q: Glb<U32x4>, scales: Glb<U32x2>, shape: Shape, norm: Glb<F32x4>, eps: f32, after: After);
+            $(
+                concat!("mmvq_", stringify!($id), "_n1_norm") => mmvq_column_normed::<formats::$module::Block>;
+            )*
+        }
+
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmvq";
             FEW: threads(512), early;
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
@@ -608,9 +620,9 @@ macro_rules! entries {
             )*
         }
 
-        /// Entry of a format for up to `n_cols` columns.
+        /// Entry of a format for up to `n_cols` columns; of one column and a norm after it with `normed`.
         #[cfg(not(target_arch = "nvptx64"))]
-        fn entry(format: quant::FormatId, n_cols: usize) -> Option<EntryShape> {
+        fn entry(format: quant::FormatId, n_cols: usize, normed: bool) -> Option<EntryShape> {
             let (names, scale_elems, book) = match format {
                 $(
                     quant::FormatId::$id => (
@@ -619,6 +631,7 @@ macro_rules! entries {
                             concat!("mmvq_", stringify!($id), "_n2"),
                             concat!("mmvq_", stringify!($id), "_n4"),
                             concat!("mmvq_", stringify!($id), "_n8"),
+                            concat!("mmvq_", stringify!($id), "_n1_norm"),
                         ],
                         <quant::formats::$module::Block as BlockFormat>::SCALE_ELEMS,
                         <quant::formats::$module::Block as BlockFormat>::BOOK,
@@ -628,20 +641,21 @@ macro_rules! entries {
             };
             let i = n_cols.next_power_of_two().ilog2() as usize;
             Some(EntryShape {
-                name: names.get(i)?,
+                name: if normed { names[4] } else { names.get(i)? },
                 n_cols: 1 << i,
                 stage_bytes: stage_bytes(scale_elems, 1 << i),
                 book_bytes: lookup::book_bytes(book),
             })
         }
 
-        /// Every format at one column and at eight; the edges of rows, of k and of the column counts; every epilogue.
+        /// Every format at one column, with a norm after it, and at eight; the edges of rows, of k and of the column counts; every epilogue.
         #[cfg(not(target_arch = "nvptx64"))]
         const CASES: &[host::Case] = &[
             $(
                 host::Case { rows: &[37], k: 512, ..host::Case::of(quant::FormatId::$id) },
                 host::Case { rows: &[6], k: 512, x: host::X::Floats, ..host::Case::of(quant::FormatId::$id) },
                 host::Case { rows: &[5], k: 256, n_cols: 8, ..host::Case::of(quant::FormatId::$id) },
+                host::Case { rows: &[64], k: 512, extras: true, after: &[Output::Act(ActKind::Q8_0)], ..host::Case::of(quant::FormatId::$id) },
             )*
             host::Case { rows: &[4], k: 32, n_cols: 2, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[33], k: 1056, n_cols: 3, ..host::Case::of(quant::FormatId::Q8_0) },
@@ -652,6 +666,12 @@ macro_rules! entries {
             host::Case { rows: &[35], k: 576, x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_1) },
             host::Case { rows: &[33, 33], k: 2080, glu: Some(Glu::Silu), x: host::X::Floats, ..host::Case::of(quant::FormatId::Q8_0) },
             host::Case { rows: &[33], k: 768, n_cols: 2, mixture: Some((4, 2, true)), x: host::X::Floats, ..host::Case::of(quant::FormatId::Q4_K) },
+            // The results normed and quantised in each kind, by CTAs of fewer warps than there are spans and of more.
+            host::Case { rows: &[1056], k: 256 * 3, after: &[Output::Act(ActKind::Q8_0)], ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[256], k: 256 * 9, x: host::X::Floats, extras: true, after: &[Output::Act(ActKind::Q8_1)], ..host::Case::of(quant::FormatId::Q4_1) },
+            host::Case { rows: &[768], k: 512, extras: true, after: &[Output::F32, Output::Act(ActKind::Q8K)], ..host::Case::of(quant::FormatId::Q6_K) },
+            host::Case { rows: &[36], k: 512, x: host::X::Normed, extras: true, after: &[Output::F32], ..host::Case::of(quant::FormatId::IQ2_XXS) },
+            host::Case { rows: &[8192], k: 32, extras: true, after: &[Output::F32, Output::Act(ActKind::Q8K)], ..host::Case::of(quant::FormatId::Q8_0) },
             host::Case { rows: &[35, 5], k: 576, x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[33, 33], k: 4096, glu: Some(Glu::Silu), x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_K) },
             host::Case { rows: &[64, 64], k: 288, glu: Some(Glu::Silu), acts: true, ..host::Case::of(quant::FormatId::Q4_0) },
@@ -688,15 +708,17 @@ macro_rules! entries {
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
     crate::device::{F32x4, Glb, U32x2, U32x4},
-    crate::kernels::mmvq_column::mmvq_column,
+    crate::kernels::mmvq_column::{mmvq_column, mmvq_column_normed},
     crate::kernels::product::{Gate, Part},
+    crate::kernels::rms_norm::gpu::After,
     crate::tile::Tiled,
     quant::formats,
 };
 #[cfg(not(target_arch = "nvptx64"))]
 use {
-    crate::kernels::{lookup, product::Glu},
+    crate::kernels::{lookup, output::Output, product::Glu},
     quant::BlockFormat,
+    quant::act::ActKind,
 };
 quant::for_each_block_format!(entries![]);
 

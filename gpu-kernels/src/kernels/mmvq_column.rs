@@ -19,8 +19,8 @@ use super::mmvq::gpu::{Stage, span_sums};
 use super::mmvq::{COLUMN_FIXED_BYTES, Shape, stage_bytes};
 use super::output::gpu::{read, read_early};
 use super::product::{Gate, Part, choose, choose_at};
-use super::rms_norm::gpu::{normalise, scale_of, squares};
-use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread, warp};
+use super::rms_norm::gpu::{After, AfterScratch, normalise, row_scale};
+use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread};
 use crate::tile::{ROWS, SPAN_GROUPS, Tiled, load_span};
 
 /// Whether a span's words and the activations on their way to shared memory fit the registers of 16 warps: else the first
@@ -135,20 +135,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         let mut v = read(x, warp_id, n4, 0.0);
         let mut scale = 1.0;
         if !norm.is_null() {
-            let first = v;
-            let mut span = warp_id;
-            while span < n_spans {
-                let next = read(x, span + n_warps, n4, 0.0);
-                let sum = warp::sum_f32(squares(v));
-                if lane == 0 {
-                    span_squares.st(span, sum);
-                }
-                (v, span) = (next, span + n_warps);
-            }
-            v = first;
-            sync::sync_threads();
-            let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
-            scale = scale_of(warp::sum_f32(of_lane), n4, eps);
+            scale = row_scale(x, v, n4, eps, span_squares);
         }
         let mut span = warp_id;
         while span < n_spans {
@@ -239,4 +226,28 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     } else if warp_id == 0 && row < part.n_rows {
         part.finish_with(gate, p1, expert(), thread::block_idx_y(), row, total, residual);
     }
+}
+
+/// [`mmvq_column`] of one matrix whose results, at most 8192, the last of its CTAs norms.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // the entry's
+pub(super) fn mmvq_column_normed<F: BlockFormat + Tiled>(
+    part: Part,
+    q: Glb<U32x4>,
+    scales: Glb<U32x2>,
+    shape: Shape,
+    norm: Glb<F32x4>,
+    eps: f32,
+    after: After,
+) {
+    let n4 = part.n_rows / 4;
+    after.prefetch(n4);
+    mmvq_column::<F>(part, Part::NONE, Part::NONE, q, scales, Glb::NULL, Gate::NONE, shape, norm, eps);
+    // The stages are not read any more, nor the squares of a norm before.
+    let fixed = book_bytes(F::BOOK);
+    let scratch = AfterScratch {
+        span_squares: Smem::dynamic(fixed, thread::WARP),
+        is_last: Smem::dynamic(fixed + COLUMN_FIXED_BYTES, 1),
+    };
+    after.end(part.y.cast(), n4, thread::grid_dim_x(), scratch);
 }

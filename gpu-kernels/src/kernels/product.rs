@@ -48,7 +48,7 @@ mod device {
         pub(crate) w: Glb<u8>,
         pub(crate) bias: Glb<f32>,
         residual: Glb<f32>,
-        y: Glb<f32>,
+        pub(crate) y: Glb<f32>,
         pub(crate) n_rows: u32,
         pub(crate) first_cta: u32,
     }
@@ -81,6 +81,9 @@ mod device {
     }
 
     impl Gate {
+        /// No gate.
+        pub(crate) const NONE: Gate = Gate { kind: 0, alpha: 0.0, limit: 0.0 };
+
         /// Whether the first two parts are gate and up.
         #[inline(always)]
         pub(crate) fn is_some(self) -> bool {
@@ -114,6 +117,16 @@ mod device {
     }
 
     impl Part {
+        /// No matrix: no CTA is this part's.
+        pub(crate) const NONE: Part = Part {
+            w: Glb::NULL,
+            bias: Glb::NULL,
+            residual: Glb::NULL,
+            y: Glb::NULL,
+            n_rows: 0,
+            first_cta: u32::MAX,
+        };
+
         #[inline(always)]
         #[track_caller]
         fn biased(self, expert: u32, row: u32, sum: f32) -> f32 {
@@ -292,10 +305,15 @@ mod host {
                     n_ctas += ctas(n_rows);
                 }
             }
-            params = params.with(part.w).with(part.bias).with(part.residual).with(part.y);
-            params = params.with(n_rows).with(first_cta);
+            params = with_part(params, &part, n_rows, first_cta);
         }
         Ok((params, n_ctas))
+    }
+
+    /// One part, as checked.
+    pub(crate) fn with_part(params: Params, part: &Matrix, n_rows: u32, first_cta: u32) -> Params {
+        let params = params.with(part.w).with(part.bias).with(part.residual).with(part.y);
+        params.with(n_rows).with(first_cta)
     }
 
     /// A gate's three words.

@@ -30,7 +30,7 @@ pub(crate) mod gpu {
     use half::{bf16, f16};
 
     use super::Shared;
-    use crate::device::{F32x4, Glb, U32x2, grid, math, thread, warp};
+    use crate::device::{F32x4, Glb, Smem, U32x2, atomic, grid, math, sync, thread, warp};
     use crate::kernels::output::SPAN4;
     use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read, read_early};
     use crate::kernels::reduce;
@@ -106,15 +106,118 @@ pub(crate) mod gpu {
     /// This lane's part of the sum of squares of a span. A row's sum is that over its spans' sums as
     /// `reduce::cta_sum` adds those of warps, as long as there are no more than 32.
     #[inline(always)]
-    pub(crate) fn squares(v: [[f32; 4]; 2]) -> f32 {
+    fn squares(v: [[f32; 4]; 2]) -> f32 {
         let mut squares = [0.0; 4];
         add_squares(&mut squares, v);
         total(squares)
     }
 
+    /// What a row of at most 32 spans is multiplied by, from the squares that the warps of a CTA, however many, add: span
+    /// by span, of which each warp has its first one in `v`. The CTA calls together; `span_squares` [32] is free before
+    /// and after the next barrier again.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn row_scale(
+        x: Glb<F32x4>,
+        mut v: [[f32; 4]; 2],
+        n4: u32,
+        eps: f32,
+        span_squares: Smem<f32>,
+    ) -> f32 {
+        let (lane, n_warps) = (thread::lane_id(), thread::block_dim_x() / thread::WARP);
+        let n_spans = n4.div_ceil(SPAN4);
+        let mut span = thread::warp_id();
+        while span < n_spans {
+            let next = read(x, span + n_warps, n4, 0.0);
+            let sum = warp::sum_f32(squares(v));
+            if lane == 0 {
+                span_squares.st(span, sum);
+            }
+            (v, span) = (next, span + n_warps);
+        }
+        sync::sync_threads();
+        let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
+        scale_of(warp::sum_f32(of_lane), n4, eps)
+    }
+
+    /// The norm of one row that other CTAs have a part in: by the CTA that comes last. As the launcher of a kernel that
+    /// ends so takes it.
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    #[repr(C)]
+    pub(crate) struct After {
+        weight: Glb<F32x4>,
+        /// Floats, if given.
+        y: Glb<u32>,
+        /// Codes and scales, if `kind` is not 0: 1 for Q8_0, 2 for Q8_1, 3 for Q8K.
+        q: Glb<u32>,
+        scales: Glb<U32x2>,
+        counter: Glb<u32>,
+        eps: f32,
+        kind: u32,
+    }
+
+    impl After {
+        /// Asks L2 for the weight of a row of `n4` float4s: once per grid, before the wait for earlier launches.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn prefetch(self, n4: u32) {
+            if !self.weight.is_null() && thread::index_1d() == 0 {
+                self.weight.cast::<u8>().prefetch(16 * n4);
+            }
+        }
+
+        /// Counts this CTA, whose first warp has stored its part of `x`, a row of at most 32 spans; the last of `n_ctas`
+        /// norms the row. The CTA calls together; of `scratch` nobody reads or writes anything any more.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn end(self, x: Glb<F32x4>, n4: u32, n_ctas: u32, scratch: AfterScratch) {
+            let AfterScratch { span_squares, is_last } = scratch;
+            if thread::warp_id() == 0 {
+                // The warp's stores come before the arrival of its first lane.
+                warp::sync_warp();
+                if thread::lane_id() == 0 {
+                    is_last.st(0, atomic::arrive_global(self.counter, 0, n_ctas).into());
+                }
+            }
+            sync::sync_threads();
+            if is_last.ld(0) == 0 {
+                return;
+            }
+            let (first, n_warps) = (thread::warp_id(), thread::block_dim_x() / thread::WARP);
+            let mut w = read(self.weight, first, n4, 1.0);
+            let mut v = read(x, first, n4, 0.0);
+            let scale = row_scale(x, v, n4, self.eps, span_squares);
+            let mut span = first;
+            while span < n4.div_ceil(SPAN4) {
+                let next = span + n_warps;
+                let (next_w, next_v) = (read(self.weight, next, n4, 1.0), read(x, next, n4, 0.0));
+                let normed = normalise(v, w, [[0.0; 4]; 2], scale);
+                if !self.y.is_null() {
+                    f32::store(normed, self.y, self.scales, span * SPAN4, n4);
+                }
+                match self.kind {
+                    1 => Q8_0::store(normed, self.q, self.scales, span * SPAN4, n4),
+                    2 => Q8_1::store(normed, self.q, self.scales, span * SPAN4, n4),
+                    3 => Q8K::store(normed, self.q, self.scales, span * SPAN4, n4),
+                    _ => {}
+                }
+                (v, w, span) = (next_v, next_w, next);
+            }
+        }
+    }
+
+    /// Shared memory of [`After::end`].
+    #[derive(Clone, Copy)]
+    pub(crate) struct AfterScratch {
+        /// [32]
+        pub(crate) span_squares: Smem<f32>,
+        /// `[1]`
+        pub(crate) is_last: Smem<u32>,
+    }
+
     /// What the row is multiplied by, from its sum of squares.
     #[inline(always)]
-    pub(crate) fn scale_of(sum: f32, n4: u32, eps: f32) -> f32 {
+    fn scale_of(sum: f32, n4: u32, eps: f32) -> f32 {
         math::rsqrt(sum / (4 * n4) as f32 + eps)
     }
 

@@ -493,7 +493,7 @@ impl Emit<'_> {
     }
 
     fn product_of(&self, p: &Product, parts: &[Part], glu: Option<product::Glu>) -> Result<Launch, Refusal> {
-        let &Product { x, n, k, acts, .. } = p;
+        let &Product { x, n, k, acts, norm: after, .. } = p;
         let matrices = self.matrices(parts, glu.is_some(), acts);
         let format = parts[0].w.format;
         match self.integers(x, format) {
@@ -501,13 +501,25 @@ impl Emit<'_> {
                 let product =
                     product::Args { format, parts: &matrices, glu, q, scales, k, n_cols: n, mixture: None };
                 if n <= MMVQ_MAX_COLS {
-                    let besides = mmvq::Besides { norm, acts: acts.map(|acts| acts.kind) };
+                    let after = after.map(|norm| self.norm_after(&norm));
+                    let besides = mmvq::Besides { norm, acts: acts.map(|acts| acts.kind), after };
                     return Ok(mmvq::launch_with(&product, besides)?);
                 }
                 let (cut, acts) = (cut(parts, n, glu.is_some(), self.device), acts.map(|acts| acts.kind));
                 Ok(mmq::launch(&mmq::Args { product, cut, sorted: None, acts })?)
             }
             None => self.float_product(&matrices, glu, x, n, k, format),
+        }
+    }
+
+    /// A norm as the product before it takes it.
+    fn norm_after(&self, norm: &Norm) -> mmvq::NormAfter {
+        mmvq::NormAfter {
+            weight: self.opt(norm.weight),
+            eps: norm.eps,
+            out: norm.out.map_or(DevicePtr::NULL, |out| self.value(out)),
+            acts: norm.acts.map(|acts| (acts.kind, self.value(acts.q), self.value(acts.scales))),
+            counter: self.inputs.counter(),
         }
     }
 
@@ -610,7 +622,7 @@ impl Emit<'_> {
         if let Some((q, scales, norm)) = self.integers(p.x, format) {
             let product = product::Args { format, parts, glu, q, scales, k, n_cols, mixture };
             let Some(Sorted { order, tiles, .. }) = p.sorted else {
-                return one(mmvq::launch_with(&product, mmvq::Besides { norm, acts: None }));
+                return one(mmvq::launch_with(&product, mmvq::Besides { norm, ..Default::default() }));
             };
             let n_expert = p.parts[0].w.n_expert;
             let rows = parts.iter().map(|part| part.n_rows).sum();

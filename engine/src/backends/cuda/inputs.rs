@@ -25,6 +25,7 @@ pub struct InputLayout {
     token_sequences: usize,
     sequences: usize,
     cells: usize,
+    counter: usize,
     pages: usize,
 }
 
@@ -44,6 +45,7 @@ impl InputLayout {
         let token_sequences = next(4 * n_tokens);
         let sequences = next(8 * n_tokens);
         let cells = next(4 * n_tokens);
+        let counter = next(4);
         let pages = next(0);
         InputLayout {
             n_tokens,
@@ -54,6 +56,7 @@ impl InputLayout {
             token_sequences,
             sequences,
             cells,
+            counter,
             pages,
         }
     }
@@ -126,6 +129,12 @@ impl InputAddresses {
     /// (first page, length) of each sequence, u32 each.
     pub fn sequences(&self) -> DevicePtr {
         self.at(self.layout.sequences)
+    }
+
+    /// u32, 0: what the CTAs of a launch count themselves with, and leave at 0. The only word of the block that launches
+    /// write, by atomics.
+    pub fn counter(&self) -> DevicePtr {
+        self.at(self.layout.counter)
     }
 
     /// u32: pages of all sequences.

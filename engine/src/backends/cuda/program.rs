@@ -114,6 +114,8 @@ pub struct Product {
     pub glu: Option<Glu>,
     /// With a gate and one token: where the result goes quantised, instead of `parts[0].out`.
     pub acts: Option<Acts>,
+    /// With one part of a block format and one token: an RMS norm of `parts[0].out`, in the same launch.
+    pub norm: Option<Norm>,
 }
 
 /// `w[ids[t, j]] · x[t, j or 0]`.
@@ -479,8 +481,9 @@ impl Action {
                 opt(n.weight, f);
                 opt(n.bias, f);
             }
-            Action::Product(Product { parts, x, .. }) => {
+            Action::Product(Product { parts, x, norm, .. }) => {
                 x.for_each_value(f);
+                opt(norm.and_then(|norm| norm.weight), f);
                 for part in parts {
                     opt(part.bias, f);
                     opt(part.residual, f);
@@ -554,6 +557,11 @@ impl Action {
         match self {
             Action::Norm(n) => {
                 n.add.iter().for_each(|(_, sum)| f(*sum));
+                n.out.into_iter().for_each(&mut *f);
+                acts(&n.acts, f);
+            }
+            Action::Product(Product { parts, norm: Some(n), .. }) => {
+                f(parts[0].out);
                 n.out.into_iter().for_each(&mut *f);
                 acts(&n.acts, f);
             }

@@ -444,7 +444,7 @@ impl<'a> Translator<'a> {
             let format = first.w.format;
             let (now, later): (Vec<Part>, Vec<Part>) = parts.into_iter().partition(|p| p.w.format == format);
             let x = self.factor(x, n, k, format);
-            self.push(Action::Product(Product { parts: now, x, n, k, glu: None, acts: None }));
+            self.push(Action::Product(Product { parts: now, x, n, k, glu: None, acts: None, norm: None }));
             parts = later;
         }
         Ok(())

@@ -9,7 +9,8 @@ use super::{COLUMN_FIXED_BYTES, MAX_WARPS, SMEM_BYTES, tiles_per_warp};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::kernels::output::{self, Output};
 use crate::kernels::product::{
-    Args, Glu, Matrix, Mixture, epilogue_reference, quantising_mark, with_parts, with_quantising_gate,
+    Args, Glu, Matrix, Mixture, epilogue_reference, quantising_mark, with_part, with_parts,
+    with_quantising_gate,
 };
 use crate::kernels::quantise_act::ActScale;
 use crate::kernels::{quantise_act, rms_norm};
@@ -62,6 +63,21 @@ pub const MAX_FLOATS_K: usize = 60 * SPAN;
 /// Longest row that is normed on the way: `rms_norm`'s sum of more than 32 spans has another order.
 pub const MAX_NORM_K: usize = 32 * SPAN;
 
+/// A norm of the results of one column and one matrix. `y` is written too.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormAfter {
+    /// f32 [n_rows], or null for none.
+    pub weight: DevicePtr,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// f32 [n_rows], or null if nobody reads the floats.
+    pub out: DevicePtr,
+    /// Kind, codes and scales, as `rms_norm` writes them.
+    pub acts: Option<(ActKind, DevicePtr, DevicePtr)>,
+    /// u32, 0 before and after: how many CTAs are done. Launches that run one after the other may share it.
+    pub counter: DevicePtr,
+}
+
 /// What a product of one column may do besides.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Besides {
@@ -70,6 +86,8 @@ pub struct Besides {
     /// Write what gate and up give quantised, as `quantise_act` would: codes to the first matrix's `y`, scales to the
     /// second's. Not as Q8K, whose super-blocks span CTAs.
     pub acts: Option<ActKind>,
+    /// Norm what it gives.
+    pub after: Option<NormAfter>,
 }
 
 /// One launch for all matrices.
@@ -79,7 +97,7 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
 
 /// [`launch`] of one column with more than the product.
 pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchError> {
-    let Besides { norm, acts } = besides;
+    let Besides { norm, acts, after } = besides;
     let kernel = Mmvq::NAME;
     let check = Check(kernel);
     let columns = if args.mixture.is_some() { 1 } else { args.n_cols };
@@ -106,7 +124,10 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
     if args.scales == DevicePtr::NULL && args.k > MAX_FLOATS_K {
         return Err(check.shape("k of f32", "at most 15360", args.k));
     }
-    let entry = super::entry(args.format, columns);
+    if let Some(after) = &after {
+        check_after(check, args, after)?;
+    }
+    let entry = super::entry(args.format, columns, after.is_some());
     let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
         entry.ok_or(LaunchError::Format { kernel, format: args.format })?;
     let format = info(args.format);
@@ -149,14 +170,59 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
         let window = if fits >= n_items { n_items } else { (fits / step * step).max(2) };
         (window, fixed + window * outputs_bytes)
     };
-    let params = params.with(args.q).with(args.scales).with(ids);
-    let params = with_quantising_gate(params, args.glu, mark).with(k / 32).with(columns as u32);
-    let mut params = params.with(window).with(pairs_per_x);
+    let params = match (&after, args.parts) {
+        // One matrix, nothing to choose by.
+        (Some(_), [part]) => with_part(Params::new(), part, check.size("n_rows", part.n_rows)?, 0)
+            .with(args.q)
+            .with(args.scales),
+        _ => with_quantising_gate(params.with(args.q).with(args.scales).with(ids), args.glu, mark),
+    };
+    let mut params = params.with(k / 32).with(columns as u32).with(window).with(pairs_per_x);
     if n_cols == 1 {
         let Norm { weight, eps } = norm.unwrap_or(Norm { weight: DevicePtr::NULL, eps: 0.0 });
         params = params.with(weight).with(eps);
     }
+    if let Some(after) = &after {
+        params = with_after(params, after);
+    }
     Ok(Launch { entry: name, grid: [n_ctas, n_lines, 1], cta: 32 * n_warps, cluster: 1, smem_bytes, params })
+}
+
+/// Checks that a norm of the results is one that the kernel makes.
+fn check_after(check: Check, args: &Args<'_>, after: &NormAfter) -> Result<(), LaunchError> {
+    let &[Matrix { y, n_rows, .. }] = args.parts else {
+        return Err(check.shape("matrices of normed results", "1", args.parts.len()));
+    };
+    if args.mixture.is_some() || args.n_cols != 1 {
+        return Err(check.shape("columns of normed results", "1", args.n_cols));
+    }
+    if n_rows > MAX_NORM_K {
+        return Err(check.shape("n_rows of normed results", "at most 8192", n_rows));
+    }
+    let NormAfter { weight, out, acts, counter, .. } = *after;
+    Output::F32.check(check, n_rows, out, DevicePtr::NULL)?;
+    if let Some((kind, q, scales)) = acts {
+        Output::Act(kind).check(check, n_rows, q, scales)?;
+    }
+    check.aligned("y of normed results", y, 16)?;
+    check.aligned("weight of the norm after", weight, 16)?;
+    check.aligned("counter", counter, 4)?;
+    if counter == DevicePtr::NULL {
+        return Err(check.shape("counter", "an address", 0));
+    }
+    Ok(())
+}
+
+/// A norm of the results as the kernel takes it (`rms_norm`'s `After`).
+fn with_after(params: Params, after: &NormAfter) -> Params {
+    let NormAfter { weight, eps, out, acts, counter } = *after;
+    let (kind, q, scales) = match acts {
+        None => (0u32, DevicePtr::NULL, DevicePtr::NULL),
+        Some((ActKind::Q8_0, q, scales)) => (1, q, scales),
+        Some((ActKind::Q8_1, q, scales)) => (2, q, scales),
+        Some((ActKind::Q8K, q, scales)) => (3, q, scales),
+    };
+    params.with(weight).with(out).with(q).with(scales).with(counter).with(eps).with(kind)
 }
 
 /// The row in the registry.
@@ -184,6 +250,8 @@ pub struct Case {
     pub x: X,
     /// Whether gate and up's results are written quantised.
     pub acts: bool,
+    /// What a norm of the results writes; nothing without one.
+    pub after: &'static [Output],
 }
 
 /// Form of a case's activations.
@@ -210,6 +278,7 @@ impl Case {
             mixture: None,
             x: X::Acts,
             acts: false,
+            after: &[],
         }
     }
 }
@@ -315,6 +384,8 @@ const BENCH: &[Case] = &[
     Case { rows: &[4096, 1024, 1024], k: 4096, ..Case::of(FormatId::Q4_0) },
     Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 14336, 1) },
     Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 4096, 1) },
+    Case { after: &[Output::Act(ActKind::Q8_0)], ..bench(FormatId::Q4_0, 4096, 4096, 1) },
+    Case { after: &[Output::Act(ActKind::Q8_0)], ..bench(FormatId::Q4_0, 4096, 14336, 1) },
     Case { rows: &[14336, 14336], k: 4096, glu: Some(Glu::Silu), x: X::Normed, ..Case::of(FormatId::Q4_0) },
     Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_0) },
     Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_K) },
@@ -433,7 +504,81 @@ fn both_ways(case: &Case, random: &mut Random) -> Problem {
         let args = Args { parts: &fused, ..args };
         let args = if form == X::Acts { args } else { Args { q: x, scales: DevicePtr::NULL, ..args } };
         let norm = normed.then_some(Norm { weight, eps: EPS });
-        launches.push(launch_with(&args, Besides { norm, acts: acts.then_some(kind) })?);
+        launches.push(launch_with(&args, Besides { norm, acts: acts.then_some(kind), after: None })?);
+        Ok(launches)
+    };
+    let problem = Problem { buffers, launches: Box::new(launches) };
+    if random.is_timing() { output::last_launch(problem) } else { problem }
+}
+
+/// A problem of one column whose results are normed: twice, since the first launch leaves the counter to the second; to the
+/// bits of separate launches.
+fn norm_after(case: &Case, random: &mut Random) -> Problem {
+    let Case { format, rows, k, x: form, extras, after, .. } = *case;
+    let &[n_rows] = rows else { unreachable!("one matrix") };
+    let kind = ActKindOf.of(format);
+    let weights = with_format(format, Weights(random, n_rows * k));
+    let (blocks, _) = weights.expect("cases name formats of weights");
+    let zeros = |bytes: usize| Buffer::Input(vec![0; bytes]);
+    let mut buffers = vec![Buffer::Input(tile::pack(format, &blocks, n_rows, k))];
+    buffers.extend([n_rows, n_rows, n_rows, k, k].map(|n| Buffer::Input(bytes_of(&random.values(n)))));
+    buffers.extend([zeros(k), zeros(k / 32 * size_of::<ActScale>()), zeros(4)]);
+    // What each way writes: the product, then per output values and scales.
+    let sizes: Vec<usize> = core::iter::once(4 * n_rows)
+        .chain(after.iter().flat_map(|output| <[usize; 2]>::from(output.bytes(n_rows))))
+        .collect();
+    let plain = buffers.len();
+    buffers.extend(sizes.iter().map(|&bytes| zeros(bytes)));
+    for _ in 0..2 {
+        let same = |(i, &bytes): (usize, &usize)| Expected::Same { buffer: plain + i, bytes };
+        buffers.extend(sizes.iter().enumerate().map(same).map(Buffer::Output));
+    }
+
+    let n_results = sizes.len();
+    let launches = move |at: &[DevicePtr]| {
+        let [w, bias, residual, after_weight, x, weight, q, scales, counter] = at[..plain] else {
+            unreachable!("nine of these")
+        };
+        let given = |at: DevicePtr| if extras { at } else { DevicePtr::NULL };
+        let norm = (form == X::Normed).then_some(Norm { weight, eps: EPS });
+        let (x_at, x_scales) = if form == X::Acts { (q, scales) } else { (x, DevicePtr::NULL) };
+        let product = |y: DevicePtr, after: Option<NormAfter>| {
+            let parts = [Matrix { w, bias: given(bias), residual: given(residual), y, n_rows }];
+            let (glu, mixture) = (None, None);
+            let args = Args { format, parts: &parts, glu, q: x_at, scales: x_scales, k, n_cols: 1, mixture };
+            launch_with(&args, Besides { norm, acts: None, after })
+        };
+        let quantise = quantise_act::Args { kind, x, q, scales, n_cols: 1, k };
+        let mut launches = vec![quantise_act::launch(&quantise)?];
+        let mut results = at[plain..].chunks(n_results);
+        let separate = results.next().expect("of the separate launches");
+        launches.push(product(separate[0], None)?);
+        for (&output, y) in after.iter().zip(separate[1..].chunks(2)) {
+            launches.push(rms_norm::launch(&rms_norm::Args {
+                x: separate[0],
+                residual: DevicePtr::NULL,
+                h: DevicePtr::NULL,
+                weight: after_weight,
+                add: DevicePtr::NULL,
+                output,
+                y: y[0],
+                scales: y[1],
+                n_rows: 1,
+                n: n_rows,
+                eps: EPS,
+            })?);
+        }
+        for fused in results {
+            let mut norm =
+                NormAfter { weight: after_weight, eps: EPS, out: DevicePtr::NULL, acts: None, counter };
+            for (&output, y) in after.iter().zip(fused[1..].chunks(2)) {
+                match output {
+                    Output::Act(kind) => norm.acts = Some((kind, y[0], y[1])),
+                    _ => norm.out = y[0],
+                }
+            }
+            launches.push(product(fused[0], Some(norm))?);
+        }
         Ok(launches)
     };
     let problem = Problem { buffers, launches: Box::new(launches) };
@@ -489,9 +634,13 @@ impl Kernel for Mmvq {
     const BENCH: &'static [Case] = BENCH;
     const NMSE_MAX: f64 = 1e-11;
     #[cfg(feature = "emu")]
-    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ONE, super::FEW, super::MORE];
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] =
+        &[super::ONE, super::NORMED, super::FEW, super::MORE];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
+        if !case.after.is_empty() {
+            return norm_after(case, random);
+        }
         if case.x == X::Normed || case.acts {
             return both_ways(case, random);
         }
@@ -582,7 +731,8 @@ impl Kernel for Mmvq {
     }
 
     fn peer(case: &Case) -> Option<alloc::string::String> {
-        peer(case.format, case.rows, case.k, case.n_cols, case.glu.is_some() || case.extras, case.mixture)
+        let fused = case.glu.is_some() || case.extras || !case.after.is_empty();
+        peer(case.format, case.rows, case.k, case.n_cols, fused, case.mixture)
     }
 
     fn bytes(case: &Case) -> u64 {
@@ -668,6 +818,26 @@ mod tests {
         ];
         for args in wrong {
             assert!(launch(&args).is_err(), "{args:?}");
+        }
+
+        let (none, counter) = (DevicePtr::NULL, at);
+        let after = NormAfter { weight: at, eps: EPS, out: at, acts: None, counter };
+        let normed = |args: &Args<'_>, after: NormAfter| {
+            launch_with(args, Besides { after: Some(after), ..Besides::default() })
+        };
+        assert!(normed(&args, after).is_ok());
+        let of = |n_rows: usize| [Matrix { n_rows, ..part }];
+        for (args, after) in [
+            (args, NormAfter { counter: none, ..after }),
+            (args, NormAfter { acts: Some((ActKind::Q8_0, at, at)), ..after }),
+            (Args { parts: &of(288), ..args }, NormAfter { acts: Some((ActKind::Q8K, at, at)), ..after }),
+            (Args { parts: &of(MAX_NORM_K + 4), ..args }, after),
+            (Args { parts: &of(6), ..args }, after),
+            (Args { parts: &parts[..2], ..args }, after),
+            (Args { n_cols: 2, ..args }, after),
+            (Args { parts: &[Matrix { y: DevicePtr(260), ..part }], ..args }, after),
+        ] {
+            assert!(normed(&args, after).is_err(), "{args:?} {after:?}");
         }
     }
 }
