@@ -32,9 +32,15 @@ const ANY: [&str; 11] = [
 const PROMPTS: [&str; 1] = ["flash_prefill_128_f16"];
 const HOPPER_PROMPTS: [&str; 3] = ["flash_hopper_128_f16", "rms_norm_f32", "round_act_scaled"];
 /// For the layers' weights, `{}` for the format. The embeddings have it too.
-const LAYERS: [&str; 3] = ["get_rows_{}", "mmvq_{}_n1", "mmq_{}_n128"];
-const HOPPER_LAYERS: [&str; 5] =
-    ["get_rows_{}", "mmvq_{}_n1", "mmd_hopper_{}", "mmd_hopper_{}_flat", "mmd_hopper_{}_wide"];
+const LAYERS: [&str; 4] = ["get_rows_{}", "mmvq_{}_n1", "mmvq_{}_n1_norm", "mmq_{}_n128"];
+const HOPPER_LAYERS: [&str; 6] = [
+    "get_rows_{}",
+    "mmvq_{}_n1",
+    "mmvq_{}_n1_norm",
+    "mmd_hopper_{}",
+    "mmd_hopper_{}_flat",
+    "mmd_hopper_{}_wide",
+];
 /// For the output's: of a prompt too it takes one row.
 const OUTPUT: [&str; 1] = ["mmvq_{}_n1"];
 const HOPPER_OUTPUT: [&str; 2] = ["mmvq_{}_n1", "mmd_hopper_{}"];

@@ -135,7 +135,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         let mut v = read(x, warp_id, n4, 0.0);
         let mut scale = 1.0;
         if !norm.is_null() {
-            scale = row_scale(x, v, n4, eps, span_squares);
+            scale = row_scale(x, v, n_spans, n4, eps, span_squares);
         }
         let mut span = warp_id;
         while span < n_spans {

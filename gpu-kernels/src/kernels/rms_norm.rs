@@ -112,20 +112,20 @@ pub(crate) mod gpu {
         total(squares)
     }
 
-    /// What a row of at most 32 spans is multiplied by, from the squares that the warps of a CTA, however many, add: span
-    /// by span, of which each warp has its first one in `v`. The CTA calls together; `span_squares` [32] is free before
+    /// What a row of `n_spans`, at most 32, is multiplied by, from the squares that the warps of a CTA, however many, add:
+    /// span by span, of which each warp has its first one in `v`. The CTA calls together; `span_squares` [32] is free before
     /// and after the next barrier again.
     #[inline(always)]
     #[track_caller]
     pub(crate) fn row_scale(
         x: Glb<F32x4>,
         mut v: [[f32; 4]; 2],
+        n_spans: u32,
         n4: u32,
         eps: f32,
         span_squares: Smem<f32>,
     ) -> f32 {
         let (lane, n_warps) = (thread::lane_id(), thread::block_dim_x() / thread::WARP);
-        let n_spans = n4.div_ceil(SPAN4);
         let mut span = thread::warp_id();
         while span < n_spans {
             let next = read(x, span + n_warps, n4, 0.0);
@@ -184,11 +184,12 @@ pub(crate) mod gpu {
                 return;
             }
             let (first, n_warps) = (thread::warp_id(), thread::block_dim_x() / thread::WARP);
+            let n_spans = n4.div_ceil(SPAN4);
             let mut w = read(self.weight, first, n4, 1.0);
             let mut v = read(x, first, n4, 0.0);
-            let scale = row_scale(x, v, n4, self.eps, span_squares);
+            let scale = row_scale(x, v, n_spans, n4, self.eps, span_squares);
             let mut span = first;
-            while span < n4.div_ceil(SPAN4) {
+            while span < n_spans {
                 let next = span + n_warps;
                 let (next_w, next_v) = (read(self.weight, next, n4, 1.0), read(x, next, n4, 0.0));
                 let normed = normalise(v, w, [[0.0; 4]; 2], scale);
