@@ -61,14 +61,32 @@ pub fn encode(
     importance: Importance<'_>,
     out: &mut [u8],
 ) -> Result<(), QuantError> {
-    struct EncodeRow<'a> {
+    encode_row::<true>(format, src, importance, out)
+}
+
+/// [`encode`] for floats and formats whose blocks are one group, such as a KV cache has. A program that asks for no more is
+/// a hundred kilobytes shorter.
+pub fn encode_one_group(format: FormatId, src: &[f32], out: &mut [u8]) -> Result<(), QuantError> {
+    encode_row::<false>(format, src, None, out)
+}
+
+fn encode_row<const SUPER_BLOCKS: bool>(
+    format: FormatId,
+    src: &[f32],
+    importance: Importance<'_>,
+    out: &mut [u8],
+) -> Result<(), QuantError> {
+    struct EncodeRow<'a, const SUPER_BLOCKS: bool> {
         src: &'a [f32],
         importance: Importance<'a>,
         out: &'a mut [u8],
     }
-    impl Visitor for EncodeRow<'_> {
+    impl<const SUPER_BLOCKS: bool> Visitor for EncodeRow<'_, SUPER_BLOCKS> {
         type Output = Result<(), QuantError>;
         fn block<F: BlockFormat>(self) -> Self::Output {
+            if !SUPER_BLOCKS && F::GROUPS > 1 {
+                return Err(QuantError::Unsupported { format: F::ID, what: "encode, as one group," });
+            }
             match F::ENCODE {
                 Encode::No => return Err(QuantError::Unsupported { format: F::ID, what: "encode" }),
                 Encode::WithImportance if self.importance.is_none() => {
@@ -92,6 +110,6 @@ pub fn encode(
     {
         return Err(QuantError::ImportanceLength { expected: src.len(), got: importance.len() });
     }
-    with_format(format, EncodeRow { src, importance, out })
+    with_format(format, EncodeRow::<SUPER_BLOCKS> { src, importance, out })
         .unwrap_or(Err(QuantError::Unsupported { format, what: "encode" }))
 }

@@ -152,6 +152,25 @@ proptest! {
     }
 
     #[test]
+    fn one_group_encodes_the_same(x in prop::collection::vec(any_float(), COLS)) {
+        for (format, _) in encodable() {
+            let bytes = || vec![0u8; quant::row::row_bytes(format, COLS).unwrap()];
+            let (mut all, mut one) = (bytes(), bytes());
+            match quant::row::encode_one_group(format, &x, &mut one) {
+                Ok(()) => {
+                    prop_assert!(quant::info(format).elems <= 32);
+                    quant::row::encode(format, &x, None, &mut all).unwrap();
+                    prop_assert_eq!(all, one);
+                }
+                Err(error) => {
+                    prop_assert!(quant::info(format).elems > 32);
+                    prop_assert!(matches!(error, QuantError::Unsupported { .. }), "{}", error);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn weights_come_back_within_bound(
         x in weights(),
         importance in prop::collection::vec(0.01f32..4.0, COLS),

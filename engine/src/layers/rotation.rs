@@ -40,7 +40,7 @@ pub fn insert(hp: &Hparams, weights: &mut Weights) {
     let (k, v) = (width_k(hp), width_v(hp).filter(|v| width_k(hp) != Some(*v)));
     for width in k.into_iter().chain(v) {
         let size = 1.0 / libm::sqrtf(width as f32);
-        let element = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { size } else { -size };
+        let element = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { size } else { -size };
         let values: Vec<f32> = (0..width * width).map(|at| element(at / width, at % width)).collect();
         weights.insert_constant((0..hp.n_layer()).map(|il| name(il, width)), &[width, width], &values);
     }

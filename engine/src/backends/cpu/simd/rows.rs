@@ -94,7 +94,7 @@ pub fn kv_store(
                 isa.run(ToF16 { x, out });
                 Ok(())
             }
-            _ => quant::row::encode(format, x, None, out),
+            _ => quant::row::encode_one_group(format, x, out),
         }
     };
     // Whether the format can be encoded at all, once, where an error can be returned.
