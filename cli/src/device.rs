@@ -20,7 +20,7 @@ use engine::{ContextParams, Executor, Model};
 use serde_json::{Value, json};
 
 use crate::args::{Device, GpuLayers, PlacementArgs};
-use crate::compile;
+use crate::compile::{self, Elsewhere};
 use crate::exit::usage;
 use crate::machine;
 use crate::overrides::Overrides;
@@ -266,8 +266,14 @@ fn load(
         let (n, started) = (kernels.len(), Instant::now());
         ahead.load(&kernels, 0..n.min(1));
         if compile::was_compiled(started.elapsed()) {
+            // The longest one here, where no process must start for it.
+            let sizes = kernels.modules().map(|module| module.packed_text_bytes());
+            let longest = sizes.enumerate().max_by_key(|&(_, bytes)| bytes).map_or(0, |(i, _)| i);
+            let others = kernels.modules().enumerate().filter(|&(i, _)| i != 0 && i != longest);
             let free_bytes = gpu.device.free_bytes().unwrap_or(0);
-            compile::elsewhere(&gpu.name, free_bytes, kernels.modules().skip(1));
+            let others = Elsewhere::start(&gpu.name, free_bytes, others.map(|(_, module)| module));
+            ahead.load(&kernels, longest..longest + 1);
+            others.wait();
         }
         ahead.load(&kernels, n.min(1)..n);
         kernels
