@@ -4,6 +4,8 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD as BASE64;
 use engine::Tokenizer;
 use serde_json::{Value, json};
 
@@ -143,21 +145,6 @@ fn finite(logprob: f64) -> f64 {
     if logprob.is_finite() { logprob } else { -9999.0 }
 }
 
-/// Bytes in base64, padded.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for three in bytes.chunks(3) {
-        let bits =
-            three.iter().enumerate().fold(0u32, |bits, (i, byte)| bits | u32::from(*byte) << (16 - 8 * i));
-        for digit in 0..4 {
-            let at = bits >> (18 - 6 * digit) & 63;
-            out.push(if digit <= three.len() { char::from(DIGITS[at as usize]) } else { '=' });
-        }
-    }
-    out
-}
-
 /// The answer of `/v1/embeddings`.
 pub(crate) fn embeddings(
     vectors: &[Vec<f32>],
@@ -169,7 +156,7 @@ pub(crate) fn embeddings(
         let embedding = match encoding {
             VectorEncoding::Numbers => json!(v),
             VectorEncoding::Base64 => {
-                base64(&v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()).into()
+                BASE64.encode(v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()).into()
             }
         };
         json!({ "object": "embedding", "index": index, "embedding": embedding })
@@ -185,23 +172,4 @@ pub(crate) fn embeddings(
 /// A server-sent event.
 pub(crate) fn sse(data: &Value) -> String {
     format!("data: {data}\n\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::base64;
-
-    #[test]
-    fn base64_is_padded() {
-        for (bytes, text) in [
-            (&b""[..], ""),
-            (b"f", "Zg=="),
-            (b"fo", "Zm8="),
-            (b"foo", "Zm9v"),
-            (b"foob", "Zm9vYg=="),
-            (&[0xFB, 0xFF, 0xFE], "+//+"),
-        ] {
-            assert_eq!(base64(bytes), text);
-        }
-    }
 }

@@ -182,21 +182,20 @@ mod gpu {
             pairs.map(|[low, high]| C::pack(low, high)[0])
         }
 
-        /// Lays the row of position `pos` into its block in shared memory, which was copied without it, and stores it if
-        /// `head`, the tile's first, is the KV head's first.
+        /// Lays the row of position `pos` into its block in shared memory, which was copied without it, and stores it as cell
+        /// `cell` of the cache if `head`, the tile's first, is the KV head's first.
         #[cfg_attr(target_arch = "nvptx64", inline(always))]
         #[track_caller]
         pub(in super::super) fn append(
             x: &Inputs,
             kv_head: u32,
             head: u32,
-            pos: u32,
+            [pos, cell]: [u32; 2],
             words: &[u32; PAIRS],
             stage: u32,
         ) {
             let stores = head == kv_head * (x.n_head / x.n_head_kv);
             let rows = Smem::<u32>::dynamic(0, 4 * Self::LAYOUT.end as u32);
-            let cell = x.appended.cells.ld_early(thread::block_idx_x());
             let (page, nth_of_page) = (cell as usize / PAGE, cell as usize % PAGE);
             let row_of_cache = (page * x.n_head_kv as usize + kv_head as usize) * PAGE + nth_of_page;
             unroll!(I in 0..2 {

@@ -513,7 +513,7 @@ impl Kernel for Flash {
             append: Some(Mode::Neox),
             sequences: &[(900, 1)],
             dims: [128, 128],
-            geometry: split(900),
+            geometry: Geometry::Split { n_spans: 32, n_sm: 132 },
             ..BASE
         },
         Case {

@@ -9,6 +9,7 @@ use super::store::Class;
 use super::{CAUSAL, NO_SEQUENCE, PAGE, SPAN, state};
 use crate::device::mma::FragmentA;
 use crate::device::{F32x2, Smem, U32x2, async_copy, grid, math, sync, thread, warp};
+use crate::kernels::kv_store::NO_CELL;
 
 /// Pages that a CTA asks for while it waits for earlier launches: as many as it will copy first. With a long cache more
 /// would only stand in the way of those.
@@ -230,9 +231,12 @@ impl<
         let (sequence, pos) = (x.token_sequences.ld_early(token), x.positions.ld_early(token));
         let tile = Tile::new(&x, Self::TILE_ROWS);
         let (mut low, mut high, mut len) = (0, 0, 0);
-        // The position that is appended, which the cache does not have.
+        // The position that is appended, which the cache does not have, and its cell.
         let appends = !x.appended.angles.is_null();
-        let mut newest = u32::MAX;
+        let (mut newest, mut cell) = (u32::MAX, NO_CELL);
+        if Self::APPENDS && appends {
+            cell = x.appended.cells.ld_early(token);
+        }
         let mut pages = Pages { first: 0, n: 0, held: 0 };
         if sequence != NO_SEQUENCE {
             let U32x2([first_page, positions]) = x.sequences.ld_early(sequence);
@@ -323,7 +327,7 @@ impl<
                 sync::sync_threads();
             }
             if Self::APPENDS && block == newest / Self::BLOCK {
-                Self::append(&x, tile.kv_head, tile.head, newest, &words, stage);
+                Self::append(&x, tile.kv_head, tile.head, [newest, cell], &words, stage);
                 sync::sync_threads();
             }
             let first = block * Self::BLOCK;
