@@ -18,6 +18,7 @@ use crate::error::EngineError;
 use crate::graph::Output;
 use crate::hparams::Pooling;
 use crate::kv_cache::{KvCache, KvLayout, PAGE};
+use crate::layers::rotation;
 use crate::model::Model;
 use crate::models::StepShape;
 use crate::plan::Plan;
@@ -66,7 +67,6 @@ impl Default for ContextParams {
 impl ContextParams {
     /// A step of so many tokens, with the logits of so many of them, none of them of a prompt.
     pub fn step(&self, n_tokens: usize, n_outputs: usize) -> StepShape {
-        let in_blocks = |format| quant::table::info(format).elems > 1;
         StepShape {
             n_tokens,
             n_outputs,
@@ -74,8 +74,8 @@ impl ContextParams {
             greedy: false,
             taps: self.taps,
             prompt: false,
-            blocks_k: in_blocks(self.type_k),
-            blocks_v: in_blocks(self.type_v),
+            rotates_k: rotation::pays(self.type_k),
+            rotates_v: rotation::pays(self.type_v),
         }
     }
 

@@ -336,7 +336,7 @@ fn factors_of_experts_need_the_cpu() {
 }
 
 /// Channels that are always large take no precision from the others: keys and values are rotated before they are cached
-/// in blocks, and only then.
+/// in blocks of few bits.
 #[test]
 fn large_channels_survive_a_cache_in_blocks() {
     let mut model = Tiny::new("llama").with("attention.head_count", Kv::U32(1));
@@ -351,16 +351,13 @@ fn large_channels_survive_a_cache_in_blocks() {
     for backend in BACKENDS {
         let run = |cache| model.run(backend, cache).unwrap();
         let want = run(FormatId::F32);
-        for (cache, bound) in [(FormatId::Q4_0, LARGE_Q4_0), (FormatId::Q8_0, LARGE_Q8_0)] {
-            let err = nmse(&run(cache), &want);
-            assert!(err <= bound, "{} on {backend}: nmse {err:.1e}", cache.name());
-        }
+        let err = nmse(&run(FormatId::Q4_0), &want);
+        assert!(err <= LARGE_Q4_0, "{backend}: nmse {err:.1e}");
     }
 }
 
-/// Half of what the caches give without rotation.
+/// Half of what the cache gives without rotation.
 const LARGE_Q4_0: f64 = 3.3e-2;
-const LARGE_Q8_0: f64 = 1.8e-4;
 
 fn nmse(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());

@@ -123,10 +123,10 @@ pub struct StepShape {
     /// Whether the tokens are a prompt's, where the back end runs those apart
     /// ([`crate::backend::Backend::runs_prompts_apart`]).
     pub prompt: bool,
-    /// Whether keys are cached in a block format.
-    pub blocks_k: bool,
+    /// Whether keys are rotated before they are cached ([`crate::layers::rotation`]).
+    pub rotates_k: bool,
     /// Whether values are.
-    pub blocks_v: bool,
+    pub rotates_v: bool,
 }
 
 /// A matrix with what is done to its products.
