@@ -24,7 +24,7 @@ const LANES: u32 = 8;
 const PAGE: usize = super::flash::PAGE;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) mod gpu {
+mod gpu {
     use half::{bf16, f16};
     use quant::FormatId;
 
@@ -183,7 +183,7 @@ pub(crate) mod gpu {
 
     kernels! {
         in "kv_store";
-        pub(crate) ENTRIES: threads(256);
+        pub(super) ENTRIES: threads(256);
         fn (
             k: Glb<f32>, v: Glb<f32>, cells: Glb<u32>, cache_k: Glb<u8>, cache_v: Glb<u8>,
             n_head_kv: u32, head_dim_k: u32, head_dim_v: u32, format_k: u32, format_v: u32,

@@ -571,7 +571,6 @@ impl Kernel for Flash {
         super::entries::PREFILL,
         super::entries::NARROW_PREFILL,
         super::merge::ENTRIES,
-        kv_store::gpu::ENTRIES,
     ];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
