@@ -265,7 +265,7 @@ fn load(
         // The first one tells whether the driver has them in its cache.
         let (n, started) = (kernels.len(), Instant::now());
         ahead.load(&kernels, 0..n.min(1));
-        if compile::was_compiled(started.elapsed()) {
+        if n > 1 && compile::was_compiled(started.elapsed()) {
             // The longest one here, where no process must start for it.
             let sizes = kernels.modules().map(|module| module.packed_text_bytes());
             let longest = sizes.enumerate().max_by_key(|&(_, bytes)| bytes).map_or(0, |(i, _)| i);

@@ -257,6 +257,11 @@ impl Tiny {
 
     /// The same, with keys and values cached in a format.
     fn run(&self, backend: &str, cache: FormatId) -> Result<Vec<f32>, EngineError> {
+        self.run_cut(backend, cache, IDS.len())
+    }
+
+    /// The same, so many tokens at a time.
+    fn run_cut(&self, backend: &str, cache: FormatId, cut: usize) -> Result<Vec<f32>, EngineError> {
         let model = self.load().unwrap_or_else(|e| panic!("{}: {e}", self.arch));
         let weights = model.weights().clone();
         let backend: Box<dyn Backend> = match backend {
@@ -276,10 +281,14 @@ impl Tiny {
         if embeddings {
             return context.embed(&IDS, Pooling::None);
         }
-        let mut batch = Batch::default();
-        batch.extend(0, &IDS, true);
-        let n = context.decode(&batch)?;
-        Ok((0..n).flat_map(|i| context.output(i).to_vec()).collect())
+        let mut all = Vec::new();
+        for ids in IDS.chunks(cut) {
+            let mut batch = Batch::default();
+            batch.extend(0, ids, true);
+            let n = context.decode(&batch)?;
+            all.extend((0..n).flat_map(|i| context.output(i).to_vec()));
+        }
+        Ok(all)
     }
 }
 
@@ -335,16 +344,35 @@ fn factors_of_experts_need_the_cpu() {
     assert!(message.contains("factors of experts") && message.contains("--device cpu"), "{message}");
 }
 
+/// One head of 64, which fills a tile of attention.
+fn one_head(arch: &'static str) -> Tiny {
+    let mut model = Tiny::new(arch).with("attention.head_count", Kv::U32(1));
+    model.key("attention.head_count_kv", Kv::U32(1));
+    for il in 0..N_LAYER {
+        for part in ["k", "v"] {
+            model.matrix(&format!("blk.{il}.attn_{part}.weight"), E, E);
+            model.vector(&format!("blk.{il}.attn_{part}.bias"), E, 0.0);
+        }
+    }
+    model
+}
+
+/// Attention of a token by itself rotates and stores it on the way, in either pairing, to the bits of the steps that store first.
+#[test]
+fn a_token_is_appended_to_the_same_bits() {
+    for arch in ["llama", "qwen2"] {
+        let run = |cut| one_head(arch).run_cut("cuda", FormatId::F16, cut).unwrap();
+        assert!(run(1) == run(IDS.len()), "{arch}");
+    }
+}
+
 /// Channels that are always large take no precision from the others: keys and values are rotated before they are cached
 /// in blocks of few bits.
 #[test]
 fn large_channels_survive_a_cache_in_blocks() {
-    let mut model = Tiny::new("llama").with("attention.head_count", Kv::U32(1));
-    model.key("attention.head_count_kv", Kv::U32(1));
+    let mut model = one_head("llama");
     for il in 0..N_LAYER {
         for (part, channel) in [("k", 3), ("v", 10)] {
-            model.matrix(&format!("blk.{il}.attn_{part}.weight"), E, E);
-            model.vector(&format!("blk.{il}.attn_{part}.bias"), E, 0.0);
             model.tensors.get_mut(&format!("blk.{il}.attn_{part}.bias")).unwrap().1[channel] = 15.0;
         }
     }

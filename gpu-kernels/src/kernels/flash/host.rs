@@ -267,8 +267,8 @@ fn variant(args: &Args) -> Option<Variant> {
 /// angles when they would otherwise ask for the cache: an 8B model at 300 to 2,048 positions on an H100 is 1 to 2 % slower.
 const APPEND_SPANS: usize = 32;
 
-/// Whether the launch of these arguments can append its tokens' keys and values and gains by it, of whose elements `n_rot` are rotated, if
-/// each token is of another sequence.
+/// Whether the launch of these arguments can append its tokens' keys and values, of whose elements `n_rot` are rotated, if
+/// each token is of another sequence, and gains by it.
 pub fn appends(args: &Args, n_rot: usize) -> bool {
     let decodes = matches!(args.geometry, Geometry::Decode | Geometry::Split { .. });
     let gains = |v: &Variant| match args.geometry {
