@@ -8,6 +8,9 @@ use crate::fetch;
 use crate::process;
 use crate::workspace::{Workspace, cache_dir};
 
+/// For the compiler where a virtual machine shows AMX and ends the process that uses it.
+const WITHOUT_TILES: &str = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16";
+
 /// A folder with `llama-bench` and `llama-quantize`.
 #[derive(Debug)]
 pub struct Peer {
@@ -22,7 +25,8 @@ impl Peer {
         }
         let folder = cache_dir()?.join("peer");
         let peer = Peer { bin: folder.join("peer/build/bin") };
-        if process::works(Command::new(peer.program("llama-bench")).arg("--help")) {
+        let probe = fetch::smollm2()?;
+        if peer.runs(&probe) {
             return Ok(peer);
         }
         let scripts = workspace.peer_scripts().ok_or_else(|| TaskError::Missing {
@@ -38,11 +42,35 @@ impl Peer {
                 });
             }
         }
-        eprintln!("building llama.cpp in {} (minutes, once)", folder.display());
-        process::run(Command::new("bash").arg(scripts.join("prepare.sh")).arg(&folder))?;
         let sources = folder.join("peer.tar.xz");
-        process::run(Command::new("bash").arg(scripts.join("build.sh")).arg(sources).arg(&folder))?;
-        Ok(peer)
+        if !sources.is_file() {
+            process::run(Command::new("bash").arg(scripts.join("prepare.sh")).arg(&folder))?;
+        }
+        for flags in ["", WITHOUT_TILES] {
+            eprintln!("building llama.cpp in {} (minutes, once) {flags}", folder.display());
+            // What an earlier build found out about the compiler is asked anew.
+            let earlier = folder.join("peer/build");
+            if earlier.exists() {
+                std::fs::remove_dir_all(&earlier).map_err(TaskError::path("remove", &earlier))?;
+            }
+            let mut build = Command::new("bash");
+            build.arg(scripts.join("build.sh")).arg(&sources).arg(&folder);
+            process::run(build.env("CFLAGS", flags).env("CXXFLAGS", flags))?;
+            if peer.runs(&probe) {
+                return Ok(peer);
+            }
+        }
+        let path = peer.program("llama-bench");
+        Err(TaskError::Missing {
+            what: format!("{} was built and fails on {}", path.display(), probe.display()),
+            fix: "run it by hand to see why, or give --bin DIR with one that works".into(),
+        })
+    }
+
+    /// Whether it answers: a build for this processor may use what the machine does not let it.
+    fn runs(&self, model: &Path) -> bool {
+        let mut command = Command::new(self.program("llama-bench"));
+        process::works(command.arg("-m").arg(model).args(["-p", "16", "-n", "1", "-r", "1", "-t", "2"]))
     }
 
     /// Path of one of its programs.
