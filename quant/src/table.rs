@@ -1,6 +1,5 @@
 //! The rows: every tensor type a GGUF file can carry, with its size, and the one place where an id becomes a type.
 
-use crate::act::ActKind;
 use crate::format::{BlockFormat, FloatFormat, FormatId};
 use crate::formats::*;
 
@@ -137,21 +136,6 @@ impl FormatId {
     /// The spelling users type and read.
     pub fn name(self) -> &'static str {
         info(self).name
-    }
-
-    /// How activations are rounded for weights of this format; `None` for floats.
-    pub fn act_kind(self) -> Option<ActKind> {
-        struct Kind;
-        impl Visitor for Kind {
-            type Output = Option<ActKind>;
-            fn block<F: BlockFormat>(self) -> Option<ActKind> {
-                Some(F::ACT)
-            }
-            fn float<F: FloatFormat>(self) -> Option<ActKind> {
-                None
-            }
-        }
-        with_format(self, Kind).flatten()
     }
 }
 

@@ -41,6 +41,9 @@ unsafe extern "unadjusted" {
     #[cfg(sm_ge_80)]
     #[link_name = "llvm.nvvm.redux.sync.add"]
     pub(crate) fn redux_add(value: u32, mask: u32) -> u32;
+    #[cfg(sm_ge_80)]
+    #[link_name = "llvm.nvvm.redux.sync.umax"]
+    pub(crate) fn redux_max(value: u32, mask: u32) -> u32;
     #[cfg(sm_90a)]
     #[link_name = "llvm.nvvm.wgmma.fence.sync.aligned"]
     pub(crate) fn wgmma_fence();

@@ -4,7 +4,7 @@
 
 #[cfg(target_arch = "nvptx64")]
 use super::intrinsics;
-use super::math::fmax;
+use super::math::{fabs, fmax};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emu::lane;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -126,6 +126,19 @@ pub fn sum_f32(value: f32) -> f32 {
 #[track_caller]
 pub fn max_f32(value: f32) -> f32 {
     butterfly(value, |v, lanes| fmax(v, f32::from_bits(shfl_xor(v.to_bits(), lanes))))
+}
+
+/// Largest magnitude of all lanes' floats, in every lane; NaN counts as 0. One instruction from sm_80 on: numbers that
+/// are not negative are ordered as their bits.
+#[inline(always)]
+#[track_caller]
+pub fn max_abs_f32(value: f32) -> f32 {
+    let magnitude = fmax(fabs(value), 0.0);
+    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
+    // SAFETY: as for `sync_warp`.
+    return f32::from_bits(unsafe { intrinsics::redux_max(magnitude.to_bits(), ALL) });
+    #[cfg(not(all(target_arch = "nvptx64", sm_ge_80)))]
+    max_f32(magnitude)
 }
 
 /// Smallest of all lanes' values, in every lane.

@@ -28,7 +28,7 @@ mod gpu {
     use crate::device::{F32x4, Glb, U32x2, math, thread};
     use crate::kernels::activation::apply;
     use crate::kernels::output::SPAN4;
-    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, read};
+    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, read};
 
     #[inline(always)]
     fn gated(kind: u32, gate: [[f32; 4]; 2], up: [[f32; 4]; 2], alpha: f32, limit: f32) -> [[f32; 4]; 2] {
@@ -76,7 +76,8 @@ mod gpu {
         }
         let gate = read(gate.offset(row as usize * gate_stride4 as usize), span, n4, 0.0);
         let up = read(up.offset(row as usize * up_stride4 as usize), span, n4, 0.0);
-        T::store(gated(kind, gate, up, alpha, limit), y, scales, row * n4 + span * SPAN4, row * n4 + n4);
+        let (first, end) = (row * n4 + span * SPAN4, row * n4 + n4);
+        T::store(gated(kind, gate, up, alpha, limit), 1.0, y, scales, first, end);
     }
 
     kernels! {
@@ -89,7 +90,6 @@ mod gpu {
         "glu_bf16" => glu::<bf16>;
         "glu_Q8_0" => glu::<Q8_0>;
         "glu_Q8_1" => glu::<Q8_1>;
-        "glu_Q8K" => glu::<Q8K>;
     }
 }
 
@@ -97,12 +97,11 @@ mod gpu {
 mod host {
     use alloc::{vec, vec::Vec};
 
-    use quant::act::ActKind;
-
     use super::{OAI, THREADS};
     use crate::case::{Buffer, Kernel, Problem, Random, bytes_of};
     use crate::kernels::activation::Function;
     use crate::kernels::output::{self, Output, SPAN4};
+    use crate::kernels::quantise_act;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// How gate and up combine.
@@ -167,7 +166,7 @@ mod host {
             Kind::Plain(function) => (function as u32, 0.0, 0.0),
             Kind::SwigluOai { alpha, limit } => (OAI, alpha, limit),
         };
-        let names = ["glu_f32", "glu_f16", "glu_bf16", "glu_Q8_0", "glu_Q8_1", "glu_Q8K"];
+        let names = ["glu_f32", "glu_f16", "glu_bf16", "glu_Q8_0", "glu_Q8_1"];
         let warps = check.size("spans", args.n_rows * n4.div_ceil(SPAN4) as usize)?;
         let params = Params::new().with(args.gate).with(args.up).with(args.y).with(args.scales);
         let params = params.with(n_rows).with(n4).with(strides[0]).with(strides[1]);
@@ -208,22 +207,22 @@ mod host {
         const CASES: &'static [Case] = &[
             case(SILU, 1, 4, false, Output::F32),
             case(SILU, 3, 252, true, Output::F32),
-            case(SILU, 2, 1536, false, Output::Act(ActKind::Q8_0)),
-            case(SILU, 5, 288, true, Output::Act(ActKind::Q8_1)),
-            case(SILU, 2, 2304, true, Output::Act(ActKind::Q8K)),
+            case(SILU, 2, 1536, false, Output::Act(quantise_act::Kind::Q8_0)),
+            case(SILU, 5, 288, true, Output::Act(quantise_act::Kind::Q8_1)),
+            case(SILU, 2, 2304, true, Output::Act(quantise_act::Kind::Q8_0)),
             case(Kind::Plain(Function::Gelu), 1, 1028, false, Output::F32),
             case(Kind::Plain(Function::Gelu), 3, 512, false, Output::F16),
             case(Kind::Plain(Function::GeluErf), 2, 260, true, Output::Bf16),
             case(Kind::Plain(Function::GeluQuick), 2, 256, false, Output::F32),
-            case(Kind::Plain(Function::Relu), 1, 224, false, Output::Act(ActKind::Q8_0)),
+            case(Kind::Plain(Function::Relu), 1, 224, false, Output::Act(quantise_act::Kind::Q8_0)),
             case(SWIGLU_OAI, 4, 320, true, Output::F32),
-            case(SWIGLU_OAI, 4, 512, false, Output::Act(ActKind::Q8K)),
+            case(SWIGLU_OAI, 4, 512, false, Output::Act(quantise_act::Kind::Q8_0)),
         ];
         const NMSE_MAX: f64 = 1e-12;
         const BENCH: &'static [Case] = &[
-            case(SILU, 1, 14_336, false, Output::Act(ActKind::Q8K)),
+            case(SILU, 1, 14_336, false, Output::Act(quantise_act::Kind::Q8_0)),
             case(SILU, 512, 14_336, false, Output::F32),
-            case(SILU, 512, 14_336, false, Output::Act(ActKind::Q8K)),
+            case(SILU, 512, 14_336, false, Output::Act(quantise_act::Kind::Q8_0)),
             case(Kind::Plain(Function::GeluErf), 512, 14_336, false, Output::F32),
         ];
         #[cfg(feature = "emu")]

@@ -10,7 +10,6 @@
 //! cores, bound the product. Where both scales are values of f16 tensor cores multiply them, too ([`Tile::add_pair`]).
 
 use quant::BlockFormat;
-use quant::act::ActKind;
 
 /// Whether the halves of a group have scales of their own.
 pub const fn halved<F: BlockFormat>() -> bool {
@@ -29,11 +28,7 @@ pub const fn column_planes<F: BlockFormat>() -> usize {
 
 /// Whether both scales are values of f16, so that their product is exact in f32 and tensor cores of sm_80 can make it.
 pub const fn has_exact_scales<F: BlockFormat>() -> bool {
-    cfg!(any(not(target_arch = "nvptx64"), sm_ge_80))
-        && F::SCALE_IS_F16
-        && !halved::<F>()
-        && !F::HAS_OFFSET
-        && !matches!(F::ACT, ActKind::Q8K)
+    cfg!(any(not(target_arch = "nvptx64"), sm_ge_80)) && F::SCALE_IS_F16 && !halved::<F>() && !F::HAS_OFFSET
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
@@ -41,13 +36,12 @@ pub use device::*;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod device {
-    use quant::act::ActKind;
     use quant::{BlockFormat, Group};
 
     use super::halved;
     use crate::device::mma;
     use crate::device::{F32x2, F32x4, Smem, U32x4, math, thread};
-    use crate::kernels::quantise_act::ActScale;
+    use crate::kernels::quantise_act::{ActScale, Kind, kind_of};
 
     /// The f32 1.5·2^23: its bits plus an integer below 2^22 in size are the bits of the sum. A group's sum is at most
     /// 32 · 128 · 127.
@@ -291,13 +285,13 @@ mod device {
         j: u32,
         act: ActScale,
     ) {
-        const { assert!(!matches!(F::ACT, ActKind::Q8_1) || (F::HAS_OFFSET && F::SCALE_ELEMS != 16)) };
+        const { assert!(!matches!(kind_of::<F>(), Kind::Q8_1) || (F::HAS_OFFSET && F::SCALE_ELEMS != 16)) };
         let at = j * COLS as u32 + column;
         let plane = (GROUPS * COLS) as u32;
         floats.st(at, act.d);
         if F::HAS_OFFSET {
             // Q8_1 keeps the offset's value where the others keep the sums.
-            if matches!(F::ACT, ActKind::Q8_1) {
+            if matches!(kind_of::<F>(), Kind::Q8_1) {
                 floats.st(plane + at, f32::from_bits(act.extra));
             } else {
                 let [first, second] = act.sums();

@@ -27,7 +27,7 @@ mod gpu {
     use super::Shared;
     use crate::device::{F32x4, Glb, Smem, U32x2, math, thread};
     use crate::kernels::output::SPAN4;
-    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, Q8K, each, read};
+    use crate::kernels::output::gpu::{Output, Q8_0, Q8_1, each, read};
     use crate::kernels::reduce;
 
     /// Sum of `f` over a row, whose first span per warp is `held`.
@@ -89,7 +89,7 @@ mod gpu {
                     v[H][J] = math::fma(math::mul(v[H][J] - mean, scale), w[H][J], b[H][J]);
                 });
             });
-            T::store(v, y, scales, start + span * SPAN4, start + n4);
+            T::store(v, 1.0, y, scales, start + span * SPAN4, start + n4);
             span += step;
             if span * SPAN4 >= n4 {
                 break;
@@ -107,7 +107,6 @@ mod gpu {
         "layer_norm_bf16" => layer_norm::<bf16>;
         "layer_norm_Q8_0" => layer_norm::<Q8_0>;
         "layer_norm_Q8_1" => layer_norm::<Q8_1>;
-        "layer_norm_Q8K" => layer_norm::<Q8K>;
     }
 }
 
@@ -115,11 +114,10 @@ mod gpu {
 mod host {
     use alloc::{vec, vec::Vec};
 
-    use quant::act::ActKind;
-
     use super::Shared;
     use crate::case::{Buffer, Kernel, Problem, Random, bytes_of};
     use crate::kernels::output::{self, Output, SPAN4};
+    use crate::kernels::quantise_act::Kind;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// The definition: one row.
@@ -164,14 +162,8 @@ mod host {
             check.aligned(what, at, 16)?;
         }
         let params = arrays.iter().fold(Params::new(), |params, (_, at)| params.with(*at));
-        let names = [
-            "layer_norm_f32",
-            "layer_norm_f16",
-            "layer_norm_bf16",
-            "layer_norm_Q8_0",
-            "layer_norm_Q8_1",
-            "layer_norm_Q8K",
-        ];
+        let names =
+            ["layer_norm_f32", "layer_norm_f16", "layer_norm_bf16", "layer_norm_Q8_0", "layer_norm_Q8_1"];
         Ok(Launch {
             entry: names[args.output.index()],
             grid: [n_rows, 1, 1],
@@ -207,12 +199,12 @@ mod host {
         const CASES: &'static [Case] = &[
             case(1, 4, false, false, Output::F32),
             case(3, 384, true, true, Output::F32),
-            case(3, 384, true, true, Output::Act(ActKind::Q8_0)),
+            case(3, 384, true, true, Output::Act(Kind::Q8_0)),
             case(2, 1020, true, false, Output::F16),
             case(2, 1028, false, true, Output::Bf16),
-            case(1, 2048, true, true, Output::Act(ActKind::Q8K)),
+            case(1, 2048, true, true, Output::Act(Kind::Q8_0)),
             case(1, 8196, true, true, Output::F32),
-            case(1, 8224, true, true, Output::Act(ActKind::Q8_1)),
+            case(1, 8224, true, true, Output::Act(Kind::Q8_1)),
         ];
         const NMSE_MAX: f64 = 1e-12;
         const BENCH: &'static [Case] = &[case(4096, 1024, true, true, Output::F32)];

@@ -3,7 +3,7 @@
 //!
 //! * Shapes: `w` [n_rows, k] in any block format that models use for weights (not Q8_1, Q8_K), tiled (`tile.rs`), 16-byte
 //!   aligned; activations [n_cols, k] as `quantise_act` writes them (`q`, `scales`) in the format's kind
-//!   (`BlockFormat::ACT`); `y` [n_cols, n_rows] f32. Nothing overlaps, except that `residual` may be `y`.
+//!   (`quantise_act::kind_of`); `y` [n_cols, n_rows] f32. Nothing overlaps, except that `residual` may be `y`.
 //! * Parts: up to 3 matrices of one format that share the activations, each with its own rows and output.
 //! * Epilogue: `product.rs`, as every product's.
 //! * Mixture: columns are (token, slot) pairs, sorted by expert (`moe_sort`); the weights are [n_expert, n_rows, k], the

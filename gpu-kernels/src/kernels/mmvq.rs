@@ -2,10 +2,13 @@
 //! product in the same launch.
 //!
 //! * Shapes: `w` [n_rows, k] in any block format, tiled (`tile.rs`), 16-byte aligned; activations [n_cols, k] as
-//!   `quantise_act` writes them (`q`, `scales`) in the format's kind (`BlockFormat::ACT`); `y` [n_cols, n_rows] f32.
+//!   `quantise_act` writes them (`q`, `scales`) in the format's kind (`quantise_act::kind_of`); `y` [n_cols, n_rows] f32.
 //!   Nothing overlaps, except that `residual` may be `y`. One column (in a mixture any) may also come as f32 in `q`,
-//!   without `scales`: the kernel quantises it on its way to shared memory, after an RMS norm of the row if there is a
-//!   [`Norm`] (k at most [`MAX_NORM_K`]); to the same bits as `quantise_act` and `rms_norm`.
+//!   without `scales`: the kernel quantises it on its way to shared memory, after an RMS norm of the row if there is one
+//!   ([`Before::Norm`], k at most [`MAX_NORM_K`]); to the same bits as `quantise_act` and `rms_norm`.
+//! * An RMS norm between two products of one column may be divided among them, to the bits of `rms_norm`: the first ends
+//!   32 rows, a group, and writes result · weight quantised but for the row's factor, and the sum of the results' squares
+//!   ([`After::Norm`]); the second adds the sums up and multiplies the scales ([`Before::Factor`]).
 //! * Several matrices, bias, gate and up, residual, mixtures of experts: `product.rs`. In a mixture every pair is a column
 //!   of its own.
 //! * Result: for every output the sum over a span of 256 weights is `BlockFormat::dot_group`'s chain from 0 over its groups in
@@ -13,7 +16,8 @@
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
 //! * Geometry: lane = row, a warp works on one span of a row tile at a time (of two row tiles where several columns make
 //!   activations dear), a CTA on one row tile: its warps stride over the spans, leave partial sums in shared memory, and
-//!   add them in order. Warps per CTA by shape (`warps`). One column has a kernel of its own, `mmvq_column`.
+//!   add them in order. Warps per CTA by shape (`warps`). One column has a kernel of its own, `mmvq_column`, and forms of
+//!   it for few warps, whose registers are free: groups overlap.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
 //! Done for speed: (1) a span's weights come by 128-bit coalesced loads, all issued before the first is used, past L1;
@@ -56,8 +60,15 @@ pub(super) const fn stage_bytes(scale_elems: usize, n_cols: usize) -> u32 {
     (n_cols * SPAN_GROUPS) as u32 * (32 + 4 * scale_words(scale_elems))
 }
 
-/// Shared memory of the kernel of one column beside book, stages and partial sums: squares per span.
-pub(super) const COLUMN_FIXED_BYTES: u32 = 4 * 32;
+/// Shared memory of the kernel of one column beside book, stages and partial sums: for a norm, sums of squares per group.
+pub(super) const COLUMN_FIXED_BYTES: u32 = (4 * MAX_NORM_K / quant::format::GROUP) as u32;
+
+/// Bytes of a later product's weights that each warp without a span left asks L2 for.
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+pub(super) const AHEAD_BYTES: u32 = 2048;
+
+/// Longest row that is normed on the way.
+pub const MAX_NORM_K: usize = 32 * crate::tile::SPAN;
 
 /// What the parts have in common.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -73,7 +84,6 @@ pub(super) struct Shape {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub(super) mod gpu {
-    use quant::act::ActKind;
     use quant::{BlockFormat, Group};
 
     use super::{Shape, scale_words, stage_bytes};
@@ -81,8 +91,8 @@ pub(super) mod gpu {
     use crate::device::{Glb, Smem, U32x2, U32x4, grid, sync, thread, warp};
     use crate::kernels::lookup::{SharedBook, book_bytes};
     use crate::kernels::product::{Gate, Part, choose};
-    use crate::kernels::quantise_act::ActScale;
-    use crate::kernels::quantise_act::gpu::{Target, span_to};
+    use crate::kernels::quantise_act::gpu::{Target, scaled, span_to};
+    use crate::kernels::quantise_act::{ActScale, Kind, kind_of};
     use crate::tile::{ROWS, SPAN_GROUPS, Tiled, block, load_span};
 
     /// The f32 1.5·2^23: its bits plus an integer below 2^22 in size are the bits of the sum.
@@ -103,9 +113,9 @@ pub(super) mod gpu {
         fn prepare<F: BlockFormat>(act: ActScale) -> [u32; 4] {
             const { assert!(F::BIAS == 0 || !F::HAS_OFFSET) };
             // Q8_1 keeps the offset's value where the others keep the sums.
-            const { assert!(!matches!(F::ACT, ActKind::Q8_1) || (F::HAS_OFFSET && F::SCALE_ELEMS != 16)) };
+            const { assert!(!matches!(kind_of::<F>(), Kind::Q8_1) || (F::HAS_OFFSET && F::SCALE_ELEMS != 16)) };
             let d = act.d.to_bits();
-            if matches!(F::ACT, ActKind::Q8_1) {
+            if matches!(kind_of::<F>(), Kind::Q8_1) {
                 return [d, act.extra, 0, 0];
             }
             let [first, second] = act.sums();
@@ -196,12 +206,19 @@ pub(super) mod gpu {
         /// together.
         #[inline(always)]
         #[track_caller]
-        pub(crate) fn quantise<F: BlockFormat>(self, v: [[f32; 4]; 2]) {
-            span_to(F::ACT, v, Staging::<F> { stage: self, format: core::marker::PhantomData }, 0);
+        pub(crate) fn quantise<F: BlockFormat>(self, v: [[f32; 4]; 2], factor: f32) {
+            span_to(
+                kind_of::<F>(),
+                v,
+                factor,
+                Staging::<F> { stage: self, format: core::marker::PhantomData },
+                0,
+            );
         }
 
         /// Fills the stages, `stages` and on, of spans `first_span` to `end_span` of one column, whose `n` groups start at
-        /// group `column` of the arrays. Groups beyond a short span become zeros. The CTA calls together.
+        /// group `column` of the arrays. Groups beyond a short span become zeros. `factor` gives what unscaled scales are
+        /// multiplied by, and is asked when the loads are under way. The CTA calls together.
         #[inline(always)]
         #[track_caller]
         pub(crate) fn fill_all<F: BlockFormat>(
@@ -212,6 +229,7 @@ pub(super) mod gpu {
             n: u32,
             first_span: u32,
             end_span: u32,
+            factor: impl Fn() -> Option<f32>,
         ) {
             let (tid, threads) = (thread::thread_idx_x(), thread::block_dim_x());
             let groups = SPAN_GROUPS as u32;
@@ -222,8 +240,9 @@ pub(super) mod gpu {
             };
             // A group is two vectors of codes and a pair of words; the loads of four groups per thread are under way, more
             // than 448 threads have of 14,336 values.
-            let mut at = tid;
-            while at < 2 * end {
+            let mut start = 0;
+            while start < 2 * end {
+                let at = start + tid;
                 let (mut codes, mut acts) = ([U32x4([0; 4]); 4], [U32x2([0; 2]); 2]);
                 unroll!(I in 0..4 {
                     let i = at + I as u32 * threads;
@@ -232,13 +251,14 @@ pub(super) mod gpu {
                     }
                 });
                 // Half as many groups as vectors: those of the first half of the same stretch.
-                let group = (at - tid) / 2 + tid;
+                let group = start / 2 + tid;
                 unroll!(I in 0..2 {
                     let i = group + I as u32 * threads;
                     if i < end && first + i < n {
                         acts[I] = scales.ld_nc(column + first + i);
                     }
                 });
+                let factor = factor();
                 unroll!(I in 0..4 {
                     let i = at + I as u32 * threads;
                     if i < 2 * end {
@@ -249,10 +269,12 @@ pub(super) mod gpu {
                     let i = group + I as u32 * threads;
                     if i < end {
                         let U32x2([d, extra]) = acts[I];
-                        stage(i).set_scale::<F>(i % groups, ActScale { d: f32::from_bits(d), extra });
+                        let act = ActScale { d: f32::from_bits(d), extra };
+                        let act = factor.map_or(act, |factor| scaled(kind_of::<F>(), act, factor));
+                        stage(i).set_scale::<F>(i % groups, act);
                     }
                 });
-                at += 4 * threads;
+                start += 4 * threads;
             }
         }
 
@@ -340,10 +362,15 @@ pub(super) mod gpu {
     }
 
     /// The sums over a span, of which `n` groups are there: of the lane's row of each of `TILES` row tiles, and of
-    /// `AT_ONCE` columns from column `first` of the stage on.
+    /// `AT_ONCE` columns from column `first` of the stage on. `SIDE_BY_SIDE`: groups may overlap, in more registers.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn span_sums<F: BlockFormat + Tiled, const AT_ONCE: usize, const TILES: usize>(
+    pub(crate) fn span_sums<
+        F: BlockFormat + Tiled,
+        const AT_ONCE: usize,
+        const TILES: usize,
+        const SIDE_BY_SIDE: bool,
+    >(
         words: &[F::Words; TILES],
         stage: Stage,
         first: u32,
@@ -354,7 +381,7 @@ pub(super) mod gpu {
         let groups = SPAN_GROUPS as u32;
         // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
         // way keeps it to one; other warps hide the latency.
-        let groups_left = math::opaque(groups);
+        let groups_left = if SIDE_BY_SIDE { groups } else { math::opaque(groups) };
         let mut acc = [[0.0f32; AT_ONCE]; TILES];
         unroll!(G in 0..8 {
             if (G as u32) < groups_left {
@@ -506,7 +533,7 @@ pub(super) mod gpu {
                         let zero = math::opaque(first) >> 31;
                         words.iter_mut().for_each(|w| w.as_mut().iter_mut().for_each(|word| *word ^= zero));
                     }
-                    let acc = span_sums::<F, AT_ONCE, TILES>(&words, stage, first, n, book);
+                    let acc = span_sums::<F, AT_ONCE, TILES, false>(&words, stage, first, n, book);
                     let mut t = 0;
                     while t < TILES {
                         let mut c = 0;
@@ -583,7 +610,9 @@ macro_rules! entries {
                 norm: Glb<F32x4>, eps: f32,
             );
             $(
-                concat!("mmvq_", stringify!($id), "_n1") => mmvq_column::<formats::$module::Block>;
+                concat!("mmvq_", stringify!($id), "_n1") => entries!(@column $module, false, false, false);
+                concat!("mmvq_", stringify!($id), "_n1_glu") => entries!(@column $module, false, false, true);
+                concat!("mmvq_", stringify!($id), "_n1_f32") => entries!(@column $module, false, true, false);
             )*
         }
 
@@ -608,10 +637,10 @@ macro_rules! entries {
             )*
         }
 
-        /// Entry of a format for up to `n_cols` columns.
+        /// Entries of a format for up to `n_cols` columns; those of one by form: plain, gated, from f32.
         #[cfg(not(target_arch = "nvptx64"))]
         fn entry(format: quant::FormatId, n_cols: usize) -> Option<EntryShape> {
-            let (names, scale_elems, book) = match format {
+            let (names, of_column, scale_elems, book) = match format {
                 $(
                     quant::FormatId::$id => (
                         [
@@ -619,6 +648,11 @@ macro_rules! entries {
                             concat!("mmvq_", stringify!($id), "_n2"),
                             concat!("mmvq_", stringify!($id), "_n4"),
                             concat!("mmvq_", stringify!($id), "_n8"),
+                        ],
+                        [
+                            concat!("mmvq_", stringify!($id), "_n1"),
+                            concat!("mmvq_", stringify!($id), "_n1_glu"),
+                            concat!("mmvq_", stringify!($id), "_n1_f32"),
                         ],
                         <quant::formats::$module::Block as BlockFormat>::SCALE_ELEMS,
                         <quant::formats::$module::Block as BlockFormat>::BOOK,
@@ -629,6 +663,7 @@ macro_rules! entries {
             let i = n_cols.next_power_of_two().ilog2() as usize;
             Some(EntryShape {
                 name: names.get(i)?,
+                of_column,
                 n_cols: 1 << i,
                 stage_bytes: stage_bytes(scale_elems, 1 << i),
                 book_bytes: lookup::book_bytes(book),
@@ -656,6 +691,10 @@ macro_rules! entries {
             host::Case { rows: &[33, 33], k: 4096, glu: Some(Glu::Silu), x: host::X::Normed, ..host::Case::of(quant::FormatId::Q4_K) },
             host::Case { rows: &[64, 64], k: 288, glu: Some(Glu::Silu), acts: true, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[96, 96], k: 512, glu: Some(Glu::Gelu), x: host::X::Normed, acts: true, ..host::Case::of(quant::FormatId::Q4_1) },
+            host::Case { rows: &[64], k: 96, x: host::X::NormBetween, ..host::Case::of(quant::FormatId::Q4_0) },
+            host::Case { rows: &[33, 33], k: 576, glu: Some(Glu::Silu), x: host::X::NormBetween, ..host::Case::of(quant::FormatId::Q4_1) },
+            host::Case { rows: &[40, 8, 33], k: 4096, x: host::X::NormBetween, ..host::Case::of(quant::FormatId::Q8_0) },
+            host::Case { rows: &[64, 64], k: 8192, glu: Some(Glu::Gelu), x: host::X::NormBetween, acts: true, ..host::Case::of(quant::FormatId::IQ4_NL) },
             host::Case { rows: &[2, 2], k: 256 * 60, glu: Some(Glu::Silu), x: host::X::Floats, ..host::Case::of(quant::FormatId::IQ2_S) },
             // More spans than fit shared memory at a time.
             host::Case { rows: &[3], k: 256 * 130 + 64, extras: true, ..host::Case::of(quant::FormatId::Q4_0) },
@@ -674,6 +713,9 @@ macro_rules! entries {
                 glu: Some(Glu::SwigluOai { alpha: 1.702, limit: 1.0 }), ..host::Case::of(quant::FormatId::MXFP4)
             },
         ];
+    };
+    (@column $module:ident, $short:literal, $floats:literal, $gated:literal) => {
+        mmvq_column::<formats::$module::Block, $short, $floats, $gated>
     };
     (@entry $module:ident, $n:literal) => {
         gpu::mmvq::<
@@ -700,10 +742,47 @@ use {
 };
 quant::for_each_block_format!(entries![]);
 
+/// Entries of one column for few warps, in the formats that small models come in.
+macro_rules! short_entries {
+    ($($id:ident $module:ident)*) => {
+        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+        kernels! {
+            in "mmvq";
+            SHORT: threads(256), early;
+            fn (
+                p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape,
+                norm: Glb<F32x4>, eps: f32,
+            );
+            $(
+                concat!("mmvq_", stringify!($id), "_n1_short") => entries!(@column $module, true, false, false);
+                concat!("mmvq_", stringify!($id), "_n1_glu_short") => entries!(@column $module, true, false, true);
+                concat!("mmvq_", stringify!($id), "_n1_f32_short") => entries!(@column $module, true, true, false);
+            )*
+        }
+
+        /// Those of a format, by form.
+        #[cfg(not(target_arch = "nvptx64"))]
+        fn short_entries(format: quant::FormatId) -> Option<[&'static str; 3]> {
+            match format {
+                $(
+                    quant::FormatId::$id => Some([
+                        concat!("mmvq_", stringify!($id), "_n1_short"),
+                        concat!("mmvq_", stringify!($id), "_n1_glu_short"),
+                        concat!("mmvq_", stringify!($id), "_n1_f32_short"),
+                    ]),
+                )*
+                _ => None,
+            }
+        }
+    };
+}
+short_entries!(Q4_0 q4_0 Q4_1 q4_1 Q8_0 q8_0 Q4_K q4_k Q5_K q5_k Q6_K q6_k);
+
 /// What the launcher must know of an entry.
 #[cfg(not(target_arch = "nvptx64"))]
 struct EntryShape {
     name: &'static str,
+    of_column: [&'static str; 3],
     n_cols: usize,
     stage_bytes: u32,
     book_bytes: u32,

@@ -1,8 +1,9 @@
 //! `mmvq` of one column, what decoding one sequence consists of: contract, launcher and cases are `mmvq`'s.
 //!
-//! * Activations of the CTA's spans are staged in shared memory once, by all its warps: as `quantise_act` wrote them, or
-//!   from f32, normalised by `rms_norm`'s operations if there is a norm's weight, and quantised, to the same bits as by
-//!   those kernels. Each CTA does that anew: it costs a read of the row from L2, a launch of its own costs more.
+//! * Activations of the CTA's spans are staged in shared memory once, by all its warps: as `quantise_act` wrote them; as the
+//!   product before wrote them, scales multiplied by the factor of a norm, which each warp has from the groups' sums of
+//!   squares; or from f32, normed by `rms_norm`'s operations if there is a norm's weight, and quantised. All to the same
+//!   bits. Each CTA does that anew: it costs a read of the row from L2, a launch of its own costs more.
 //! * Lane = row, a warp works on one span at a time; gate and up alternate. Partial sums lie in shared memory; the first
 //!   warp adds them in order and ends the rows.
 //! * Spans that do not fit shared memory at once are worked on in windows; f32 must fit.
@@ -16,23 +17,30 @@ use quant::BlockFormat;
 
 use super::lookup::{SharedBook, book_bytes};
 use super::mmvq::gpu::{Stage, span_sums};
-use super::mmvq::{COLUMN_FIXED_BYTES, Shape, stage_bytes};
+use super::mmvq::{AHEAD_BYTES, COLUMN_FIXED_BYTES, Shape, stage_bytes};
 use super::output::gpu::{read, read_early};
-use super::product::{Gate, Part, choose, choose_at};
-use super::rms_norm::gpu::{normalise, scale_of, squares};
-use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread, warp};
+use super::product::{Gate, NormAfter, Part, choose, choose_at};
+use super::rms_norm::gpu::{factor_of_groups, put_squares, weighted};
+use crate::device::{F32x4, Glb, Smem, U32x2, U32x4, grid, math, sync, thread};
 use crate::tile::{ROWS, SPAN_GROUPS, Tiled, load_span};
 
 /// Whether a span's words and the activations on their way to shared memory fit the registers of 16 warps: else the first
 /// span waits in L2.
-const fn ahead<F: Tiled>() -> bool {
-    size_of::<F::Words>() <= 4 * 36
+const fn starts_in_registers<F: Tiled>(short: bool) -> bool {
+    short || size_of::<F::Words>() <= 4 * 36
 }
 
-/// The kernel.
+/// The kernel, in forms: little time passes in it, and a good part of that goes into fetching instructions. `SHORT`: of
+/// few warps, for which groups overlap in up to 255 registers. `FLOATS`: activations are f32. `GATED`: of gate and up;
+/// from f32 the arguments say.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // the entry's
-pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
+pub(super) fn mmvq_column<
+    F: BlockFormat + Tiled,
+    const SHORT: bool,
+    const FLOATS: bool,
+    const GATED: bool,
+>(
     p0: Part,
     p1: Part,
     p2: Part,
@@ -47,7 +55,8 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     let (lane, warp_id) = (thread::lane_id(), thread::warp_id());
     let n_warps = thread::block_dim_x() / thread::WARP;
     let part = choose(p0, p1, p2);
-    let gated_pair = gate.is_some();
+    let gate = if FLOATS || GATED { gate } else { Gate::NONE };
+    let gated_pair = if FLOATS { gate.is_some() } else { GATED };
 
     // In a mixture the column is a (token, slot) pair.
     let pair = thread::block_idx_y();
@@ -106,7 +115,7 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
     // Shared memory: the format's codebook, squares, a stage per span of a window, partial sums.
     let book = SharedBook::fill(F::BOOK, 0);
     let fixed = book_bytes(F::BOOK);
-    let span_squares: Smem<f32> = Smem::dynamic(fixed, thread::WARP);
+    let own_squares: Smem<f32> = Smem::dynamic(fixed, COLUMN_FIXED_BYTES / 4);
     let stages = fixed + COLUMN_FIXED_BYTES;
     let stage_bytes = stage_bytes(F::SCALE_ELEMS, 1);
     let window_spans = if gated_pair { shape.window / 2 } else { shape.window };
@@ -115,40 +124,45 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
 
     let mut item = warp_id;
     let mut words = F::Words::zeroed();
-    if !ahead::<F>() {
+    if !starts_in_registers::<F>(SHORT) {
         prefetch(item);
     } else if item < n_items {
         words = load(item);
     }
+    // For quantised activations, the groups' sums of squares.
+    let squares: Glb<f32> = if FLOATS { Glb::NULL } else { norm.cast() };
+    let norm = if FLOATS { norm } else { Glb::NULL };
+    let after = || NormAfter::of(p1);
     let mut weight = read_early(norm, warp_id, 8 * shape.n_groups, 1.0);
-    if !norm.is_null() && thread::thread_idx_x() == 0 {
-        norm.cast::<u8>().prefetch(4 * k as u32);
+    if thread::thread_idx_x() == 0 {
+        if !norm.is_null() {
+            norm.cast::<u8>().prefetch(4 * k as u32);
+        }
+        if !gated_pair && after().is_some() {
+            after().weight.offset(tile as usize * ROWS).cast::<u8>().prefetch(4 * ROWS as u32);
+        }
     }
     if !mixture {
         grid::wait_for_earlier();
     }
 
-    if scales.is_null() {
+    if FLOATS {
         // One window holds the row: the launcher sees to that.
         let x: Glb<F32x4> = q.cast::<F32x4>().offset((first_x * shape.n_groups) as usize * 8);
         let n4 = 8 * shape.n_groups;
         let mut v = read(x, warp_id, n4, 0.0);
-        let mut scale = 1.0;
+        let mut factor = 1.0;
         if !norm.is_null() {
             let first = v;
             let mut span = warp_id;
             while span < n_spans {
                 let next = read(x, span + n_warps, n4, 0.0);
-                let sum = warp::sum_f32(squares(v));
-                if lane == 0 {
-                    span_squares.st(span, sum);
-                }
+                put_squares(own_squares, span, shape.n_groups, v);
                 (v, span) = (next, span + n_warps);
             }
             v = first;
             sync::sync_threads();
-            let of_lane = if lane < n_spans { span_squares.ld(lane) } else { 0.0 };
-            scale = scale_of(warp::sum_f32(of_lane), n4, eps);
+            factor = factor_of_groups(|group| own_squares.ld(group), n4, eps);
         }
         let mut span = warp_id;
         while span < n_spans {
@@ -157,13 +171,22 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             let next_v = read(x, next, n4, 0.0);
             let next_weight = read_early(norm, next, n4, 1.0);
             if !norm.is_null() {
-                v = normalise(v, weight, [[0.0; 4]; 2], scale);
+                v = weighted(v, weight);
             }
-            stage(span).quantise::<F>(v);
+            stage(span).quantise::<F>(v, factor);
             (v, weight, span) = (next_v, next_weight, next);
         }
     }
-    if !ahead::<F>() && item < n_items {
+    let factor = || {
+        if FLOATS || squares.is_null() {
+            return None;
+        }
+        Some(factor_of_groups(|group| squares.ld_nc(group), 8 * shape.n_groups, eps))
+    };
+    // Where words fill the registers, before they are loaded; else beside the activations.
+    let factor_first = if starts_in_registers::<F>(SHORT) { None } else { factor() };
+    let factor = || if starts_in_registers::<F>(SHORT) { factor() } else { factor_first };
+    if !starts_in_registers::<F>(SHORT) && item < n_items {
         words = load(item);
     }
 
@@ -172,30 +195,42 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
         let part = own();
         (part, (thread::block_idx_x() - part.first_cta) * ROWS as u32 + thread::lane_id())
     };
-    let (mut total, mut residual) = ([0.0f32; 2], 0.0);
+    let (mut total, mut residual, mut weight_after) = ([0.0f32; 2], 0.0, 0.0);
     loop {
         let end = if start + shape.window < n_items { start + shape.window } else { n_items };
         let (first_span, _) = item_of(start);
         let (end_span, _) = item_of(end);
-        if !scales.is_null() {
+        if !FLOATS {
             let column = first_x * shape.n_groups;
-            Stage::fill_all::<F>(stages, q, scales, column, shape.n_groups, first_span, end_span);
+            let n = shape.n_groups;
+            Stage::fill_all::<F>(stages, q, scales, column, n, first_span, end_span, factor);
         }
         sync::sync_threads();
 
         while item < end {
             let (span, _) = item_of(item);
-            let [[sum]] = span_sums::<F, 1, 1>(&[words], stage(span - first_span), 0, groups_of(span), book);
+            let [[sum]] =
+                span_sums::<F, 1, 1, SHORT>(&[words], stage(span - first_span), 0, groups_of(span), book);
             partials.st((item - start) * ROWS as u32 + lane, sum);
             item += n_warps;
             if item < end {
                 words = load(item);
             }
         }
+        if end == n_items && lane == 0 && p2.is_spare() {
+            // This warp has nothing left to ask for: memory need not wait for the next launch.
+            let start = (math::fresh(thread::block_idx_x()) * n_warps + warp_id) * AHEAD_BYTES;
+            if start < p2.n_rows {
+                p2.w.offset(start as usize).prefetch((p2.n_rows - start).min(AHEAD_BYTES));
+            }
+        }
         if warp_id == 0 && end == n_items {
             let (part, row) = ending();
             if row < part.n_rows {
                 residual = part.residual(thread::block_idx_y(), row);
+                if !gated_pair && after().is_some() {
+                    weight_after = after().weight.ld_early(row);
+                }
             }
         }
         sync::sync_threads();
@@ -237,6 +272,10 @@ pub(super) fn mmvq_column<F: BlockFormat + Tiled>(
             part.finish_quantised(gate, p1, thread::block_idx_x(), total);
         }
     } else if warp_id == 0 && row < part.n_rows {
-        part.finish_with(gate, p1, expert(), thread::block_idx_y(), row, total, residual);
+        let v = part.finish_with(gate, p1, expert(), thread::block_idx_y(), row, total, residual);
+        if !gated_pair && after().is_some() {
+            // All rows of the tile are there.
+            after().put(thread::block_idx_x(), v, weight_after);
+        }
     }
 }

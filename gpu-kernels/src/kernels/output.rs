@@ -2,7 +2,9 @@
 //! [`quantise_act`](super::quantise_act)), so that the product that follows needs no pass of its own to convert them.
 //!
 //! A warp writes 256 neighbouring values at a time, a **span**: lane l holds the float4s l and l + 32 of it. A row is
-//! spans in order, the last may be short. The quantised values are bit-equal to those of `quantise_act` on the f32 output.
+//! spans in order, the last may be short. What is stored is a value times a factor of its row (mostly 1). With 1 the
+//! quantised values are bit-equal to those of `quantise_act` on the f32 output; else codes are chosen before the factor
+//! is known, and it goes to the scales, before they are rounded.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
@@ -12,12 +14,11 @@ pub(crate) const SPAN4: u32 = 64;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub(crate) mod gpu {
-    use half::{bf16, f16};
-    use quant::act::ActKind;
-
     use super::SPAN4;
     use crate::device::{F32x4, Float, Glb, U32x2, thread};
+    use crate::kernels::quantise_act::Kind;
     use crate::kernels::quantise_act::gpu::span;
+    use half::{bf16, f16};
 
     /// What this lane holds of span `span` of a row of `n4` float4s; `otherwise` past the end or if the array is absent.
     #[inline(always)]
@@ -45,8 +46,9 @@ pub(crate) mod gpu {
     pub(crate) trait Output {
         /// Bytes of a value, without its share of scales.
         const BYTES: usize;
-        /// Stores a span, from float4 `first` of the array on and up to float4 `end`. The warp calls together.
-        fn store(v: [[f32; 4]; 2], out: Glb<u32>, scales: Glb<U32x2>, first: u32, end: u32);
+        /// Stores a span of `v · factor`, from float4 `first` of the array on and up to float4 `end`. The warp calls
+        /// together.
+        fn store(v: [[f32; 4]; 2], factor: f32, out: Glb<u32>, scales: Glb<U32x2>, first: u32, end: u32);
     }
 
     /// Calls `f` with half and index of each float4 of this lane that lies before `end`.
@@ -65,8 +67,8 @@ pub(crate) mod gpu {
         const BYTES: usize = 4;
         #[inline(always)]
         #[track_caller]
-        fn store(v: [[f32; 4]; 2], out: Glb<u32>, _: Glb<U32x2>, first: u32, end: u32) {
-            each(first, end, |h, i| out.cast().st(i, F32x4(v[h])));
+        fn store(v: [[f32; 4]; 2], factor: f32, out: Glb<u32>, _: Glb<U32x2>, first: u32, end: u32) {
+            each(first, end, |h, i| out.cast().st(i, F32x4(v[h].map(|v| v * factor))));
         }
     }
 
@@ -76,9 +78,9 @@ pub(crate) mod gpu {
                 const BYTES: usize = 2;
                 #[inline(always)]
                 #[track_caller]
-                fn store(v: [[f32; 4]; 2], out: Glb<u32>, _: Glb<U32x2>, first: u32, end: u32) {
+                fn store(v: [[f32; 4]; 2], factor: f32, out: Glb<u32>, _: Glb<U32x2>, first: u32, end: u32) {
                     each(first, end, |h, i| {
-                        let bits = v[h].map(|v| u32::from(<$ty as Float>::from_f32(v).to_bits()));
+                        let bits = v[h].map(|v| u32::from(<$ty as Float>::from_f32(v * factor).to_bits()));
                         out.cast().st(i, U32x2([bits[0] | bits[1] << 16, bits[2] | bits[3] << 16]));
                     });
                 }
@@ -96,13 +98,20 @@ pub(crate) mod gpu {
                 const BYTES: usize = 1;
                 #[inline(always)]
                 #[track_caller]
-                fn store(v: [[f32; 4]; 2], out: Glb<u32>, scales: Glb<U32x2>, first: u32, end: u32) {
-                    span(ActKind::$name, v, out, scales, first, end);
+                fn store(
+                    v: [[f32; 4]; 2],
+                    factor: f32,
+                    out: Glb<u32>,
+                    scales: Glb<U32x2>,
+                    first: u32,
+                    end: u32,
+                ) {
+                    span(Kind::$name, v, factor, out, scales, first, end);
                 }
             }
         )*};
     }
-    act_output!(Q8_0, Q8_1, Q8K);
+    act_output!(Q8_0, Q8_1);
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -110,10 +119,9 @@ mod host {
     use alloc::{boxed::Box, vec, vec::Vec};
 
     use quant::FormatId;
-    use quant::act::{ActKind, SUPER_BLOCK};
 
     use super::super::dequantise;
-    use super::super::quantise_act::{self, ActScale};
+    use super::super::quantise_act::{self, ActScale, Kind};
     use crate::case::{Buffer, Expected, Problem};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError};
 
@@ -127,19 +135,18 @@ mod host {
         /// Rounded to bf16.
         Bf16,
         /// Quantised.
-        Act(ActKind),
+        Act(Kind),
     }
 
     impl Output {
-        /// One of six, by type: `names[self.index()]` is an entry.
+        /// One of five, by type: `names[self.index()]` is an entry.
         pub(crate) fn index(self) -> usize {
             match self {
                 Output::F32 => 0,
                 Output::F16 => 1,
                 Output::Bf16 => 2,
-                Output::Act(ActKind::Q8_0) => 3,
-                Output::Act(ActKind::Q8_1) => 4,
-                Output::Act(ActKind::Q8K) => 5,
+                Output::Act(Kind::Q8_0) => 3,
+                Output::Act(Kind::Q8_1) => 4,
             }
         }
 
@@ -161,7 +168,6 @@ mod host {
             scales: DevicePtr,
         ) -> Result<(), LaunchError> {
             match self {
-                Output::Act(ActKind::Q8K) => check.multiple("n", n, SUPER_BLOCK, "a multiple of 256")?,
                 Output::Act(_) => check.multiple("n", n, 32, "a multiple of 32")?,
                 _ => check.multiple("n", n, 4, "a multiple of 4")?,
             }

@@ -4,6 +4,7 @@
 //!   output, in one launch.
 //! * Epilogue, in this order, each step a plain f32 operation, so that all kernels give equal bits: `+ bias[r]`; with a
 //!   [`Glu`], the two parts are gate and up of one shape, and become `act(gate) · up`; `+ residual[c][r]`.
+//! * Before the first step and after the last, a kernel of one column may do parts of an RMS norm: `mmvq`'s `Besides`.
 //! * Mixture: a column is a (token, slot) pair; its weights are expert `ids[pair]` of [n_expert, n_rows, k], its bias that row
 //!   of [n_expert, n_rows]; tokens have one row of activations for all their slots, or one per slot.
 
@@ -31,15 +32,16 @@ pub enum Glu {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub(crate) use device::{Gate, Part, choose, choose_at};
+pub(crate) use device::{Gate, NormAfter, Part, choose, choose_at};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod device {
     use crate::device::math::{self, fma};
-    use crate::device::{Glb, thread};
-    use crate::kernels::quantise_act::gpu::warp_group;
+    use crate::device::{Glb, U32x2, thread};
+    use crate::kernels::quantise_act::gpu::{GroupKind, warp_group};
+    use crate::kernels::rms_norm::gpu::squares_of_group;
 
     /// One matrix as kernels take it: what [`super::host`]'s `with_parts` writes.
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -62,6 +64,42 @@ mod device {
         limit: f32,
     }
 
+    /// What a norm that follows the product takes from it, null if none does: the norm's weight `[n_rows]`, where codes
+    /// and unscaled scales of result · weight go, and each group's sum of squares f32 [n_rows / 32].
+    #[derive(Clone, Copy)]
+    pub(crate) struct NormAfter {
+        pub(crate) weight: Glb<f32>,
+        q: Glb<u8>,
+        scales: Glb<U32x2>,
+        squares: Glb<f32>,
+    }
+
+    impl NormAfter {
+        /// What [`super::host::Spare::norm`] put in the place of a product's second part.
+        #[inline(always)]
+        pub(crate) fn of(second: Part) -> NormAfter {
+            let weight = if second.is_spare() { second.bias } else { Glb::NULL };
+            NormAfter { weight, q: second.w, scales: second.residual.cast(), squares: second.y }
+        }
+
+        /// Whether there is one.
+        #[inline(always)]
+        pub(crate) fn is_some(self) -> bool {
+            !self.weight.is_null()
+        }
+
+        /// Writes what the norm takes of results `32 · group` and on, of which each lane of the warp has one and its weight.
+        #[inline(always)]
+        #[track_caller]
+        pub(crate) fn put(self, group: u32, v: f32, weight: f32) {
+            warp_group(math::mul(v, weight), self.q, self.scales, group, GroupKind::Unscaled);
+            let squares = squares_of_group(v);
+            if thread::lane_id() == 0 {
+                self.squares.st(group, squares);
+            }
+        }
+    }
+
     /// The part that this CTA of the grid's first dimension works on.
     #[inline(always)]
     pub(crate) fn choose(p0: Part, p1: Part, p2: Part) -> Part {
@@ -81,6 +119,9 @@ mod device {
     }
 
     impl Gate {
+        /// None.
+        pub(crate) const NONE: Gate = Gate { kind: 0, alpha: 0.0, limit: 0.0 };
+
         /// Whether the first two parts are gate and up.
         #[inline(always)]
         pub(crate) fn is_some(self) -> bool {
@@ -114,6 +155,12 @@ mod device {
     }
 
     impl Part {
+        /// Whether the product has no such part: its place may hold something else.
+        #[inline(always)]
+        pub(crate) fn is_spare(self) -> bool {
+            self.first_cta == u32::MAX
+        }
+
         #[inline(always)]
         #[track_caller]
         fn biased(self, expert: u32, row: u32, sum: f32) -> f32 {
@@ -139,7 +186,7 @@ mod device {
             self.finish_with(gate, up, expert, line, row, sum, self.residual(line, row));
         }
 
-        /// [`Part::finish`] with [`Part::residual`] already at hand.
+        /// [`Part::finish`] with [`Part::residual`] already at hand; gives what it stores.
         #[inline(always)]
         #[track_caller]
         pub(crate) fn finish_with(
@@ -151,16 +198,17 @@ mod device {
             row: u32,
             sum: [f32; 2],
             residual: f32,
-        ) {
-            self.put(line, row, self.ended(gate, up, expert, row, sum), residual);
+        ) -> f32 {
+            self.put(line, row, self.ended(gate, up, expert, row, sum), residual)
         }
 
-        /// Stores an ended output, with [`Part::residual`] added.
+        /// Stores an ended output, with [`Part::residual`] added, and gives it.
         #[inline(always)]
         #[track_caller]
-        pub(crate) fn put(self, line: u32, row: u32, ended: f32, residual: f32) {
+        pub(crate) fn put(self, line: u32, row: u32, ended: f32, residual: f32) -> f32 {
             let v = if self.residual.is_null() { ended } else { ended + residual };
             self.of_line(self.y, line).st(row, v);
+            v
         }
 
         /// The epilogue up to the residual.
@@ -183,7 +231,8 @@ mod device {
         #[inline(always)]
         #[track_caller]
         pub(crate) fn put_group(self, gate: Gate, up: Part, group: u32, v: f32) {
-            warp_group(v, self.y.cast(), up.y.cast(), group, gate.kind >> 8 == super::AS_Q8_1);
+            let kind = if gate.kind >> 8 == super::AS_Q8_1 { GroupKind::Q8_1 } else { GroupKind::Q8_0 };
+            warp_group(v, self.y.cast(), up.y.cast(), group, kind);
         }
     }
 }
@@ -193,9 +242,9 @@ mod host {
     use alloc::vec::Vec;
 
     use quant::FormatId;
-    use quant::act::ActKind;
 
     use super::{AS_Q8_0, AS_Q8_1, Glu, MAX_PARTS};
+    use crate::kernels::quantise_act::Kind;
     use crate::launch::{Check, DevicePtr, LaunchError, Params};
 
     /// One matrix of a product.
@@ -246,12 +295,47 @@ mod host {
         pub mixture: Option<Mixture>,
     }
 
+    /// What the place of a part that a product does not have may hold, so that arguments do not grow.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Spare {
+        arrays: [DevicePtr; 4],
+        word: u32,
+    }
+
+    impl Spare {
+        /// Nothing.
+        pub(crate) const NONE: Spare = Spare { arrays: [DevicePtr::NULL; 4], word: 0 };
+
+        /// In the second part's place: what a norm of the results takes.
+        pub(crate) fn norm(weight: DevicePtr, q: DevicePtr, scales: DevicePtr, squares: DevicePtr) -> Spare {
+            Spare { arrays: [q, weight, scales, squares], word: 0 }
+        }
+
+        /// In the third part's place: so many bytes of weights.
+        pub(crate) fn weights(at: DevicePtr, n_bytes: u32) -> Spare {
+            let none = DevicePtr::NULL;
+            Spare { arrays: [at, none, none, none], word: n_bytes }
+        }
+    }
+
     /// The parts as checked, with `ctas(rows)` CTAs each, and the sum of those.
     pub(crate) fn with_parts(
         kernel: &'static str,
         params: Params,
         parts: &[Matrix],
         glu: Option<Glu>,
+        ctas: impl Fn(u32) -> u32,
+    ) -> Result<(Params, u32), LaunchError> {
+        with_parts_and(kernel, params, parts, glu, [Spare::NONE; MAX_PARTS], ctas)
+    }
+
+    /// [`with_parts`], and what the places of those that are not there hold.
+    pub(crate) fn with_parts_and(
+        kernel: &'static str,
+        params: Params,
+        parts: &[Matrix],
+        glu: Option<Glu>,
+        spares: [Spare; MAX_PARTS],
         ctas: impl Fn(u32) -> u32,
     ) -> Result<(Params, u32), LaunchError> {
         let check = Check(kernel);
@@ -265,32 +349,25 @@ mod host {
         }
         let mut params = params;
         let mut n_ctas = 0;
-        for i in 0..MAX_PARTS {
-            let none = Matrix {
-                w: DevicePtr::NULL,
-                bias: DevicePtr::NULL,
-                residual: DevicePtr::NULL,
-                y: DevicePtr::NULL,
-                n_rows: 0,
+        for (i, spare) in spares.into_iter().enumerate() {
+            let Some(&part) = parts.get(i) else {
+                // Beyond the grid's end: no CTA is this part's.
+                params = spare.arrays.into_iter().fold(params, Params::with).with(spare.word).with(u32::MAX);
+                continue;
             };
-            let part = parts.get(i).copied().unwrap_or(none);
             let up = glu.is_some() && i == 1;
-            let mut n_rows = 0;
-            // Beyond the grid's end: no CTA is this part's.
+            let n_rows = check.size("n_rows", part.n_rows)?;
+            check.aligned("w", part.w, 16)?;
+            for (what, at) in [("bias", part.bias), ("residual", part.residual), ("y", part.y)] {
+                check.aligned(what, at, 4)?;
+            }
+            if part.y == DevicePtr::NULL && !up {
+                return Err(shape("y", "an address", 0));
+            }
             let mut first_cta = u32::MAX;
-            if i < parts.len() {
-                n_rows = check.size("n_rows", part.n_rows)?;
-                check.aligned("w", part.w, 16)?;
-                for (what, at) in [("bias", part.bias), ("residual", part.residual), ("y", part.y)] {
-                    check.aligned(what, at, 4)?;
-                }
-                if part.y == DevicePtr::NULL && !up {
-                    return Err(shape("y", "an address", 0));
-                }
-                if !up {
-                    first_cta = n_ctas;
-                    n_ctas += ctas(n_rows);
-                }
+            if !up {
+                first_cta = n_ctas;
+                n_ctas += ctas(n_rows);
             }
             params = params.with(part.w).with(part.bias).with(part.residual).with(part.y);
             params = params.with(n_rows).with(first_cta);
@@ -315,17 +392,16 @@ mod host {
     }
 
     /// The mark for [`with_quantising_gate`] of a product whose results are written quantised, as `quantise_act` would:
-    /// codes to the first matrix's `y`, scales to the second's. Not as Q8K, whose super-blocks span CTAs.
+    /// codes to the first matrix's `y`, scales to the second's.
     pub(crate) fn quantising_mark(
         check: Check,
         args: &Args<'_>,
-        acts: Option<ActKind>,
+        acts: Option<Kind>,
     ) -> Result<u32, LaunchError> {
         let mark = match acts {
             None => return Ok(0),
-            Some(ActKind::Q8_0) => AS_Q8_0,
-            Some(ActKind::Q8_1) => AS_Q8_1,
-            Some(ActKind::Q8K) => return Err(check.shape("kind of quantised results", "Q8_0 or Q8_1", 2)),
+            Some(Kind::Q8_0) => AS_Q8_0,
+            Some(Kind::Q8_1) => AS_Q8_1,
         };
         let ([gate, up], None) = (args.parts, args.mixture) else {
             return Err(check.shape("parts of quantised results", "gate and up", args.parts.len()));

@@ -1,11 +1,10 @@
-//! Activations for the integer kernels: f32 to signed bytes, 32 to a group, bit-equal to `quant::ActGroup`, so that GPU
-//! and CPU round alike.
+//! Activations for the integer kernels: f32 to signed bytes, 32 to a group, bit-equal to `quant::ActGroup`.
 //!
-//! Which rounding is the weights' affair (`BlockFormat::ACT`): per group with an f16 scale ([`quant::ActKind::Q8_0`], and
-//! [`quant::ActKind::Q8_1`] with an f16 product of scale and sum), or per super-block of 256 with an f32 scale
-//! ([`quant::ActKind::Q8K`]).
+//! Which rounding is the weights' affair ([`kind_of`]). It is per group for all of them, as in ggml's CUDA kernels: formats
+//! of super-blocks, for which ggml's and our CPU kernels round 256 activations to one scale, lose nothing by it, and a
+//! kernel that ends 32 rows can quantise them.
 //!
-//! * Shapes: `x` [n_cols, k] f32, 16-byte aligned, k a multiple of 32 (Q8K: 256). Output in two arrays, so that both are
+//! * Shapes: `x` [n_cols, k] f32, 16-byte aligned, k a multiple of 32. Output in two arrays, so that both are
 //!   read with full-width coalesced loads: `q` [n_cols, k] bytes, 16-byte aligned; `scales` [n_cols, k / 32] of
 //!   [`ActScale`]. Nothing overlaps.
 //! * Geometry: 256 threads per CTA, a warp per 256 values, lane l takes the float4s l and l + 32 of them. Other kernels
@@ -16,7 +15,35 @@
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
+use quant::{ActKind, BlockFormat};
+
 const THREADS: u32 = 256;
+
+/// How activations are rounded on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// [`ActKind::Q8_0`]: an f16 scale per group.
+    Q8_0,
+    /// [`ActKind::Q8_1`]: and what an offset multiplies, scale · sum, in f16.
+    Q8_1,
+}
+
+impl From<Kind> for ActKind {
+    fn from(kind: Kind) -> ActKind {
+        match kind {
+            Kind::Q8_0 => ActKind::Q8_0,
+            Kind::Q8_1 => ActKind::Q8_1,
+        }
+    }
+}
+
+/// The rounding for weights of a format.
+pub const fn kind_of<F: BlockFormat>() -> Kind {
+    match F::ACT {
+        ActKind::Q8_0 | ActKind::Q8K => Kind::Q8_0,
+        ActKind::Q8_1 => Kind::Q8_1,
+    }
+}
 
 /// Scale of one group and what goes with it: 8 bytes, one load.
 #[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -45,9 +72,8 @@ impl ActScale {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 pub(crate) mod gpu {
-    use super::ActScale;
+    use super::{ActScale, Kind};
     use crate::device::{F32x4, Glb, U32x2, math, thread, warp};
-    use quant::act::ActKind;
     use quant::bits::{f16_to_f32, f32_to_f16, round_half_away};
 
     /// Sum over the `lanes` neighbours (a power of two) that share a result.
@@ -111,7 +137,7 @@ pub(crate) mod gpu {
 
     #[inline(always)]
     #[track_caller]
-    fn group(v: [f32; 4], to: impl Target + Copy, i: u32, offset_value: bool) {
+    fn group(v: [f32; 4], factor: f32, to: impl Target + Copy, i: u32, offset_value: bool) {
         let abs = v.map(math::fabs);
         let mut amax = math::fmax(math::fmax(abs[0], abs[1]), math::fmax(abs[2], abs[3]));
         unroll!(S in 0..4 {
@@ -120,13 +146,15 @@ pub(crate) mod gpu {
             }
         });
         let (d, inverse) = scales_of(amax);
+        let d = d * factor;
         store(to, i, v.map(|v| code_of(v, inverse)), |sums| scale_of_group(d, sums, offset_value));
     }
 
     /// Scale of a group, before it is rounded, and what values are multiplied by.
     #[inline(always)]
     fn scales_of(amax: f32) -> (f32, f32) {
-        let d = amax / 127.0;
+        // A group of NaN alone is zeros, as on the CPU.
+        let d = math::fmax(amax, 0.0) / 127.0;
         (d, if d != 0.0 { 1.0 / d } else { 0.0 })
     }
 
@@ -147,89 +175,74 @@ pub(crate) mod gpu {
         }
     }
 
-    /// Quantises a group of which each lane of the warp has a value, as group `group` of the arrays. With `offset_value`
-    /// as Q8_1, else as Q8_0.
+    /// Quantises a group of which each lane of the warp has a value, as group `group` of the arrays.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn warp_group(v: f32, q: Glb<u8>, scales: Glb<U32x2>, group: u32, offset_value: bool) {
+    pub(crate) fn warp_group(v: f32, q: Glb<u8>, scales: Glb<U32x2>, group: u32, kind: GroupKind) {
         let lane = thread::lane_id();
-        let (d, inverse) = scales_of(warp::max_f32(math::fabs(v)));
+        let (d, inverse) = scales_of(warp::max_abs_f32(v));
         let code = code_of(v, inverse);
-        let sum = sum_of(code, 16);
-        let other_half = warp::shfl_xor(sum as u32, 16) as i32;
+        let first_half = warp::sum_i32(if lane < 16 { code } else { 0 });
+        let sum = warp::sum_i32(code);
         q.st(32 * group + lane, code as u8);
         if lane == 0 {
-            let ActScale { d, extra } = scale_of_group(d, [sum, other_half], offset_value);
+            let sums = [first_half, sum - first_half];
+            let ActScale { d, extra } = match kind {
+                GroupKind::Q8_0 => scale_of_group(d, sums, false),
+                GroupKind::Q8_1 => scale_of_group(d, sums, true),
+                GroupKind::Unscaled => ActScale::with_sums(d, sums),
+            };
             scales.st(group, U32x2([d.to_bits(), extra]));
         }
     }
 
-    /// The value of larger magnitude; of equal ones the one that comes first in the super-block.
-    #[inline(always)]
-    fn larger(a: (f32, u32), b: (f32, u32)) -> (f32, u32) {
-        let (x, y) = (math::fabs(a.0), math::fabs(b.0));
-        if y > x || (y == x && b.1 < a.1) { b } else { a }
+    /// What [`warp_group`] writes.
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    pub(crate) enum GroupKind {
+        /// As [`Kind::Q8_0`].
+        Q8_0,
+        /// As [`Kind::Q8_1`].
+        Q8_1,
+        /// Either's codes; scale and sums as they are before rounding, for [`scaled`].
+        Unscaled,
     }
 
+    /// A group's scale as `kind` has it, from an unscaled one and what its values are multiplied by: the bits of
+    /// [`span`] with that factor.
     #[inline(always)]
-    #[track_caller]
-    fn super_block(v: [[f32; 4]; 2], to: impl Target + Copy, first: u32) {
-        let lane = thread::lane_id();
-        // NaN counts as nothing, as on the CPU.
-        let mut max = (0.0f32, u32::MAX);
-        unroll!(H in 0..2 {
-            unroll!(J in 0..4 {
-                let value = v[H][J];
-                let here = (if value.is_nan() { 0.0 } else { value }, 128 * H as u32 + 4 * lane + J as u32);
-                max = larger(max, here);
-            });
-        });
-        let mut step = 16;
-        while step > 0 {
-            let other = f32::from_bits(warp::shfl_xor(max.0.to_bits(), step));
-            max = larger(max, (other, warp::shfl_xor(max.1, step)));
-            step /= 2;
-        }
-        let inverse = if max.0 != 0.0 { -127.0 / max.0 } else { 0.0 };
-        let d = if max.0 != 0.0 { 1.0 / inverse } else { 0.0 };
-        unroll!(H in 0..2 {
-            let codes = v[H].map(|v| math::round_even(math::mul(inverse, v)).clamp(-127.0, 127.0) as i32);
-            store(to, first + 32 * H as u32 + lane, codes, |sums| ActScale::with_sums(d, sums));
-        });
+    pub(crate) fn scaled(kind: Kind, unscaled: ActScale, factor: f32) -> ActScale {
+        scale_of_group(unscaled.d * factor, unscaled.sums(), matches!(kind, Kind::Q8_1))
     }
 
     /// Quantises 256 neighbouring values of a warp, lane l holding the float4s l and l + 32 of them, as words `first` and
-    /// on of `q`; words from `end` on are not written. The warp calls together; `kind` is a constant.
+    /// on of `q`; words from `end` on are not written. What is quantised is `v · factor`: codes are chosen by `v`, scales
+    /// multiplied before they are rounded. The warp calls together; `kind` is a constant.
     #[inline(always)]
     #[track_caller]
     pub(crate) fn span(
-        kind: ActKind,
+        kind: Kind,
         v: [[f32; 4]; 2],
+        factor: f32,
         q: Glb<u32>,
         scales: Glb<U32x2>,
         first: u32,
         end: u32,
     ) {
-        span_to(kind, v, Arrays { q, scales, end }, first);
+        span_to(kind, v, factor, Arrays { q, scales, end }, first);
     }
 
     /// [`span`] to anywhere.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn span_to(kind: ActKind, v: [[f32; 4]; 2], to: impl Target + Copy, first: u32) {
-        match kind {
-            ActKind::Q8_0 | ActKind::Q8_1 => {
-                unroll!(H in 0..2 {
-                    let i = first + 32 * H as u32 + thread::lane_id();
-                    group(v[H], to, i, matches!(kind, ActKind::Q8_1));
-                });
-            }
-            ActKind::Q8K => super_block(v, to, first),
-        }
+    pub(crate) fn span_to(kind: Kind, v: [[f32; 4]; 2], factor: f32, to: impl Target + Copy, first: u32) {
+        unroll!(H in 0..2 {
+            let i = first + 32 * H as u32 + thread::lane_id();
+            group(v[H], factor, to, i, matches!(kind, Kind::Q8_1));
+        });
     }
 
     #[inline(always)]
-    fn quantise(kind: ActKind, x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
+    fn quantise(kind: Kind, x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
         let lane = thread::lane_id();
         let first = (thread::index_1d() - lane) * 2;
         if first >= n4 {
@@ -237,22 +250,17 @@ pub(crate) mod gpu {
         }
         // Lanes past the end work on the last vector, for the shuffles, and store nothing.
         let load = |i: u32| x.ld_nc(if i < n4 { i } else { n4 - 1 }).0;
-        span(kind, [load(first + lane), load(first + 32 + lane)], q, scales, first, n4);
+        span(kind, [load(first + lane), load(first + 32 + lane)], 1.0, q, scales, first, n4);
     }
 
     #[inline(always)]
     fn q8_0(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
-        quantise(ActKind::Q8_0, x, q, scales, n4);
+        quantise(Kind::Q8_0, x, q, scales, n4);
     }
 
     #[inline(always)]
     fn q8_1(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
-        quantise(ActKind::Q8_1, x, q, scales, n4);
-    }
-
-    #[inline(always)]
-    fn q8k(x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32) {
-        quantise(ActKind::Q8K, x, q, scales, n4);
+        quantise(Kind::Q8_1, x, q, scales, n4);
     }
 
     kernels! {
@@ -261,7 +269,6 @@ pub(crate) mod gpu {
         fn (x: Glb<F32x4>, q: Glb<u32>, scales: Glb<U32x2>, n4: u32);
         "quantise_act_Q8_0" => q8_0;
         "quantise_act_Q8_1" => q8_1;
-        "quantise_act_Q8K" => q8k;
     }
 }
 
@@ -269,20 +276,34 @@ pub(crate) mod gpu {
 mod host {
     use alloc::{boxed::Box, vec, vec::Vec};
 
-    use quant::ActGroup;
-    use quant::act::{ActKind, SUPER_BLOCK};
+    use quant::{ActGroup, FloatFormat, FormatId, Visitor, with_format};
 
-    use super::{ActScale, THREADS};
+    use super::{ActScale, BlockFormat, Kind, THREADS, kind_of};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
+    /// [`kind_of`] a format by its id; `None` for floats.
+    pub fn kind(format: FormatId) -> Option<Kind> {
+        struct KindOf;
+        impl Visitor for KindOf {
+            type Output = Option<Kind>;
+            fn block<F: BlockFormat>(self) -> Option<Kind> {
+                Some(kind_of::<F>())
+            }
+            fn float<F: FloatFormat>(self) -> Option<Kind> {
+                None
+            }
+        }
+        with_format(format, KindOf).flatten()
+    }
+
     /// The definition: codes and scales of a row.
-    pub fn reference(kind: ActKind, x: &[f32]) -> (Vec<i8>, Vec<ActScale>) {
+    pub fn reference(kind: Kind, x: &[f32]) -> (Vec<i8>, Vec<ActScale>) {
         let mut groups = vec![ActGroup::ZERO; x.len() / 32];
-        ActGroup::quantise(kind, x, &mut groups);
+        ActGroup::quantise(kind.into(), x, &mut groups);
         let scale = |g: &ActGroup| match kind {
-            ActKind::Q8_1 => ActScale { d: g.d, extra: g.values[2].to_bits() },
-            ActKind::Q8_0 | ActKind::Q8K => ActScale::with_sums(g.d, g.sums),
+            Kind::Q8_1 => ActScale { d: g.d, extra: g.values[2].to_bits() },
+            Kind::Q8_0 => ActScale::with_sums(g.d, g.sums),
         };
         (groups.iter().flat_map(|g| g.q).collect(), groups.iter().map(scale).collect())
     }
@@ -291,7 +312,7 @@ mod host {
     #[derive(Clone, Copy, Debug)]
     #[allow(missing_docs)] // the contract's names
     pub struct Args {
-        pub kind: ActKind,
+        pub kind: Kind,
         pub x: DevicePtr,
         pub q: DevicePtr,
         pub scales: DevicePtr,
@@ -303,14 +324,10 @@ mod host {
     pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
         let check = Check(QuantiseAct::NAME);
         let entry = match args.kind {
-            ActKind::Q8_0 => "quantise_act_Q8_0",
-            ActKind::Q8_1 => "quantise_act_Q8_1",
-            ActKind::Q8K => "quantise_act_Q8K",
+            Kind::Q8_0 => "quantise_act_Q8_0",
+            Kind::Q8_1 => "quantise_act_Q8_1",
         };
-        match args.kind {
-            ActKind::Q8K => check.multiple("k", args.k, SUPER_BLOCK, "a multiple of 256")?,
-            _ => check.multiple("k", args.k, 32, "a multiple of 32")?,
-        }
+        check.multiple("k", args.k, 32, "a multiple of 32")?;
         check.size("k", args.k)?;
         let n4 = check.size("n_cols * k", args.n_cols.saturating_mul(args.k))? / 4;
         for (what, at, align) in [("x", args.x, 16), ("q", args.q, 16), ("scales", args.scales, 16)] {
@@ -334,7 +351,7 @@ mod host {
     #[derive(Clone, Copy, Debug)]
     #[allow(missing_docs)] // the contract's names
     pub struct Case {
-        pub kind: ActKind,
+        pub kind: Kind,
         pub n_cols: usize,
         pub k: usize,
     }
@@ -343,19 +360,16 @@ mod host {
         const NAME: &'static str = "quantise_act";
         type Case = Case;
         const CASES: &'static [Case] = &[
-            Case { kind: ActKind::Q8_0, n_cols: 1, k: 32 },
-            Case { kind: ActKind::Q8_1, n_cols: 3, k: 576 },
-            Case { kind: ActKind::Q8_0, n_cols: 1, k: 1024 },
-            Case { kind: ActKind::Q8_1, n_cols: 1, k: 1056 },
-            Case { kind: ActKind::Q8_0, n_cols: 8, k: 256 },
-            Case { kind: ActKind::Q8K, n_cols: 1, k: 256 },
-            Case { kind: ActKind::Q8K, n_cols: 3, k: 768 },
-            Case { kind: ActKind::Q8K, n_cols: 1, k: 2304 },
+            Case { kind: Kind::Q8_0, n_cols: 1, k: 32 },
+            Case { kind: Kind::Q8_1, n_cols: 3, k: 576 },
+            Case { kind: Kind::Q8_0, n_cols: 1, k: 1024 },
+            Case { kind: Kind::Q8_1, n_cols: 1, k: 1056 },
+            Case { kind: Kind::Q8_0, n_cols: 8, k: 256 },
         ];
         const NMSE_MAX: f64 = 0.0;
         const BENCH: &'static [Case] = &[
-            Case { kind: ActKind::Q8_0, n_cols: 1024, k: 4096 },
-            Case { kind: ActKind::Q8K, n_cols: 1024, k: 4096 },
+            Case { kind: Kind::Q8_0, n_cols: 1024, k: 4096 },
+            Case { kind: Kind::Q8_1, n_cols: 1024, k: 4096 },
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
@@ -367,10 +381,6 @@ mod host {
             x[..32].fill(0.0);
             if let Some(group) = x.get_mut(64..96) {
                 group.iter_mut().for_each(|v| *v *= 1e-38);
-            }
-            // Two of equal magnitude, the largest: the first decides the sign.
-            if kind == ActKind::Q8K {
-                (x[40], x[200]) = (-99.0, 99.0);
             }
             let (q, scales) = reference(kind, &x);
             Problem {

@@ -358,7 +358,7 @@ pub(crate) mod gpu {
         }
         let v = read(src.offset(r as usize * n4 as usize), span, n4, 0.0);
         let row = dst.offset(to as usize * n as usize * (T::BYTES / 2));
-        T::store(v, row.cast(), Glb::<U32x2>::NULL, span * SPAN4, n4);
+        T::store(v, 1.0, row.cast(), Glb::<U32x2>::NULL, span * SPAN4, n4);
     }
 
     kernels! {

@@ -19,12 +19,13 @@ use gpu_kernels::kernels::{
     moe_sort, quantise_act, rms_norm, rope, round_act,
 };
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
+use gpu_kernels::tile;
 use quant::FormatId;
 
 use super::inputs::InputAddresses;
 use super::program::{
-    Action, Acts, Attention, ExpertProduct, Factor, Gate, Halves, Norm, NormKind, Part, Place, Product,
-    Program, Sorted, Store, Table, Value,
+    Action, Acts, Attention, ExpertProduct, Factor, Gate, Halves, Matrix, Norm, NormKind, Part, Place,
+    Product, Program, Sorted, Store, Table, Unscaled, Value,
 };
 use crate::backend::Step;
 use crate::kv_cache::{self, KvLayer, KvLayout};
@@ -194,6 +195,12 @@ fn cut(parts: &[Part], n: usize, gated: bool, device: &DeviceInfo) -> Cut {
 /// Whether the kernel of this gated product ends groups of 32 rows, so that it can write them quantised.
 pub fn ends_groups(p: &Product, device: &DeviceInfo) -> bool {
     p.n == 1 || (p.n > MMVQ_MAX_COLS && matches!(cut(&p.parts, p.n, true, device), Cut::Narrow(_)))
+}
+
+/// What the kernel of one column asks L2 for.
+fn ahead(p: &Product) -> mmvq::Ahead {
+    let of = |w: Matrix| mmvq::Ahead { at: w.at, n_bytes: tile::matrix_bytes(w.format, w.rows, w.cols) };
+    p.ahead.map(of).unwrap_or_default()
 }
 
 /// The product's own gate for a function, if it has it.
@@ -440,7 +447,6 @@ impl Emit<'_> {
                     residual: if i > 0 { DevicePtr::NULL } else { residual },
                     h: if i > 0 { DevicePtr::NULL } else { h },
                     weight: self.opt(norm.weight),
-                    add: DevicePtr::NULL,
                     output,
                     y,
                     scales,
@@ -520,11 +526,11 @@ impl Emit<'_> {
         let matrices = self.matrices(parts, glu.is_some(), acts);
         let format = parts[0].w.format;
         match self.integers(x, format) {
-            Some((q, scales, norm)) => {
+            Some((q, scales, before)) => {
                 let product =
                     product::Args { format, parts: &matrices, glu, q, scales, k, n_cols: n, mixture: None };
                 if n <= MMVQ_MAX_COLS {
-                    let besides = mmvq::Besides { norm, acts: acts.map(|acts| acts.kind) };
+                    let besides = mmvq::Besides { before, after: self.after(p), ahead: ahead(p) };
                     return Ok(mmvq::launch_with(&product, besides)?);
                 }
                 let (cut, acts) = (cut(parts, n, glu.is_some(), self.device), acts.map(|acts| acts.kind));
@@ -534,15 +540,35 @@ impl Emit<'_> {
         }
     }
 
-    /// Activations for the integer kernels, codes and scales or floats without, and their norm: `None` if the weights
-    /// are floats.
-    fn integers(&self, x: Factor, format: FormatId) -> Option<(DevicePtr, DevicePtr, Option<mmvq::Norm>)> {
+    /// What the kernel of one column does with a product's results.
+    fn after(&self, p: &Product) -> mmvq::After {
+        match (p.acts, p.norm) {
+            (Some(acts), _) => mmvq::After::Quantise(acts.kind),
+            (None, Some((weight, Unscaled { acts, squares }))) => mmvq::After::Norm {
+                weight: self.place(weight),
+                q: self.value(acts.q),
+                scales: self.value(acts.scales),
+                squares: self.value(squares),
+            },
+            (None, None) => mmvq::After::Nothing,
+        }
+    }
+
+    /// Activations for the integer kernels, codes and scales or floats without, and what is done with them: `None` if the
+    /// weights are floats.
+    fn integers(&self, x: Factor, format: FormatId) -> Option<(DevicePtr, DevicePtr, mmvq::Before)> {
         match x {
-            Factor::Acts(acts) => Some((self.value(acts.q), self.value(acts.scales), None)),
-            Factor::Floats(x) if format.act_kind().is_some() => Some((self.place(x), DevicePtr::NULL, None)),
+            Factor::Acts(acts) => Some((self.value(acts.q), self.value(acts.scales), mmvq::Before::Nothing)),
+            Factor::Unscaled(Unscaled { acts, squares }, eps) => {
+                let before = mmvq::Before::Factor { squares: self.value(squares), eps };
+                Some((self.value(acts.q), self.value(acts.scales), before))
+            }
+            Factor::Floats(x) if quantise_act::kind(format).is_some() => {
+                Some((self.place(x), DevicePtr::NULL, mmvq::Before::Nothing))
+            }
             Factor::Normed(x, weight, eps) => {
-                let norm = mmvq::Norm { weight: self.place(weight), eps };
-                Some((self.place(x), DevicePtr::NULL, Some(norm)))
+                let before = mmvq::Before::Norm { weight: self.place(weight), eps };
+                Some((self.place(x), DevicePtr::NULL, before))
             }
             Factor::Floats(_) | Factor::Rounded(_) | Factor::Halves(_) => None,
         }
@@ -603,7 +629,7 @@ impl Emit<'_> {
                 let x = match x {
                     Factor::Rounded(tiles) => mmvf::Activations::Tiles(self.value(tiles)),
                     Factor::Floats(x) => mmvf::Activations::Plain(self.place(x)),
-                    Factor::Acts(_) | Factor::Halves(_) | Factor::Normed(..) => {
+                    Factor::Acts(_) | Factor::Halves(_) | Factor::Normed(..) | Factor::Unscaled(..) => {
                         return Err(Refusal::Words(String::from("quantised activations of float weights")));
                     }
                 };
@@ -630,10 +656,10 @@ impl Emit<'_> {
         let pairs_per_x = if p.per_used { 1 } else { p.n_used };
         let mixture = Some(Mixture { ids: self.place(p.ids), n_pairs, pairs_per_x });
         let (parts, n_cols, k) = (&matrices[..], n_pairs / pairs_per_x, p.k);
-        if let Some((q, scales, norm)) = self.integers(p.x, format) {
+        if let Some((q, scales, before)) = self.integers(p.x, format) {
             let product = product::Args { format, parts, glu, q, scales, k, n_cols, mixture };
             let Some(Sorted { order, tiles, .. }) = p.sorted else {
-                return one(mmvq::launch_with(&product, mmvq::Besides { norm, acts: None }));
+                return one(mmvq::launch_with(&product, mmvq::Besides { before, ..Default::default() }));
             };
             let n_expert = p.parts[0].w.n_expert;
             let rows = parts.iter().map(|part| part.n_rows).sum();
@@ -655,7 +681,7 @@ impl Emit<'_> {
                 let mixture = p.sorted.map(|sorted| self.sorted_pairs(sorted, pairs_per_x));
                 one(self.dequantising_product(parts, glu, halves, k, n_cols, format, mixture))
             }
-            Factor::Rounded(_) | Factor::Acts(_) | Factor::Normed(..) => {
+            Factor::Rounded(_) | Factor::Acts(_) | Factor::Normed(..) | Factor::Unscaled(..) => {
                 Err(Refusal::Words(String::from("rounded activations of a mixture with float weights")))
             }
         }

@@ -3,13 +3,12 @@
 
 use alloc::vec::Vec;
 
-use gpu_kernels::kernels::mmvq;
-use quant::act::ActKind;
+use gpu_kernels::kernels::{mmvq, quantise_act};
 
 use super::emit::{MostTokens, ends_groups, product_glu};
 use super::program::{
     Action, Acts, Attention, ExpertProduct, Factor, Gate, Norm, NormKind, Part, Place, Product, Program,
-    Store, Value,
+    Store, Unscaled, Value,
 };
 use crate::op::Binary;
 
@@ -31,8 +30,10 @@ pub const RULES: &[Rule] = &[
     Rule { name: "product_quantise", apply: product_quantise },
     Rule { name: "rope_store", apply: rope_store },
     Rule { name: "store_attention", apply: store_attention },
+    Rule { name: "product_norm", apply: product_norm },
     Rule { name: "quantise_product", apply: quantise_product },
     Rule { name: "norm_product", apply: norm_product },
+    Rule { name: "product_ahead", apply: product_ahead },
 ];
 
 /// Which rules are applied, in the order of [`RULES`].
@@ -60,15 +61,6 @@ impl RuleSet {
     }
 }
 
-/// How often a value is read, counting what outlives the step as a read.
-fn n_reads(program: &Program, value: Value) -> usize {
-    let mut n = program.kept.iter().filter(|v| **v == value).count();
-    for action in &program.actions {
-        action.for_each_read(&mut |v| n += usize::from(v == value));
-    }
-    n
-}
-
 /// Index of the action that writes a value.
 fn writer(program: &Program, value: Value) -> Option<usize> {
     program.actions.iter().position(|action| {
@@ -80,7 +72,7 @@ fn writer(program: &Program, value: Value) -> Option<usize> {
 
 /// The only action after `from` that reads a value, if it alone does and does not outlive the step.
 fn only_reader(program: &Program, value: Value) -> Option<usize> {
-    if n_reads(program, value) != 1 {
+    if program.n_reads(value) != 1 {
         return None;
     }
     program.actions.iter().position(|action| {
@@ -144,8 +136,8 @@ fn product_gate(program: &mut Program) {
         };
         let alone = gate != up
             && product_glu(kind).is_some()
-            && n_reads(program, gate) == 1
-            && n_reads(program, up) == 1;
+            && program.n_reads(gate) == 1
+            && program.n_reads(up) == 1;
         let (g, u) = (writer(program, gate), writer(program, up));
         let merged = match (alone, g, u) {
             (true, Some(g), Some(u)) => merge_gate(program, g, u, gate, up),
@@ -225,7 +217,7 @@ fn quantise_at_writer(program: &mut Program, take: impl Fn(&mut Action, Value, A
         if let Action::Quantise { x: Place::Value(x), acts, .. } = program.actions[at]
             && let Some(from) = writer(program, x)
         {
-            let floats_too = n_reads(program, x) > 1;
+            let floats_too = program.n_reads(x) > 1;
             let mut action = program.actions[from].clone();
             if take(&mut action, x, acts, floats_too) {
                 program.actions[from] = action;
@@ -237,11 +229,16 @@ fn quantise_at_writer(program: &mut Program, take: impl Fn(&mut Action, Value, A
     }
 }
 
-/// `y = norm(x); q = quantise(y)` becomes one action.
+/// `y = norm(x); q = quantise(y)` becomes one action. An RMS norm quantises by itself (`translate`).
 fn norm_quantise(program: &mut Program) {
     quantise_at_writer(program, |action, y, acts, floats_too| match action {
         // Rows of heads are reshaped before they are quantised; a norm quantises its own rows.
-        Action::Norm(norm) if norm.out == Some(y) && norm.acts.is_none() && norm.cols % 32 == 0 => {
+        Action::Norm(norm)
+            if norm.kind == NormKind::Layer
+                && norm.out == Some(y)
+                && norm.acts.is_none()
+                && norm.cols % 32 == 0 =>
+        {
             norm.acts = Some(acts);
             norm.out = floats_too.then_some(y);
             true
@@ -263,7 +260,7 @@ fn gate_quantise(program: &mut Program) {
 }
 
 /// `h = f(x·w0ᵀ) · x·w1ᵀ; q = quantise(h)` becomes one action where the product is of block formats and its kernel's CTAs
-/// end 32 rows, which are a group. Super-blocks are not.
+/// end 32 rows, which are a group.
 fn product_quantise(program: &mut Program) {
     let device = program.device.clone();
     quantise_at_writer(program, |action, h, acts, floats_too| match action {
@@ -274,7 +271,6 @@ fn product_quantise(program: &mut Program) {
                 && p.parts[0].w.rows % 32 == 0
                 && matches!(p.x, Factor::Acts(_))
                 && ends_groups(p, &device)
-                && acts.kind != ActKind::Q8K
                 && p.acts.is_none()
                 && !floats_too =>
         {
@@ -285,17 +281,12 @@ fn product_quantise(program: &mut Program) {
     });
 }
 
-/// Lets all products that read quantised activations of one token take something else instead; whether only such
-/// products read them. `fits` may refuse one.
-fn replace_acts(
-    program: &mut Program,
-    acts: Acts,
-    with: Factor,
-    fits: impl Fn(&[Part], bool) -> bool,
-) -> bool {
+/// Whether only products of one token read these activations, and `fits` refuses none of them.
+fn read_by_products(program: &Program, acts: Acts, fits: impl Fn(&Action) -> bool) -> bool {
     let takes = |action: &Action| match action {
-        Action::Product(p) => p.n == 1 && p.x == Factor::Acts(acts) && fits(&p.parts, p.glu.is_some()),
-        Action::ExpertProduct(p) => p.n == 1 && p.x == Factor::Acts(acts) && fits(&p.parts, p.glu.is_some()),
+        Action::Product(Product { n: 1, x, .. }) | Action::ExpertProduct(ExpertProduct { n: 1, x, .. }) => {
+            *x == Factor::Acts(acts) && fits(action)
+        }
         _ => false,
     };
     let reads = |action: &Action| {
@@ -303,9 +294,11 @@ fn replace_acts(
         action.for_each_read(&mut |v| reads |= v == acts.q || v == acts.scales);
         reads
     };
-    if !program.actions.iter().filter(|action| reads(action)).all(takes) {
-        return false;
-    }
+    program.actions.iter().filter(|action| reads(action)).all(takes)
+}
+
+/// Lets all products that read quantised activations take something else instead.
+fn replace_acts(program: &mut Program, acts: Acts, with: Factor) {
     for action in &mut program.actions {
         match action {
             Action::Product(Product { x, .. }) | Action::ExpertProduct(ExpertProduct { x, .. })
@@ -316,7 +309,50 @@ fn replace_acts(
             _ => {}
         }
     }
-    true
+}
+
+/// `h = x·wᵀ; a = quantise(norm(h)); y = a·vᵀ` becomes two actions where there is one token and only plain products read `a`:
+/// the first leaves what the norm takes, the second multiplies by the row's factor, and no launch stands between.
+fn product_norm(program: &mut Program) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        if let Action::Norm(Norm {
+            kind: NormKind::Rms,
+            x: Place::Value(h),
+            add: None,
+            weight: Some(weight),
+            eps,
+            rows: 1,
+            cols,
+            out: None,
+            acts: Some(acts),
+            ..
+        }) = program.actions[at]
+            && cols <= mmvq::MAX_NORM_K
+            && let Some(from) = writer(program, h)
+            && leaves_norm(&program.actions[from], h)
+            && read_by_products(program, acts, |action| matches!(action, Action::Product(_)))
+        {
+            let squares = program.value(cols / 32 * size_of::<f32>());
+            let unscaled = Unscaled { acts, squares };
+            replace_acts(program, acts, Factor::Unscaled(unscaled, eps));
+            if let Action::Product(product) = &mut program.actions[from] {
+                product.norm = Some((weight, unscaled));
+            }
+            program.actions.remove(at);
+        } else {
+            at += 1;
+        }
+    }
+}
+
+/// Whether an action is a product of one token that can leave what a norm of its result `h` takes.
+fn leaves_norm(action: &Action, h: Value) -> bool {
+    let Action::Product(Product { parts, n: 1, glu: None, acts: None, norm: None, .. }) = action else {
+        return false;
+    };
+    let [Part { w, out, .. }] = &parts[..] else { return false };
+    *out == h && quantise_act::kind(w.format).is_some() && w.rows.is_multiple_of(32)
 }
 
 /// `a = quantise(x); y = a·wᵀ` becomes one action where there is one token: each of the kernel's CTAs quantises what it
@@ -326,8 +362,9 @@ fn quantise_product(program: &mut Program) {
     while at < program.actions.len() {
         if let Action::Quantise { x, acts, k, .. } = program.actions[at]
             && k <= mmvq::MAX_FLOATS_K
-            && replace_acts(program, acts, Factor::Floats(x), |_, _| true)
+            && read_by_products(program, acts, |_| true)
         {
+            replace_acts(program, acts, Factor::Floats(x));
             program.actions.remove(at);
         } else {
             at += 1;
@@ -357,16 +394,33 @@ fn norm_product(program: &mut Program) {
         }) = program.actions[at]
             && cols <= mmvq::MAX_NORM_K
         {
-            let few_rows = |parts: &[Part], gated: bool| {
-                let written = if gated { 1 } else { parts.len() };
+            let few_rows = |action: &Action| {
+                let (Action::Product(Product { parts, glu, .. })
+                | Action::ExpertProduct(ExpertProduct { parts, glu, .. })) = action
+                else {
+                    return false;
+                };
+                let written = if glu.is_some() { 1 } else { parts.len() };
                 parts[..written].iter().map(|part| part.w.rows).sum::<usize>() <= MAX_NORM_ROWS
             };
-            if replace_acts(program, acts, Factor::Normed(x, weight, eps), few_rows) {
+            if read_by_products(program, acts, few_rows) {
+                replace_acts(program, acts, Factor::Normed(x, weight, eps));
                 program.actions.remove(at);
                 continue;
             }
         }
         at += 1;
+    }
+}
+
+/// Each product of one token asks L2 for weights of the next one: memory is idle while a launch ends and another begins.
+fn product_ahead(program: &mut Program) {
+    let mut next = None;
+    for action in program.actions.iter_mut().rev() {
+        if let Action::Product(product @ Product { n: 1, .. }) = action {
+            product.ahead = next;
+            next = product.parts.first().map(|part| part.w);
+        }
     }
 }
 
@@ -379,7 +433,7 @@ fn rope_store(program: &mut Program) {
     for at in (0..program.actions.len()).rev() {
         let Some(&Action::Store(store)) = program.actions.get(at) else { continue };
         let Place::Value(k) = store.k else { continue };
-        let Some(k_at) = rope_of(program, k).filter(|_| n_reads(program, k) == 1) else { continue };
+        let Some(k_at) = rope_of(program, k).filter(|_| program.n_reads(k) == 1) else { continue };
         let Action::Rope { rotation: k_rotation, table, n_rot, mode, .. } = program.actions[k_at] else {
             continue;
         };
@@ -426,7 +480,7 @@ fn store_attention(program: &mut Program) {
         else {
             continue;
         };
-        let Some(store_at) = writer(program, q).filter(|_| n_reads(program, q) == 1) else { continue };
+        let Some(store_at) = writer(program, q).filter(|_| program.n_reads(q) == 1) else { continue };
         let Action::Store(store) = program.actions[store_at] else { continue };
         if store.il != attention.params.il {
             continue;
@@ -596,8 +650,8 @@ mod tests {
     fn a_layer_of_a_decode_step_is_five_launches() {
         let (one, two) = (merged_step(1, 1), merged_step(1, 2));
         assert_eq!(two.len() - one.len(), 5, "{two:?}");
-        // Embedding, angles; norm and product of the logits.
-        assert_eq!(one.len(), 5 + 4, "{one:?}");
+        // Embedding, angles; product of the logits. The first norm is within a product, the others between two.
+        assert_eq!(one.len(), 5 + 3, "{one:?}");
     }
 
     /// In a batch attention's results are quantised by a launch of their own, gate and up's by their product.
@@ -683,6 +737,6 @@ mod tests {
         };
         let merged = ["get_rows", "norm", "product", "quantise", "product", "norm"];
         assert_eq!(names(RuleSet::ALL), merged);
-        assert_eq!(names(RuleSet::NONE).len(), 9);
+        assert_eq!(names(RuleSet::NONE).len(), 8);
     }
 }

@@ -7,10 +7,10 @@
 use alloc::vec::Vec;
 
 use gpu_kernels::driver::DeviceInfo;
+use gpu_kernels::kernels::quantise_act::{ActScale, Kind};
 use gpu_kernels::kernels::{moe_sort, round_act};
 use gpu_kernels::launch::DevicePtr;
 use quant::FormatId;
-use quant::act::ActKind;
 
 use super::emit::MostTokens;
 use crate::op::{AttentionParams, Binary, Glu, MoeRouteParams, RopeMode, Unary};
@@ -59,7 +59,25 @@ pub struct Acts {
     /// Scales.
     pub scales: Value,
     /// Rounding.
-    pub kind: ActKind,
+    pub kind: Kind,
+}
+
+/// Quantised activations whose scales wait for the factor of a norm of their one row: what a product of one token leaves of
+/// its results for it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Unscaled {
+    /// Codes of result · weight, scales not rounded yet.
+    pub acts: Acts,
+    /// f32, each group's sum of squares of results.
+    pub squares: Value,
+}
+
+impl Unscaled {
+    fn for_each_value(self, f: &mut dyn FnMut(Value)) {
+        f(self.acts.q);
+        f(self.acts.scales);
+        f(self.squares);
+    }
 }
 
 /// Activations for products that dequantise their weights: what `round_act::launch_scaled` writes.
@@ -82,6 +100,8 @@ pub enum Factor {
     Rounded(Value),
     /// Quantised; products with block formats.
     Acts(Acts),
+    /// Quantised but for a norm's factor, epsilon; products with block formats and one token.
+    Unscaled(Unscaled, f32),
     /// f16 with scales; products with block formats and a prompt's tokens, where those run apart. Of experts in the
     /// order of [`ExpertProduct::sorted`].
     Halves(Halves),
@@ -115,6 +135,10 @@ pub struct Product {
     pub glu: Option<Glu>,
     /// With a gate and one token: where the result goes quantised, instead of `parts[0].out`.
     pub acts: Option<Acts>,
+    /// With one part, one token and no gate: what a norm of the result with this weight takes, beside `parts[0].out`.
+    pub norm: Option<(Place, Unscaled)>,
+    /// With one token: weights that a later product reads, for L2.
+    pub ahead: Option<Matrix>,
 }
 
 /// `w[ids[t, j]] · x[t, j or 0]`.
@@ -414,13 +438,9 @@ impl Program {
     }
 
     /// New room for quantised activations [n, k].
-    pub fn acts(&mut self, kind: ActKind, n: usize, k: usize) -> Acts {
+    pub fn acts(&mut self, kind: Kind, n: usize, k: usize) -> Acts {
         let q = self.value(n * k);
-        Acts {
-            q,
-            scales: self.value(n * k / 32 * size_of::<gpu_kernels::kernels::quantise_act::ActScale>()),
-            kind,
-        }
+        Acts { q, scales: self.value(n * k / 32 * size_of::<ActScale>()), kind }
     }
 
     /// Room for pairs sorted by expert.
@@ -433,6 +453,27 @@ impl Program {
     pub fn halves(&mut self, n_cols: usize, k: usize) -> Halves {
         let tiles = self.value(round_act::tiles_bytes(n_cols, k));
         Halves { tiles, scales: self.value(4 * round_act::n_scales(n_cols)) }
+    }
+
+    /// How often a value is read, counting what outlives the step as a read.
+    pub fn n_reads(&self, value: Value) -> usize {
+        let mut n = self.kept.iter().filter(|v| **v == value).count();
+        for action in &self.actions {
+            action.for_each_read(&mut |v| n += usize::from(v == value));
+        }
+        n
+    }
+
+    /// Lets norms whose results are read quantised alone write no floats.
+    pub fn drop_unread_norms(&mut self) {
+        for i in 0..self.actions.len() {
+            let Action::Norm(norm @ Norm { out: Some(out), acts: Some(_), .. }) = self.actions[i] else {
+                continue;
+            };
+            if self.n_reads(out) == 0 {
+                self.actions[i] = Action::Norm(Norm { out: None, ..norm });
+            }
+        }
     }
 
     /// What the planner needs to know, action by action.
@@ -459,6 +500,7 @@ impl Factor {
                 f(acts.q);
                 f(acts.scales);
             }
+            Factor::Unscaled(unscaled, _) => unscaled.for_each_value(f),
             Factor::Halves(halves) => {
                 f(halves.tiles);
                 f(halves.scales);
@@ -509,8 +551,9 @@ impl Action {
                 opt(n.weight, f);
                 opt(n.bias, f);
             }
-            Action::Product(Product { parts, x, .. }) => {
+            Action::Product(Product { parts, x, norm, .. }) => {
                 x.for_each_value(f);
+                opt(norm.map(|(weight, _)| weight), f);
                 for part in parts {
                     opt(part.bias, f);
                     opt(part.residual, f);
@@ -589,6 +632,10 @@ impl Action {
                 f(halves.scales);
             }
             Action::Product(Product { acts: Some(a), .. }) => acts(&Some(*a), f),
+            Action::Product(Product { parts, norm: Some((_, unscaled)), .. }) => {
+                parts.iter().for_each(|p| f(p.out));
+                unscaled.for_each_value(f);
+            }
             Action::Product(Product { parts, glu, .. })
             | Action::ExpertProduct(ExpertProduct { parts, glu, .. }) => {
                 let written = if glu.is_some() { 1 } else { parts.len() };

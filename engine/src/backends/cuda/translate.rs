@@ -1,7 +1,8 @@
 //! From graph to program: each node becomes the actions that compute it, one by one. Nothing is merged here.
 //!
 //! A product with block-format weights takes quantised activations; they are made once per (tensor, rounding), whoever
-//! reads them.
+//! reads them. Those of an RMS norm's results are the norm's own: it chooses codes before it knows the row's factor, so
+//! that a product can do the same (`fuse`'s `product_norm`), and quantising its floats would round otherwise now and then.
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
@@ -9,7 +10,7 @@ use alloc::vec::Vec;
 use alloc::{format, vec};
 
 use gpu_kernels::driver::DeviceInfo;
-use gpu_kernels::kernels::{argmax, mmd_hopper, rope, round_act};
+use gpu_kernels::kernels::{argmax, mmd_hopper, quantise_act, rope, round_act};
 use gpu_kernels::launch::DevicePtr;
 use gpu_kernels::ptx;
 use quant::FormatId;
@@ -163,6 +164,7 @@ pub fn translate<'a>(
             t.program.kept.push(v);
         }
     }
+    t.program.drop_unread_norms();
     Ok((t.program, t.values))
 }
 
@@ -238,7 +240,7 @@ impl<'a> Translator<'a> {
 
     /// The right-hand side for weights of a format, quantised if it must be and is not yet.
     fn factor(&mut self, x: Place, n: usize, k: usize, format: FormatId) -> Factor {
-        let Some(kind) = format.act_kind() else { return self.float_factor(x, n, k, format) };
+        let Some(kind) = quantise_act::kind(format) else { return self.float_factor(x, n, k, format) };
         if self.dequantises {
             return Factor::Halves(self.halves(x, n, k, None));
         }
@@ -246,9 +248,29 @@ impl<'a> Translator<'a> {
             return Factor::Acts(*acts);
         }
         let acts = self.program.acts(kind, n, k);
-        self.program.actions.push(Action::Quantise { x, n, k, acts });
+        match self.norm_of(x, n, k) {
+            Some(norm) if norm.acts.is_none() => norm.acts = Some(acts),
+            // With weights of several kinds it comes once for each.
+            Some(norm) => {
+                let again = Norm { out: None, acts: Some(acts), ..*norm };
+                self.push(Action::Norm(again));
+            }
+            None => self.push(Action::Quantise { x, n, k, acts }),
+        }
         self.quantised.push((x, acts));
         Factor::Acts(acts)
+    }
+
+    /// The RMS norm whose result these rows are.
+    fn norm_of(&mut self, x: Place, n: usize, k: usize) -> Option<&mut Norm> {
+        let Place::Value(x) = x else { return None };
+        self.program.actions.iter_mut().find_map(|action| match action {
+            Action::Norm(norm) => {
+                let fits = norm.kind == NormKind::Rms && norm.rows == n && norm.cols == k;
+                (fits && norm.out == Some(x)).then_some(norm)
+            }
+            _ => None,
+        })
     }
 
     /// Activations as f16 with scales, of a mixture (ids, pairs that share a row of `x`, the pairs) in their order.
@@ -448,7 +470,16 @@ impl<'a> Translator<'a> {
             let format = first.w.format;
             let (now, later): (Vec<Part>, Vec<Part>) = parts.into_iter().partition(|p| p.w.format == format);
             let x = self.factor(x, n, k, format);
-            self.push(Action::Product(Product { parts: now, x, n, k, glu: None, acts: None }));
+            self.push(Action::Product(Product {
+                parts: now,
+                x,
+                n,
+                k,
+                glu: None,
+                acts: None,
+                norm: None,
+                ahead: None,
+            }));
             parts = later;
         }
         Ok(())
@@ -472,7 +503,7 @@ impl<'a> Translator<'a> {
         let w = self.matrix(weight, n_expert)?;
         let bias = self.opt_vector(bias)?;
         let (x, ids) = (self.place(x), self.place(ids));
-        let (x, sorted) = match w.format.act_kind() {
+        let (x, sorted) = match quantise_act::kind(w.format) {
             Some(_) if self.dequantises => {
                 let sorted = self.sorted(ids, n * n_used, n_expert);
                 let per_x = if per_used { 1 } else { n_used };

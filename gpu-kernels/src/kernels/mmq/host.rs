@@ -2,7 +2,6 @@
 
 use alloc::{boxed::Box, vec, vec::Vec};
 
-use quant::act::ActKind;
 use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
 
 use super::{FORMATS, THREADS, entry};
@@ -16,7 +15,7 @@ use crate::kernels::mmvq::{Weights, reference};
 use crate::kernels::product::{
     self, Glu, Matrix, Mixture, epilogue_reference, quantising_mark, with_parts, with_quantising_gate,
 };
-use crate::kernels::quantise_act::ActScale;
+use crate::kernels::quantise_act::{ActScale, Kind, kind_of};
 use crate::kernels::{mmq_hopper, moe_sort, output, quantise_act};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 use crate::ptx;
@@ -208,8 +207,8 @@ pub struct Args<'a> {
     /// Of a mixture.
     pub sorted: Option<Sorted>,
     /// Write what gate and up give quantised, as `quantise_act` would: codes to the first matrix's `y`, scales to the
-    /// second's. Narrow cuts alone, and not as Q8K.
-    pub acts: Option<ActKind>,
+    /// second's. Narrow cuts alone.
+    pub acts: Option<Kind>,
 }
 
 /// One launch for all parts.
@@ -302,7 +301,7 @@ pub struct Case {
     /// Of a mixture: experts, experts per token, whether activations have a row for each.
     pub mixture: Option<(usize, usize, bool)>,
     /// How gate and up's results are written quantised.
-    pub acts: Option<ActKind>,
+    pub acts: Option<Kind>,
 }
 
 /// A case without extras.
@@ -377,9 +376,9 @@ const CASES: &[Case] = &{
             ..plain(FormatId::Q4_K, Cut::NARROW_32, &[33; 2], 512, 25)
         },
         Case { added: true, mixture: Some((3, 2, true)), ..plain(FormatId::Q5_0, Cut::Wide, &[50], 64, 90) },
-        Case { acts: Some(ActKind::Q8_0), ..gated(FormatId::Q4_0, Cut::NARROW_16, &[96; 2], 2368, 13) },
-        Case { acts: Some(ActKind::Q8_1), ..gated(FormatId::Q4_1, Cut::NARROW_32, &[64; 2], 1312, 34) },
-        Case { acts: Some(ActKind::Q8_0), ..gated(FormatId::Q4_K, Cut::NARROW_64, &[32; 2], 256, 50) },
+        Case { acts: Some(Kind::Q8_0), ..gated(FormatId::Q4_0, Cut::NARROW_16, &[96; 2], 2368, 13) },
+        Case { acts: Some(Kind::Q8_1), ..gated(FormatId::Q4_1, Cut::NARROW_32, &[64; 2], 1312, 34) },
+        Case { acts: Some(Kind::Q8_0), ..gated(FormatId::Q4_K, Cut::NARROW_64, &[32; 2], 256, 50) },
     ];
     const N: usize = FORMATS.len();
     let mut cases = [EXTRA[0]; N + EXTRA.len()];
@@ -411,7 +410,7 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 128),
     plain(FormatId::Q4_0, Cut::NARROW_64, &[4096], 14336, 512),
     gated(FormatId::Q4_0, Cut::NARROW_16, &[14336; 2], 4096, 16),
-    Case { acts: Some(ActKind::Q8_0), ..gated(FormatId::Q4_0, Cut::NARROW_16, &[14336; 2], 4096, 16) },
+    Case { acts: Some(Kind::Q8_0), ..gated(FormatId::Q4_0, Cut::NARROW_16, &[14336; 2], 4096, 16) },
     gated(FormatId::Q4_0, Cut::NARROW_32, &[14336; 2], 4096, 32),
     gated(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 64),
     gated(FormatId::Q4_0, Cut::NARROW_64, &[14336; 2], 4096, 128),
@@ -468,12 +467,12 @@ impl Sum for f32 {
 }
 
 impl<T: Sum> Visitor for Product<'_, T> {
-    type Output = (ActKind, Vec<T>);
+    type Output = (Kind, Vec<T>);
 
     fn block<F: BlockFormat>(self) -> Self::Output {
         let blocks: &[F] = bytemuck::cast_slice(self.blocks);
         let mut groups = vec![ActGroup::ZERO; self.x.len() / 32];
-        ActGroup::quantise(F::ACT, self.x, &mut groups);
+        ActGroup::quantise(kind_of::<F>().into(), self.x, &mut groups);
         let columns: Vec<&[ActGroup]> = groups.chunks(self.k / 32).collect();
         let rows: Vec<&[F]> = blocks.chunks(self.k / F::ELEMS).collect();
         let output = |&(column, expert): &(usize, usize)| {
@@ -481,7 +480,7 @@ impl<T: Sum> Visitor for Product<'_, T> {
             let column = columns[column];
             rows.map(|row| T::sum(row, column)).collect::<Vec<T>>()
         };
-        (F::ACT, self.columns.iter().flat_map(output).collect())
+        (kind_of::<F>(), self.columns.iter().flat_map(output).collect())
     }
 
     fn float<F: FloatFormat>(self) -> Self::Output {
@@ -539,27 +538,15 @@ impl Case {
     }
 
     /// What the activations are.
-    fn act(&self) -> ActKind {
-        struct Act;
-        impl Visitor for Act {
-            type Output = ActKind;
-
-            fn block<F: BlockFormat>(self) -> ActKind {
-                F::ACT
-            }
-
-            fn float<F: FloatFormat>(self) -> ActKind {
-                unreachable!("{:?} has no blocks", F::ID)
-            }
-        }
-        with_format(self.format, Act).expect("cases name formats of weights")
+    fn act(&self) -> Kind {
+        quantise_act::kind(self.format).expect("cases name formats of weights")
     }
 
     /// Each part's product, without what follows.
-    fn products<T: Sum>(&self, data: &Data) -> (ActKind, Vec<Vec<T>>) {
+    fn products<T: Sum>(&self, data: &Data) -> (Kind, Vec<Vec<T>>) {
         let pairs = data.ids.iter().enumerate();
         let columns: Vec<_> = pairs.map(|(i, &id)| (i / self.pairs_per_x(), id as usize)).collect();
-        let mut kind = ActKind::Q8_0;
+        let mut kind = Kind::Q8_0;
         let products = data.weights.iter().zip(self.n_rows).map(|(blocks, &n_rows)| {
             let product = Product::<T> {
                 blocks,
@@ -578,7 +565,7 @@ impl Case {
     }
 
     /// Buffers of a problem with these outputs: q, scales, order, tiles; of each part w, bias, residual; the outputs.
-    fn buffers(&self, data: &Data, kind: ActKind, outputs: Vec<Vec<f64>>) -> Vec<Buffer> {
+    fn buffers(&self, data: &Data, kind: Kind, outputs: Vec<Vec<f64>>) -> Vec<Buffer> {
         let (q, scales) = quantise_act::reference(kind, &data.x);
         let (order, tiles) = crate::kernels::moe_sort::reference(&data.ids, self.n_expert(), self.cut.cols());
         let mut buffers = vec![bytes_of(&q), bytes_of(&scales), bytes_of(&order), bytes_of(&tiles)];
@@ -615,7 +602,7 @@ impl Case {
         &self,
         at: &[DevicePtr],
         outputs: &[DevicePtr],
-        acts: Option<ActKind>,
+        acts: Option<Kind>,
     ) -> Result<Launch, LaunchError> {
         let added = |at| if self.added { at } else { DevicePtr::NULL };
         let part = |(i, &n_rows): (usize, &usize)| {
@@ -640,7 +627,7 @@ impl Case {
 }
 
 /// A problem whose results are quantised, which must have the bits of separate launches.
-fn quantising(case: Case, acts: ActKind, random: &mut Random) -> Problem {
+fn quantising(case: Case, acts: Kind, random: &mut Random) -> Problem {
     let data = case.data(random);
     let mut buffers = case.buffers(&data, case.act(), vec![]);
     let n = case.n_outputs() * case.n_rows[0];

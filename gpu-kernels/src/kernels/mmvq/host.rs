@@ -2,16 +2,17 @@
 
 use alloc::{boxed::Box, vec, vec::Vec};
 
-use quant::act::ActKind;
 use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
 
+pub use super::MAX_NORM_K;
 use super::{COLUMN_FIXED_BYTES, MAX_WARPS, SMEM_BYTES, tiles_per_warp};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::kernels::output::{self, Output};
 use crate::kernels::product::{
-    Args, Glu, Matrix, Mixture, epilogue_reference, quantising_mark, with_parts, with_quantising_gate,
+    Args, Glu, Matrix, Mixture, Spare, epilogue_reference, quantising_mark, with_parts_and,
+    with_quantising_gate,
 };
-use crate::kernels::quantise_act::ActScale;
+use crate::kernels::quantise_act::{ActScale, Kind, kind_of};
 use crate::kernels::{quantise_act, rms_norm};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 use crate::tile::{self, ROWS, SPAN, SPAN_GROUPS, TileLayout};
@@ -35,6 +36,12 @@ pub fn reference_bits<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f32 {
     spans.reduce(|total, span| total + span).unwrap_or(0.0)
 }
 
+/// Most warps of the form in which groups overlap: of its 255 registers a thread they leave a quarter for the next launch.
+const SHORT_WARPS: u32 = 6;
+
+/// Most CTAs of which each has a multiprocessor for itself: an H100 has so many.
+const ONE_EACH: u32 = 132;
+
 /// Warps of a CTA, by shape alone: enough that all CTAs together fill the machine, no more than there is work for, and
 /// such that all have about equally much.
 ///
@@ -42,34 +49,145 @@ pub fn reference_bits<F: BlockFormat>(row: &[F], column: &[ActGroup]) -> f32 {
 /// 16 spans (73 KB of a 4-bit format) are under way. With more, 8, so that an SM holds two CTAs and nobody waits for
 /// a second round. The entries for many columns need the registers of 16 warps for 8.
 fn warps(n_ctas: u32, n_items: u32, n_cols: usize) -> u32 {
-    let most = if n_cols <= 2 && n_ctas <= 132 { MAX_WARPS } else { MAX_WARPS / 2 };
+    let most = if n_cols <= 2 && n_ctas <= ONE_EACH { MAX_WARPS } else { MAX_WARPS / 2 };
     n_items.div_ceil(n_items.div_ceil(most))
-}
-
-/// A norm of the activations before the product.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Norm {
-    /// f32 `[k]`
-    pub weight: DevicePtr,
-    /// Added to the mean square.
-    pub eps: f32,
 }
 
 /// Longest row of f32 that a kernel quantises on the way: its activations, the partial sums of gate and up and a
 /// codebook fit shared memory together.
 pub const MAX_FLOATS_K: usize = 60 * SPAN;
 
-/// Longest row that is normed on the way: `rms_norm`'s sum of more than 32 spans has another order.
-pub const MAX_NORM_K: usize = 32 * SPAN;
+/// What a product of one column may do with its activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Before {
+    /// Take them as they are.
+    #[default]
+    Nothing,
+    /// Norm them: they are f32.
+    Norm {
+        /// f32 `[k]`
+        weight: DevicePtr,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// Multiply their scales, which are not rounded yet, by a norm's factor: what [`After::Norm`] wrote.
+    Factor {
+        /// f32 [k / 32]
+        squares: DevicePtr,
+        /// Added to the mean square.
+        eps: f32,
+    },
+}
+
+/// What a product of one column may do with its results.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum After {
+    /// Write them.
+    #[default]
+    Nothing,
+    /// Write what gate and up give quantised instead, as `quantise_act` would: codes to the first matrix's `y`, scales to
+    /// the second's.
+    Quantise(Kind),
+    /// Write those of a single matrix, and what a norm of them needs but for the row's factor.
+    Norm {
+        /// f32 `[n_rows]`
+        weight: DevicePtr,
+        /// Codes of results · weight `[n_rows]`.
+        q: DevicePtr,
+        /// Their scales [n_rows / 32], not rounded yet.
+        scales: DevicePtr,
+        /// The groups' sums of squares of results, f32 [n_rows / 32].
+        squares: DevicePtr,
+    },
+}
 
 /// What a product of one column may do besides.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Besides {
-    /// Norm its activations, which are f32.
-    pub norm: Option<Norm>,
-    /// Write what gate and up give quantised, as `quantise_act` would: codes to the first matrix's `y`, scales to the
-    /// second's. Not as Q8K, whose super-blocks span CTAs.
-    pub acts: Option<ActKind>,
+    /// With its activations.
+    pub before: Before,
+    /// With its results.
+    pub after: After,
+    /// With L2, while it has nothing else to ask for.
+    pub ahead: Ahead,
+}
+
+/// Weights that a later launch reads: from a multiple of 16 on, a multiple of 16 bytes. Some of them are asked for, unless
+/// the product has three parts.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Ahead {
+    /// Where they start.
+    pub at: DevicePtr,
+    /// How many there are.
+    pub n_bytes: usize,
+}
+
+impl Ahead {
+    fn spare(self, check: Check) -> Result<Spare, LaunchError> {
+        check.aligned("weights ahead", self.at, 16)?;
+        check.multiple("bytes ahead", self.n_bytes, 16, "a multiple of 16")?;
+        // No launch asks for so many.
+        Ok(Spare::weights(self.at, u32::try_from(self.n_bytes).unwrap_or(u32::MAX & !15)))
+    }
+}
+
+impl Before {
+    fn check(self, check: Check, args: &Args<'_>) -> Result<(), LaunchError> {
+        let floats = args.scales == DevicePtr::NULL;
+        let (at, align) = match self {
+            Before::Nothing => return Ok(()),
+            Before::Norm { weight, .. } if floats => (weight, 16),
+            Before::Factor { squares, .. } if !floats && args.mixture.is_none() => (squares, 4),
+            Before::Norm { .. } => return Err(check.shape("norm", "f32 activations", args.n_cols)),
+            Before::Factor { .. } => return Err(check.shape("factor", "codes of no mixture", args.n_cols)),
+        };
+        if at == DevicePtr::NULL || args.n_cols != 1 {
+            return Err(check.shape("norm before a product", "arrays, of one column", args.n_cols));
+        }
+        if args.k > MAX_NORM_K {
+            return Err(check.shape("k of normed activations", "at most 8192", args.k));
+        }
+        check.aligned("norm before a product", at, align)
+    }
+
+    fn with(self, params: Params) -> Params {
+        let (array, eps) = match self {
+            Before::Nothing => (DevicePtr::NULL, 0.0),
+            Before::Norm { weight, eps } => (weight, eps),
+            Before::Factor { squares, eps } => (squares, eps),
+        };
+        params.with(array).with(eps)
+    }
+}
+
+impl After {
+    /// Checks what [`quantising_mark`] does not.
+    fn check(self, check: Check, args: &Args<'_>) -> Result<(), LaunchError> {
+        let After::Norm { weight, q, scales, squares } = self else { return Ok(()) };
+        let ([part], None, None, 1) = (args.parts, args.glu, args.mixture, args.n_cols) else {
+            return Err(check.shape("parts before a norm", "one, of one column", args.parts.len()));
+        };
+        check.multiple("n_rows before a norm", part.n_rows, ROWS, "a multiple of 32")?;
+        for (what, at, align) in [
+            ("norm's weight", weight, 16),
+            ("codes for a norm", q, 16),
+            ("scales for a norm", scales, 16),
+            ("squares for a norm", squares, 4),
+        ] {
+            check.aligned(what, at, align)?;
+            if at == DevicePtr::NULL {
+                return Err(check.shape(what, "an address", 0));
+            }
+        }
+        Ok(())
+    }
+
+    fn spare(self) -> Spare {
+        match self {
+            After::Nothing | After::Quantise(_) => Spare::NONE,
+            After::Norm { weight, q, scales, squares } => Spare::norm(weight, q, scales, squares),
+        }
+    }
 }
 
 /// One launch for all matrices.
@@ -79,7 +197,7 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
 
 /// [`launch`] of one column with more than the product.
 pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchError> {
-    let Besides { norm, acts } = besides;
+    let Besides { before, after, ahead } = besides;
     let kernel = Mmvq::NAME;
     let check = Check(kernel);
     let columns = if args.mixture.is_some() { 1 } else { args.n_cols };
@@ -90,15 +208,9 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
     if args.scales == DevicePtr::NULL && columns != 1 {
         return Err(check.shape("n_cols of f32", "1", columns));
     }
-    if let Some(norm) = norm {
-        check.aligned("norm", norm.weight, 16)?;
-        if args.scales != DevicePtr::NULL || norm.weight == DevicePtr::NULL {
-            return Err(check.shape("norm", "a weight, and f32 activations", columns));
-        }
-        if args.k > MAX_NORM_K {
-            return Err(check.shape("k of normed activations", "at most 8192", args.k));
-        }
-    }
+    before.check(check, args)?;
+    after.check(check, args)?;
+    let acts = if let After::Quantise(kind) = after { Some(kind) } else { None };
     let mark = quantising_mark(check, args, acts)?;
     if acts.is_some() && columns != 1 {
         return Err(check.shape("columns of quantised results", "1", columns));
@@ -107,7 +219,7 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
         return Err(check.shape("k of f32", "at most 15360", args.k));
     }
     let entry = super::entry(args.format, columns);
-    let super::EntryShape { name, n_cols, stage_bytes, book_bytes } =
+    let super::EntryShape { mut name, of_column, n_cols, stage_bytes, book_bytes } =
         entry.ok_or(LaunchError::Format { kernel, format: args.format })?;
     let format = info(args.format);
     check.multiple("k", args.k, format.elems, "a multiple of the format's block")?;
@@ -127,13 +239,24 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
     let layout = TileLayout::new(format.elems, format.bytes);
     let tiles = tiles_per_warp(layout.span_bytes, n_cols);
     let rows_per_cta = (tiles * ROWS) as u32;
-    let (params, n_ctas) =
-        with_parts(kernel, Params::new(), args.parts, args.glu, |rows| rows.div_ceil(rows_per_cta))?;
+    let spares = [Spare::NONE, after.spare(), ahead.spare(check)?];
+    let (params, n_ctas) = with_parts_and(kernel, Params::new(), args.parts, args.glu, spares, |rows| {
+        rows.div_ceil(rows_per_cta)
+    })?;
 
     let n_spans = k.div_ceil(SPAN as u32);
     let per_span = if args.glu.is_some() { 2 } else { 1 };
     let n_items = n_spans * per_span;
     let n_warps = warps(n_ctas.saturating_mul(n_lines), n_items, n_cols);
+    if n_cols == 1 {
+        let short = n_warps <= SHORT_WARPS && n_ctas.saturating_mul(n_lines) <= ONE_EACH;
+        let names = super::short_entries(args.format).filter(|_| short).unwrap_or(of_column);
+        name = match (args.scales == DevicePtr::NULL, args.glu.is_some()) {
+            (false, false) => names[0],
+            (false, true) => names[1],
+            (true, _) => names[2],
+        };
+    }
     let outputs_bytes = 4 * rows_per_cta * n_cols as u32;
     let (window, smem_bytes) = if n_cols == 1 {
         // Activations of the window's spans, and partial sums of its items.
@@ -153,8 +276,7 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
     let params = with_quantising_gate(params, args.glu, mark).with(k / 32).with(columns as u32);
     let mut params = params.with(window).with(pairs_per_x);
     if n_cols == 1 {
-        let Norm { weight, eps } = norm.unwrap_or(Norm { weight: DevicePtr::NULL, eps: 0.0 });
-        params = params.with(weight).with(eps);
+        params = before.with(params);
     }
     Ok(Launch { entry: name, grid: [n_ctas, n_lines, 1], cta: 32 * n_warps, cluster: 1, smem_bytes, params })
 }
@@ -195,6 +317,8 @@ pub enum X {
     Floats,
     /// f32, normed on the way.
     Normed,
+    /// Quantised by the product before, but for a norm's factor.
+    NormBetween,
 }
 
 impl Case {
@@ -316,6 +440,13 @@ const BENCH: &[Case] = &[
     Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 14336, 1) },
     Case { x: X::Floats, ..bench(FormatId::Q4_0, 4096, 4096, 1) },
     Case { rows: &[14336, 14336], k: 4096, glu: Some(Glu::Silu), x: X::Normed, ..Case::of(FormatId::Q4_0) },
+    Case {
+        rows: &[14336, 14336],
+        k: 4096,
+        glu: Some(Glu::Silu),
+        x: X::NormBetween,
+        ..Case::of(FormatId::Q4_0)
+    },
     Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_0) },
     Case { rows: &[768], k: 2048, mixture: Some((128, 8, false)), ..Case::of(FormatId::Q4_K) },
 ];
@@ -338,15 +469,15 @@ struct Product<'a> {
 }
 
 impl Visitor for Product<'_> {
-    type Output = (ActKind, Vec<f64>);
+    type Output = (Kind, Vec<f64>);
 
     fn block<F: BlockFormat>(self) -> Self::Output {
         let blocks: &[F] = bytemuck::cast_slice(self.blocks);
         let mut groups = vec![ActGroup::ZERO; self.x.len() / 32];
-        ActGroup::quantise(F::ACT, self.x, &mut groups);
+        ActGroup::quantise(kind_of::<F>().into(), self.x, &mut groups);
         let columns = groups.chunks(self.k / 32);
         let rows = || blocks.chunks(self.k / F::ELEMS);
-        (F::ACT, columns.flat_map(|column| rows().map(|row| reference(row, column))).collect())
+        (kind_of::<F>(), columns.flat_map(|column| rows().map(|row| reference(row, column))).collect())
     }
 
     fn float<F: FloatFormat>(self) -> Self::Output {
@@ -354,10 +485,13 @@ impl Visitor for Product<'_> {
     }
 }
 
+/// Weights per row of the product before a norm in cases.
+const K_BEFORE: usize = 512;
+
 /// A problem of one column with a norm before it or quantised results, which must have the bits of separate launches.
 fn both_ways(case: &Case, random: &mut Random) -> Problem {
     let Case { format, rows, k, glu, x: form, acts, .. } = *case;
-    let kind = ActKindOf.of(format);
+    let kind = quantise_act::kind(format).expect("cases name formats of weights");
     let n_parts = rows.len();
     let n_outputs = if glu.is_some() { 1 } else { n_parts };
     let mut buffers: Vec<Buffer> = rows
@@ -376,6 +510,20 @@ fn both_ways(case: &Case, random: &mut Random) -> Problem {
         zeros(k),
         zeros(scale_bytes(k)),
     ]);
+    // The product before: weights, activations; its results and what it leaves for the norm.
+    let before = buffers.len();
+    if form == X::NormBetween {
+        let weights = with_format(FormatId::Q4_0, Weights(random, k * K_BEFORE));
+        let (blocks, _) = weights.expect("a format of weights");
+        buffers.extend([
+            Buffer::Input(tile::pack(FormatId::Q4_0, &blocks, k, K_BEFORE)),
+            Buffer::Input(bytes_of(&random.values(K_BEFORE))),
+            zeros(4 * k),
+            zeros(k),
+            zeros(scale_bytes(k)),
+            zeros(k / 8),
+        ]);
+    }
     // What the separate launches write, the floats first.
     let plain = buffers.len();
     buffers.extend(rows[..n_outputs].iter().map(|n_rows| zeros(4 * n_rows)));
@@ -391,7 +539,7 @@ fn both_ways(case: &Case, random: &mut Random) -> Problem {
     buffers.extend(checked.into_iter().map(same));
 
     let launches = move |at: &[DevicePtr]| {
-        let [x, weight, q, scales] = at[n_parts..plain] else { unreachable!("four of these") };
+        let [x, weight, q, scales] = at[n_parts..before] else { unreachable!("four of these") };
         let parts = |y: &[DevicePtr]| -> Vec<Matrix> {
             let none = DevicePtr::NULL;
             let y = |p: usize| y.get(p).copied().unwrap_or(none);
@@ -406,57 +554,68 @@ fn both_ways(case: &Case, random: &mut Random) -> Problem {
         };
         let quantise =
             |x, q, scales, k| quantise_act::launch(&quantise_act::Args { kind, x, q, scales, n_cols: 1, k });
-        let normed = form == X::Normed;
-        let mut launches = vec![if normed {
+        let norm = |x| {
             rms_norm::launch(&rms_norm::Args {
                 x,
                 residual: DevicePtr::NULL,
                 h: DevicePtr::NULL,
                 weight,
-                add: DevicePtr::NULL,
                 output: Output::Act(kind),
                 y: q,
                 scales,
                 n_rows: 1,
                 n: k,
                 eps: EPS,
-            })?
-        } else {
-            quantise(x, q, scales, k)?
-        }];
+            })
+        };
+        // What the fused launch takes, and does with it.
+        let mut taken = (x, DevicePtr::NULL, Before::Nothing);
+        let mut launches = vec![];
+        match form {
+            X::Acts => {
+                launches.push(quantise(x, q, scales, k)?);
+                taken = (q, scales, Before::Nothing);
+            }
+            X::Floats => launches.push(quantise(x, q, scales, k)?),
+            X::Normed => {
+                launches.push(norm(x)?);
+                taken.2 = Before::Norm { weight, eps: EPS };
+            }
+            X::NormBetween => {
+                let [w, x_before, h, codes, unscaled, squares] = at[before..plain] else {
+                    unreachable!("six of these")
+                };
+                let part = Matrix { w, bias: DevicePtr::NULL, residual: x, y: h, n_rows: k };
+                let product = Args {
+                    format: FormatId::Q4_0,
+                    parts: &[part],
+                    glu: None,
+                    q: x_before,
+                    scales: DevicePtr::NULL,
+                    k: K_BEFORE,
+                    n_cols: 1,
+                    mixture: None,
+                };
+                let after = After::Norm { weight, q: codes, scales: unscaled, squares };
+                launches.push(launch_with(&product, Besides { after, ..Besides::default() })?);
+                launches.push(norm(h)?);
+                taken = (codes, unscaled, Before::Factor { squares, eps: EPS });
+            }
+        }
         let (separate, fused) = (parts(&at[plain..plain + n_outputs]), parts(&at[outputs..]));
         let args = Args { format, parts: &separate, glu, q, scales, k, n_cols: 1, mixture: None };
         launches.push(launch(&args)?);
         if acts {
             launches.push(quantise(at[plain], at[plain + 1], at[plain + 2], rows[0])?);
         }
-        let args = Args { parts: &fused, ..args };
-        let args = if form == X::Acts { args } else { Args { q: x, scales: DevicePtr::NULL, ..args } };
-        let norm = normed.then_some(Norm { weight, eps: EPS });
-        launches.push(launch_with(&args, Besides { norm, acts: acts.then_some(kind) })?);
+        let (q, scales, before) = taken;
+        let after = if acts { After::Quantise(kind) } else { After::Nothing };
+        let args = Args { parts: &fused, q, scales, ..args };
+        launches.push(launch_with(&args, Besides { before, after, ahead: Ahead::default() })?);
         Ok(launches)
     };
     let problem = Problem { buffers, launches: Box::new(launches) };
     if random.is_timing() { output::last_launch(problem) } else { problem }
-}
-
-/// How activations are rounded for weights of a format.
-struct ActKindOf;
-
-impl ActKindOf {
-    fn of(self, format: FormatId) -> ActKind {
-        with_format(format, self).expect("cases name formats of weights")
-    }
-}
-
-impl Visitor for ActKindOf {
-    type Output = ActKind;
-    fn block<F: BlockFormat>(self) -> ActKind {
-        F::ACT
-    }
-    fn float<F: FloatFormat>(self) -> ActKind {
-        unreachable!("{:?} has no blocks", F::ID)
-    }
 }
 
 /// ggml's name of a product: of one matrix, with nothing fused.
@@ -489,10 +648,11 @@ impl Kernel for Mmvq {
     const BENCH: &'static [Case] = BENCH;
     const NMSE_MAX: f64 = 1e-11;
     #[cfg(feature = "emu")]
-    const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::ONE, super::FEW, super::MORE];
+    const ENTRIES: &'static [&'static [crate::emu::Entry]] =
+        &[super::ONE, super::SHORT, super::FEW, super::MORE];
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
-        if case.x == X::Normed || case.acts {
+        if matches!(case.x, X::Normed | X::NormBetween) || case.acts {
             return both_ways(case, random);
         }
         let Case { format, rows, k, n_cols, glu, extras, mixture, .. } = *case;
@@ -502,7 +662,7 @@ impl Kernel for Mmvq {
         let x = random.values(n_x * k);
         let ids: Vec<u32> = (0..n_pairs).map(|_| random.below(n_expert as u64) as u32).collect();
 
-        let mut kind = ActKind::Q8_0;
+        let mut kind = Kind::Q8_0;
         let mut buffers = vec![];
         // Per part: sums [n_pairs, n_rows], bias and residual of the same shape.
         let mut sums = vec![];
