@@ -671,7 +671,7 @@ impl Emit<'_> {
     }
 
     fn attention(&self, attention: &Attention) -> Result<Vec<Launch>, Refusal> {
-        let &Attention { q, store, sinks, params: p, n, out, partials } = attention;
+        let &Attention { q, store, sinks, params: p, n, out, acts, partials } = attention;
         let cache = self.cache(p.il)?;
         let of_prompt = if self.prompt { Geometry::of_prompt(self.device, &cache, false) } else { None };
         let mut args = flash::Args {
@@ -684,7 +684,8 @@ impl Emit<'_> {
                 n_tokens: n,
             },
             q: self.place(q),
-            out: self.value(out),
+            out: self.value(acts.map_or(out, |acts| acts.q)),
+            acts: acts.map(|acts| (acts.kind, self.value(acts.scales))),
             scratch: partials.map_or(DevicePtr::NULL, |v| self.value(v)),
             sinks: self.opt(sinks),
             slopes: DevicePtr::NULL,

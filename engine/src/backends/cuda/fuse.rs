@@ -29,6 +29,7 @@ pub const RULES: &[Rule] = &[
     Rule { name: "norm_quantise", apply: norm_quantise },
     Rule { name: "gate_quantise", apply: gate_quantise },
     Rule { name: "product_quantise", apply: product_quantise },
+    Rule { name: "attention_quantise", apply: attention_quantise },
     Rule { name: "rope_store", apply: rope_store },
     Rule { name: "store_attention", apply: store_attention },
     Rule { name: "quantise_product", apply: quantise_product },
@@ -279,6 +280,23 @@ fn product_quantise(program: &mut Program) {
                 && !floats_too =>
         {
             p.acts = Some(acts);
+            true
+        }
+        _ => false,
+    });
+}
+
+/// `y = attention(q); a = quantise(y)` becomes one action where groups lie within heads, as super-blocks may not.
+fn attention_quantise(program: &mut Program) {
+    quantise_at_writer(program, |action, y, acts, floats_too| match action {
+        Action::Attention(attention)
+            if attention.out == y
+                && attention.acts.is_none()
+                && attention.params.head_dim_v % 32 == 0
+                && acts.kind != ActKind::Q8K
+                && !floats_too =>
+        {
+            attention.acts = Some(acts);
             true
         }
         _ => false,
@@ -600,18 +618,65 @@ mod tests {
         assert_eq!(one.len(), 5 + 4, "{one:?}");
     }
 
-    /// In a batch attention's results are quantised by a launch of their own, gate and up's by their product.
+    /// In a batch attention quantises its results, and the product of gate and up its own.
     #[test]
-    fn gate_and_up_of_a_batch_end_quantised() {
+    fn attention_and_gate_and_up_of_a_batch_end_quantised() {
         let layer = |n| {
             let (one, two) = (merged_step(n, 1), merged_step(n, 2));
             two[one.len() - 2..two.len() - 2].to_vec()
         };
-        let of_a_batch =
-            ["norm", "product", "attention", "quantise", "product", "norm", "product", "product"];
+        let of_a_batch = ["norm", "product", "attention", "product", "norm", "product", "product"];
         assert_eq!(layer(16), of_a_batch);
         // The kernel of few columns does not end groups.
         assert_eq!(layer(4).len(), of_a_batch.len() + 1);
+    }
+
+    /// The product after attention reads what attention quantised: one token's too, where CTAs could quantise it anew.
+    #[test]
+    fn attention_of_a_decode_step_ends_quantised() {
+        for n in [1, 4] {
+            let (mut program, _) = translate(&decode_step(n, 1), &Anywhere, &DeviceInfo::default()).unwrap();
+            RuleSet::ALL.apply(&mut program);
+            let at = program.actions.iter().position(|a| matches!(a, Action::Attention(_))).unwrap();
+            let [Action::Attention(attention), Action::Product(out), ..] = &program.actions[at..] else {
+                panic!("{n} tokens: {:?} after attention", program.actions[at + 1].name());
+            };
+            assert_eq!(attention.acts.map(Factor::Acts), Some(out.x), "{n} tokens");
+        }
+    }
+
+    /// Results in super-blocks, which may span heads, and results that others read remain floats.
+    #[test]
+    fn attention_ends_in_floats_where_it_must() {
+        for (format, tapped) in [(FormatId::Q4_K, false), (FormatId::Q4_0, true)] {
+            let mut b = GraphBuilder::new(true);
+            let q = {
+                let (ids, table) = (b.input(Input::Tokens, 1), b.weight(0, FormatId::Q8_0, &[50, 256], 0));
+                b.get_rows(table, ids)
+            };
+            let params = AttentionParams {
+                il: 0,
+                n_head: 4,
+                n_head_kv: 4,
+                head_dim_k: 64,
+                head_dim_v: 64,
+                scale: 0.125,
+                softcap: 0.0,
+                window: 0,
+                causal: true,
+            };
+            let y = b.attention(q, None, params);
+            if tapped {
+                b.tap("attention", Some(0), y);
+            }
+            let w = b.weight(1, format, &[256, 256], 0);
+            let y = b.matmul(y, w, None);
+            b.output(Output::Logits, y);
+            let (mut program, _) = translate(&b.finish(), &Anywhere, &DeviceInfo::default()).unwrap();
+            RuleSet::only("attention_quantise").unwrap().apply(&mut program);
+            let names: Vec<_> = program.actions.iter().map(Action::name).collect();
+            assert_eq!(names, ["get_rows", "attention", "quantise", "product"], "{format}");
+        }
     }
 
     proptest! {

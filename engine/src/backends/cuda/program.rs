@@ -256,6 +256,8 @@ pub struct Attention {
     pub n: usize,
     /// f32 [n, n_head · head_dim_v]
     pub out: Value,
+    /// Where the results go quantised, instead of `out`.
+    pub acts: Option<Acts>,
     /// The kernel's scratch.
     pub partials: Option<Value>,
 }
@@ -598,7 +600,10 @@ impl Action {
             Action::Store(s) => s.rope.iter().for_each(|(q, ..)| f(q.out)),
             Action::Attention(a) => {
                 a.store.and_then(|s| s.rope).iter().for_each(|(q, ..)| f(q.out));
-                f(a.out);
+                match &a.acts {
+                    Some(_) => acts(&a.acts, f),
+                    None => f(a.out),
+                }
                 a.partials.iter().for_each(|p| f(*p));
             }
             Action::Gate(g) => {

@@ -342,8 +342,8 @@ impl<'a> Translator<'a> {
                 let n = shape(*q).dims()[0];
                 let (q, sinks) = (self.place(*q), self.opt_vector(*sinks)?);
                 let out = self.value(out());
-                let attention = Attention { q, store: None, sinks, params: *params, n, out, partials: None };
-                self.push(Action::Attention(attention));
+                let (params, store, acts, partials) = (*params, None, None, None);
+                self.push(Action::Attention(Attention { q, store, sinks, params, n, out, acts, partials }));
             }
             Op::Binary { kind, a, b } => {
                 let (n, period) = (shape(*a).elems(), shape(*b).elems());

@@ -12,6 +12,8 @@ pub(super) struct Inputs {
     pub(super) k: Glb<u8>,
     pub(super) v: Glb<u8>,
     pub(super) out: Glb<F32x2>,
+    /// Absent: results are floats.
+    pub(super) scales: Glb<U32x2>,
     pub(super) scratch: Glb<F32x2>,
     pub(super) positions: Glb<u32>,
     pub(super) token_sequences: Glb<u32>,
@@ -139,7 +141,7 @@ impl<
     /// Waits for the warps that share this warp's rows.
     #[inline(always)]
     #[track_caller]
-    fn sync_sharers(row_group: u32) {
+    pub(super) fn sync_sharers(row_group: u32) {
         if GROUPS == 1 {
             sync::sync_threads();
         } else {

@@ -3,15 +3,17 @@
 use alloc::{boxed::Box, vec, vec::Vec};
 
 use quant::FormatId;
+use quant::act::ActKind;
 
 use super::{
     Append, Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE, SPAN, Step,
     launch, scratch_bytes,
 };
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
-use crate::kernels::kv_store;
+use crate::kernels::output::Output;
 use crate::kernels::rope::Mode;
-use crate::launch::DevicePtr;
+use crate::kernels::{kv_store, quantise_act};
+use crate::launch::{DevicePtr, Launch, LaunchError};
 
 /// What the cases' launches may take: as much as an H100 has.
 const SMEM_BYTES: u32 = 227 * 1024;
@@ -66,6 +68,8 @@ pub struct Case {
     pub sinks: bool,
     pub slopes: bool,
     pub geometry: Geometry,
+    /// Results are quantised as well.
+    pub acts: Option<ActKind>,
     /// Each token is of another sequence; their keys and values are appended by the launch, rotated in these pairs.
     pub append: Option<Mode>,
 }
@@ -83,6 +87,7 @@ pub const BASE: Case = Case {
     sinks: false,
     slopes: false,
     geometry: Geometry::Decode,
+    acts: None,
     append: None,
 };
 
@@ -96,6 +101,9 @@ const BENCH_PROMPT: Case = Case { geometry: Geometry::Prompt, ..BENCH_BASE };
 /// Wide heads: 256 elements, 4 key/value heads with 6 query heads each.
 const BENCH_256: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
 
+const Q8_0: Option<ActKind> = Some(ActKind::Q8_0);
+const Q8_1: Option<ActKind> = Some(ActKind::Q8_1);
+
 const fn split(len: usize) -> Geometry {
     Geometry::Split { n_spans: len.div_ceil(SPAN), n_sm: 132 }
 }
@@ -104,11 +112,13 @@ const fn split(len: usize) -> Geometry {
 const BENCH: &[Case] = &[
     Case { sequences: &[(1, 1)], ..BENCH_BASE },
     Case { sequences: &[(128, 1)], ..BENCH_BASE },
+    Case { acts: Q8_0, sequences: &[(128, 1)], ..BENCH_BASE },
     // Both forms where `DECODE_SPANS` parts them.
     Case { sequences: &[(512, 1)], ..BENCH_BASE },
     Case { sequences: &[(512, 1)], geometry: split(512), ..BENCH_BASE },
     Case { sequences: &[(1024, 1)], ..BENCH_BASE },
     Case { sequences: &[(1024, 1)], geometry: split(1024), ..BENCH_BASE },
+    Case { acts: Q8_0, sequences: &[(1024, 1)], geometry: split(1024), ..BENCH_BASE },
     Case { sequences: &[(4096, 1)], geometry: split(4096), ..BENCH_BASE },
     Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
     Case { sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
@@ -295,9 +305,48 @@ impl Case {
             scale: self.scale(),
             softcap: self.softcap,
             geometry: self.geometry,
+            acts: None,
             append: None,
             smem_per_cta_bytes: SMEM_BYTES,
         }
+    }
+}
+
+/// Quantised results of a case, and the arrays that hold them to those of `quantise_act`.
+#[derive(Clone, Copy)]
+struct Quantised {
+    kind: ActKind,
+    n_rows: usize,
+    dim: usize,
+    /// Index of the first of four arrays: codes and scales of `quantise_act`, codes and scales of the launch.
+    first: usize,
+}
+
+impl Quantised {
+    /// Adds the arrays.
+    fn new(case: &Case, buffers: &mut Vec<Buffer>, is_timing: bool) -> Option<Quantised> {
+        let (kind, first) = (case.acts?, buffers.len());
+        let (n_rows, dim) = (case.n_tokens() * case.n_head, case.dims[1]);
+        let (codes, scales) = Output::Act(kind).bytes(n_rows * dim);
+        buffers.extend([codes, scales].map(|bytes| Buffer::Input(vec![0; bytes])));
+        let same = |(i, bytes)| match is_timing {
+            true => Expected::Unchecked(bytes),
+            false => Expected::Same { buffer: first + i, bytes },
+        };
+        buffers.extend([(0, codes), (1, scales)].map(|of| Buffer::Output(same(of))));
+        Some(Quantised { kind, n_rows, dim, first })
+    }
+
+    /// The launch that quantises these results.
+    fn apart(self, at: &[DevicePtr], x: DevicePtr) -> Result<Launch, LaunchError> {
+        let Quantised { kind, n_rows: n_cols, dim: k, first } = self;
+        let (q, scales) = (at[first], at[first + 1]);
+        quantise_act::launch(&quantise_act::Args { kind, x, q, scales, n_cols, k })
+    }
+
+    /// Arguments of the launch that quantises its own.
+    fn within(self, at: &[DevicePtr], args: Args) -> Args {
+        Args { out: at[self.first + 2], acts: Some((self.kind, at[self.first + 3])), ..args }
     }
 }
 
@@ -356,13 +405,18 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
         Buffer::Input(vec![0xff; case.scratch_bytes()]),
         same(k, 0),
         same(v, 1),
-        Buffer::Output(Expected::Same { buffer: 9, bytes: out }),
+        if case.acts.is_some() {
+            Buffer::Input(vec![0])
+        } else {
+            Buffer::Output(Expected::Same { buffer: 9, bytes: out })
+        },
         Buffer::Input(bytes_of(&new[0])),
         Buffer::Input(bytes_of(&new[1])),
         Buffer::Input(bytes_of(&cells)),
         Buffer::Input(bytes_of(&angles)),
         Buffer::Input(bytes_of(&q)),
     ]);
+    let quantised = Quantised::new(case, &mut buffers, false);
     let case = *case;
     let launches = move |at: &[DevicePtr]| {
         let after_store = case.args(at);
@@ -377,15 +431,17 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
             rope: Some(rope),
         })?;
         let append = Append { k: at[14], v: at[15], cells: at[16], angles: at[17], mode };
-        let appends = launch(&Args {
+        let appends = Args {
             cache: Cache { k: at[11], v: at[12], ..after_store.cache },
             q: at[18],
             out: at[13],
             append: Some(append),
             ..after_store
-        })?;
+        };
+        let appends = launch(&quantised.map_or(appends, |quantised| quantised.within(at, appends)))?;
+        let apart = quantised.map(|quantised| quantised.apart(at, after_store.out)).transpose()?;
         let attends = launch(&after_store)?;
-        Ok([stores].iter().chain(attends.iter()).chain(appends.iter()).copied().collect())
+        Ok([stores].iter().chain(attends.iter()).chain(&apart).chain(appends.iter()).copied().collect())
     };
     Problem { buffers, launches: Box::new(launches) }
 }
@@ -403,8 +459,19 @@ fn problem(case: &Case, random: &mut Random) -> Problem {
     }));
     // Scratch holds no numbers before the launch writes it.
     buffers.push(Buffer::Input(vec![0xff; case.scratch_bytes()]));
+    let is_timing = random.is_timing();
+    let quantised = Quantised::new(case, &mut buffers, is_timing);
     let case = *case;
-    let launches = move |at: &[DevicePtr]| Ok(launch(&case.args(at))?.iter().copied().collect());
+    let launches = move |at: &[DevicePtr]| {
+        let floats = case.args(at);
+        let Some(quantised) = quantised else { return Ok(launch(&floats)?.iter().copied().collect()) };
+        let acts = launch(&quantised.within(at, floats))?;
+        if is_timing {
+            return Ok(acts.iter().copied().collect());
+        }
+        let (floats, apart) = (launch(&floats)?, quantised.apart(at, floats.out)?);
+        Ok(floats.iter().chain([&apart]).chain(acts.iter()).copied().collect())
+    };
     Problem { buffers, launches: Box::new(launches) }
 }
 
@@ -412,7 +479,9 @@ fn problem(case: &Case, random: &mut Random) -> Problem {
 fn bytes(case: &Case) -> u64 {
     let row: usize = (0..2).map(|p| quant::row::row_bytes(case.types[p], case.dims[p]).unwrap_or(0)).sum();
     let cache: usize = case.sequences.iter().map(|&(len, _)| len * case.n_head_kv * row).sum();
-    (cache + case.n_tokens() * case.n_head * (case.dims[0] + case.dims[1]) * 4) as u64
+    let rows = case.n_tokens() * case.n_head;
+    let (out, scales) = case.acts.map_or(Output::F32, Output::Act).bytes(rows * case.dims[1]);
+    (cache + rows * case.dims[0] * 4 + out + scales) as u64
 }
 
 fn flops(case: &Case) -> u64 {
@@ -527,6 +596,58 @@ impl Kernel for Flash {
         Case { append: Some(Mode::Norm), sequences: &[(64, 1), (0, 0), (600, 1), (2, 1)], ..BASE },
         Case { append: Some(Mode::Neox), sequences: &[(160, 1)], dims: [256, 256], window: 70, ..BASE },
         Case { append: Some(Mode::Norm), sequences: &[(64, 1)], dims: [128, 96], sinks: true, ..BASE },
+        // Quantised results: groups over two warps, in one, in a tile that they do not fill; rows that do not fill a tile, more
+        // than one to a KV head; padding; both ways of appending.
+        Case { acts: Q8_0, sequences: &[(65, 1), (0, 0), (300, 1)], n_head: 6, ..BASE },
+        Case { acts: Q8_1, sequences: &[(70, 1)], n_head: 22, n_head_kv: 1, ..BASE },
+        Case { acts: Q8_1, dims: [128, 128], sequences: &[(300, 1)], n_head: 8, ..BASE },
+        Case { acts: Q8_0, dims: [128, 96], sequences: &[(70, 1)], n_head: 10, n_head_kv: 1, ..BASE },
+        Case { acts: Q8_0, dims: [256, 256], sequences: &[(70, 1)], sinks: true, ..BASE },
+        Case { acts: Q8_1, dims: [576, 512], sequences: &[(70, 1)], n_head: 20, n_head_kv: 1, ..BASE },
+        Case { acts: Q8_0, sequences: &[(600, 1), (0, 0)], geometry: split(768), ..BASE },
+        Case {
+            acts: Q8_1,
+            dims: [128, 96],
+            sequences: &[(600, 2)],
+            sinks: true,
+            geometry: split(768),
+            ..BASE
+        },
+        Case {
+            acts: Q8_0,
+            sequences: &[(300, 20), (0, 0), (40, 3), (130, 18)],
+            n_head: 6,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            acts: Q8_1,
+            dims: [128, 128],
+            sequences: &[(70, 33)],
+            sinks: true,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case { acts: Q8_0, dims: [96, 32], sequences: &[(70, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case {
+            acts: Q8_0,
+            dims: [256, 256],
+            sequences: &[(70, 25)],
+            n_head: 3,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            acts: Q8_1,
+            types: [FormatId::Q8_0; 2],
+            dims: [128, 128],
+            sequences: &[(70, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case { acts: Q8_0, append: Some(Mode::Norm), ..BASE },
+        Case { acts: Q8_1, append: Some(Mode::Neox), sequences: &[(257, 1)], geometry: split(512), ..BASE },
         // Formats that are widened.
         Case { types: [FormatId::Q8_0; 2], sequences: &[(300, 1)], ..BASE },
         Case { types: [FormatId::Q4_0; 2], sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
@@ -625,6 +746,15 @@ impl Kernel for FlashSplit {
             n_head_kv: 1,
             ..BASE
         },
+        Case { acts: Q8_0, types: [FormatId::F32; 2], dims: [256, 256], sequences: &[(40, 1)], ..BASE },
+        Case {
+            acts: Q8_1,
+            types: [FormatId::BF16; 2],
+            dims: [128, 128],
+            sequences: &[(40, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
     ];
     const NMSE_MAX: f64 = 1e-9;
     const TIERS: Tiers = Tiers::From(80);
@@ -720,6 +850,7 @@ impl Kernel for FlashPlain {
         Case { types: [FormatId::BF16, FormatId::Q8_0], sequences: &[(70, 3)], causal: false, ..PLAIN },
         Case { types: [FormatId::Q4_0, FormatId::Q4_1], window: 40, sinks: true, ..PLAIN },
         Case { types: [FormatId::Q5_0, FormatId::Q5_1], softcap: 5.0, slopes: true, ..PLAIN },
+        Case { acts: Q8_1, dims: [64, 96], sequences: &[(70, 2), (0, 0)], sinks: true, ..PLAIN },
         Case { types: [FormatId::Q8_0, FormatId::BF16], dims: [576, 512], n_head: 1, n_head_kv: 1, ..PLAIN },
     ];
     /// All in f32.

@@ -5,6 +5,7 @@
 //! weights are computed: maxima only grow, so they are a scan, and a scan of maxima is exact. Then the first warp walks
 //! the chain, a column per lane.
 
+use super::results::Acts;
 use super::{CAUSAL, NO_SEQUENCE, SPAN, state};
 use crate::device::{F32x2, F32x4, Glb, Smem, U32x2, U32x4, async_copy, grid, math, sync, thread, warp};
 
@@ -21,6 +22,7 @@ const BATCH: u32 = 8;
 fn merge(
     scratch: Glb<F32x2>,
     out: Glb<f32>,
+    scales: Glb<U32x2>,
     positions: Glb<u32>,
     token_sequences: Glb<u32>,
     sequences: Glb<U32x2>,
@@ -130,9 +132,20 @@ fn merge(
         first += n;
     }
     let column = first_column + tid;
-    if tid < COLUMNS && column < head_dim {
-        let sink = super::sink(sinks, head);
-        out.offset(row * head_dim as usize).st(column, value * state::normaliser(max, sum, sink));
+    let result = value * state::normaliser(max, sum, super::sink(sinks, head));
+    if !scales.is_null() {
+        if tid < COLUMNS {
+            parts.cast::<f32>().st(tid, result);
+        }
+        sync::sync_threads();
+        if tid < 32 {
+            // The columns are a group.
+            let F32x4(v) = parts.cast::<F32x4>().ld(tid % UNITS);
+            let acts = Acts { codes: out.cast(), scales, head_dim, flags };
+            acts.store(row, first_column / 4 + tid % UNITS, v, tid < UNITS);
+        }
+    } else if tid < COLUMNS && column < head_dim {
+        out.offset(row * head_dim as usize).st(column, result);
     }
 }
 
@@ -140,8 +153,8 @@ kernels! {
     in "flash";
     pub(super) ENTRIES: threads(128), early;
     fn (
-        scratch: Glb<F32x2>, out: Glb<f32>, positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>,
-        sinks: Glb<f32>, n_head: u32, head_dim: u32, flags: u32, window: u32, n_spans: u32,
+        scratch: Glb<F32x2>, out: Glb<f32>, scales: Glb<U32x2>, positions: Glb<u32>, token_sequences: Glb<u32>,
+        sequences: Glb<U32x2>, sinks: Glb<f32>, n_head: u32, head_dim: u32, flags: u32, window: u32, n_spans: u32,
     );
     "flash_merge" => merge;
 }
