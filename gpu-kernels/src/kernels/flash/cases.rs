@@ -6,13 +6,13 @@ use quant::FormatId;
 use quant::act::ActKind;
 
 use super::{
-    Append, Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE, SPAN, Step,
-    launch, scratch_bytes,
+    Append, Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE,
+    ROTATED_WIDTH, SPAN, Step, launch, scratch_bytes,
 };
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
 use crate::kernels::output::Output;
 use crate::kernels::rope::Mode;
-use crate::kernels::{kv_store, quantise_act};
+use crate::kernels::{hadamard, kv_store, quantise_act};
 use crate::launch::{DevicePtr, Launch, LaunchError};
 
 /// What the cases' launches may take: as much as an H100 has.
@@ -68,7 +68,9 @@ pub struct Case {
     pub sinks: bool,
     pub slopes: bool,
     pub geometry: Geometry,
-    /// Results are quantised as well.
+    /// Results are also computed rotated.
+    pub rotated: bool,
+    /// Results are also computed quantised, rotated before if they are.
     pub acts: Option<ActKind>,
     /// Each token is of another sequence; their keys and values are appended by the launch, rotated in these pairs.
     pub append: Option<Mode>,
@@ -87,6 +89,7 @@ pub const BASE: Case = Case {
     sinks: false,
     slopes: false,
     geometry: Geometry::Decode,
+    rotated: false,
     acts: None,
     append: None,
 };
@@ -305,6 +308,7 @@ impl Case {
             scale: self.scale(),
             softcap: self.softcap,
             geometry: self.geometry,
+            rotated: false,
             acts: None,
             append: None,
             smem_per_cta_bytes: SMEM_BYTES,
@@ -312,41 +316,64 @@ impl Case {
     }
 }
 
-/// Quantised results of a case, and the arrays that hold them to those of `quantise_act`.
+/// Results of a case that are more than floats, and the arrays that hold them to what kernels of their own make of those.
 #[derive(Clone, Copy)]
-struct Quantised {
-    kind: ActKind,
-    n_rows: usize,
-    dim: usize,
-    /// Index of the first of four arrays: codes and scales of `quantise_act`, codes and scales of the launch.
+struct Finished {
+    case: Case,
+    /// Index of the first of five arrays: rotated floats, codes and scales of kernels of their own; floats or codes, and
+    /// scales, of the launch.
     first: usize,
 }
 
-impl Quantised {
+impl Finished {
+    /// Elements of the results.
+    fn n(&self) -> usize {
+        self.case.n_tokens() * self.case.n_head * self.case.dims[1]
+    }
+
     /// Adds the arrays.
-    fn new(case: &Case, buffers: &mut Vec<Buffer>, is_timing: bool) -> Option<Quantised> {
-        let (kind, first) = (case.acts?, buffers.len());
-        let (n_rows, dim) = (case.n_tokens() * case.n_head, case.dims[1]);
-        let (codes, scales) = Output::Act(kind).bytes(n_rows * dim);
-        buffers.extend([codes, scales].map(|bytes| Buffer::Input(vec![0; bytes])));
-        let same = |(i, bytes)| match is_timing {
-            true => Expected::Unchecked(bytes),
-            false => Expected::Same { buffer: first + i, bytes },
+    fn new(case: &Case, buffers: &mut Vec<Buffer>, is_timing: bool) -> Option<Finished> {
+        if !case.rotated && case.acts.is_none() {
+            return None;
+        }
+        let finished = Finished { case: *case, first: buffers.len() };
+        let first = finished.first;
+        let floats = 4 * finished.n();
+        let (out, scales) = case.acts.map_or(Output::F32, Output::Act).bytes(finished.n());
+        let room = |bytes: usize| Buffer::Input(vec![0; bytes.max(1)]);
+        buffers.extend([room(floats), room(out), room(scales)]);
+        let same = |buffer, bytes| match bytes {
+            0 => Buffer::Input(vec![0]),
+            _ if is_timing => Buffer::Output(Expected::Unchecked(bytes)),
+            _ => Buffer::Output(Expected::Same { buffer, bytes }),
         };
-        buffers.extend([(0, codes), (1, scales)].map(|of| Buffer::Output(same(of))));
-        Some(Quantised { kind, n_rows, dim, first })
+        let result = if case.acts.is_some() { first + 1 } else { first };
+        buffers.extend([same(result, out), same(first + 2, scales)]);
+        Some(finished)
     }
 
-    /// The launch that quantises these results.
-    fn apart(self, at: &[DevicePtr], x: DevicePtr) -> Result<Launch, LaunchError> {
-        let Quantised { kind, n_rows: n_cols, dim: k, first } = self;
-        let (q, scales) = (at[first], at[first + 1]);
-        quantise_act::launch(&quantise_act::Args { kind, x, q, scales, n_cols, k })
+    /// The launches that make of these results what is asked for.
+    fn apart(self, at: &[DevicePtr], out: DevicePtr) -> Result<Vec<Launch>, LaunchError> {
+        let Finished { case, first } = self;
+        let (mut launches, mut x) = (vec![], out);
+        if case.rotated {
+            let (y, n, width) = (at[first], self.n(), ROTATED_WIDTH as usize);
+            launches.push(hadamard::launch(&hadamard::Args { x, y, n, width })?);
+            x = y;
+        }
+        if let Some(kind) = case.acts {
+            let (q, scales) = (at[first + 1], at[first + 2]);
+            let (n_cols, k) = (case.n_tokens() * case.n_head, case.dims[1]);
+            launches.push(quantise_act::launch(&quantise_act::Args { kind, x, q, scales, n_cols, k })?);
+        }
+        Ok(launches)
     }
 
-    /// Arguments of the launch that quantises its own.
+    /// Arguments of the launch that does so itself.
     fn within(self, at: &[DevicePtr], args: Args) -> Args {
-        Args { out: at[self.first + 2], acts: Some((self.kind, at[self.first + 3])), ..args }
+        let Finished { case, first } = self;
+        let acts = case.acts.map(|kind| (kind, at[first + 4]));
+        Args { out: at[first + 3], rotated: case.rotated, acts, ..args }
     }
 }
 
@@ -405,7 +432,7 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
         Buffer::Input(vec![0xff; case.scratch_bytes()]),
         same(k, 0),
         same(v, 1),
-        if case.acts.is_some() {
+        if case.rotated || case.acts.is_some() {
             Buffer::Input(vec![0])
         } else {
             Buffer::Output(Expected::Same { buffer: 9, bytes: out })
@@ -416,7 +443,7 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
         Buffer::Input(bytes_of(&angles)),
         Buffer::Input(bytes_of(&q)),
     ]);
-    let quantised = Quantised::new(case, &mut buffers, false);
+    let finished = Finished::new(case, &mut buffers, false);
     let case = *case;
     let launches = move |at: &[DevicePtr]| {
         let after_store = case.args(at);
@@ -429,6 +456,7 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
             cache: after_store.cache,
             n_tokens,
             rope: Some(rope),
+            widths: [None; 2],
         })?;
         let append = Append { k: at[14], v: at[15], cells: at[16], angles: at[17], mode };
         let appends = Args {
@@ -438,8 +466,8 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
             append: Some(append),
             ..after_store
         };
-        let appends = launch(&quantised.map_or(appends, |quantised| quantised.within(at, appends)))?;
-        let apart = quantised.map(|quantised| quantised.apart(at, after_store.out)).transpose()?;
+        let appends = launch(&finished.map_or(appends, |finished| finished.within(at, appends)))?;
+        let apart = finished.map_or(Ok(vec![]), |finished| finished.apart(at, after_store.out))?;
         let attends = launch(&after_store)?;
         Ok([stores].iter().chain(attends.iter()).chain(&apart).chain(appends.iter()).copied().collect())
     };
@@ -460,17 +488,17 @@ fn problem(case: &Case, random: &mut Random) -> Problem {
     // Scratch holds no numbers before the launch writes it.
     buffers.push(Buffer::Input(vec![0xff; case.scratch_bytes()]));
     let is_timing = random.is_timing();
-    let quantised = Quantised::new(case, &mut buffers, is_timing);
+    let finished = Finished::new(case, &mut buffers, is_timing);
     let case = *case;
     let launches = move |at: &[DevicePtr]| {
         let floats = case.args(at);
-        let Some(quantised) = quantised else { return Ok(launch(&floats)?.iter().copied().collect()) };
-        let acts = launch(&quantised.within(at, floats))?;
+        let Some(finished) = finished else { return Ok(launch(&floats)?.iter().copied().collect()) };
+        let within = launch(&finished.within(at, floats))?;
         if is_timing {
-            return Ok(acts.iter().copied().collect());
+            return Ok(within.iter().copied().collect());
         }
-        let (floats, apart) = (launch(&floats)?, quantised.apart(at, floats.out)?);
-        Ok(floats.iter().chain([&apart]).chain(acts.iter()).copied().collect())
+        let (apart, floats) = (finished.apart(at, floats.out)?, launch(&floats)?);
+        Ok(floats.iter().chain(&apart).chain(within.iter()).copied().collect())
     };
     Problem { buffers, launches: Box::new(launches) }
 }
@@ -643,6 +671,43 @@ impl Kernel for Flash {
             types: [FormatId::Q8_0; 2],
             dims: [128, 128],
             sequences: &[(70, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        // Rotated results, as floats and quantised: over four warps, over two, within one; merged; in tiles.
+        Case { rotated: true, sequences: &[(65, 1), (0, 0), (300, 1)], n_head: 6, ..BASE },
+        Case {
+            rotated: true,
+            acts: Q8_0,
+            types: [FormatId::Q4_0; 2],
+            dims: [128, 128],
+            sequences: &[(300, 1)],
+            n_head: 8,
+            ..BASE
+        },
+        Case { rotated: true, acts: Q8_1, dims: [192, 192], sequences: &[(70, 1)], n_head_kv: 4, ..BASE },
+        Case {
+            rotated: true,
+            types: [FormatId::Q4_0; 2],
+            dims: [128, 128],
+            sequences: &[(600, 1), (0, 0)],
+            geometry: split(768),
+            ..BASE
+        },
+        Case { rotated: true, acts: Q8_1, sequences: &[(600, 2)], geometry: split(768), ..BASE },
+        Case {
+            rotated: true,
+            acts: Q8_0,
+            dims: [128, 128],
+            sequences: &[(300, 20), (0, 0), (40, 3)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            rotated: true,
+            types: [FormatId::Q4_0; 2],
+            dims: [256, 256],
+            sequences: &[(70, 25)],
             geometry: Geometry::Prefill,
             ..BASE
         },
@@ -851,6 +916,7 @@ impl Kernel for FlashPlain {
         Case { types: [FormatId::Q4_0, FormatId::Q4_1], window: 40, sinks: true, ..PLAIN },
         Case { types: [FormatId::Q5_0, FormatId::Q5_1], softcap: 5.0, slopes: true, ..PLAIN },
         Case { acts: Q8_1, dims: [64, 96], sequences: &[(70, 2), (0, 0)], sinks: true, ..PLAIN },
+        Case { rotated: true, types: [FormatId::Q4_0; 2], dims: [64, 192], ..PLAIN },
         Case { types: [FormatId::Q8_0, FormatId::BF16], dims: [576, 512], n_head: 1, n_head_kv: 1, ..PLAIN },
     ];
     /// All in f32.

@@ -5,7 +5,7 @@ use quant::act::ActKind;
 
 use super::{
     Append, CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, NEOX,
-    OFFSET_VALUES, PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile,
+    OFFSET_VALUES, PLAIN_WARPS, ROTATED, ROTATED_COLUMNS, ROTATED_WIDTH, ROWS, SPAN, TRANSFORM, Tile,
 };
 use crate::case::Kernel;
 use crate::driver::DeviceInfo;
@@ -227,6 +227,8 @@ pub struct Args {
     pub geometry: Geometry,
     /// Results are quantised: their kind, and where scales go.
     pub acts: Option<(ActKind, DevicePtr)>,
+    /// Results are rotated, before they are quantised.
+    pub rotated: bool,
     /// The tokens' own keys and values, if the cache does not have them yet: a decode that [`appends`] stores them.
     pub append: Option<Append>,
     /// Shared memory that the device gives to a CTA: a tile too large for it makes way for the next smaller one.
@@ -319,9 +321,18 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         if kind == ActKind::Q8K {
             return Err(shape("values of a group of results", "32: they lie within a head", 256));
         }
-        if args.geometry == Geometry::Prompt {
-            return Err(shape("kinds of quantised results", "none of Geometry::Prompt", 1));
-        }
+    }
+    if args.rotated {
+        let width = ROTATED_WIDTH as usize;
+        check.multiple(
+            "head_dim_v",
+            cache.head_dim_v,
+            width,
+            "a multiple of 64 where results are rotated",
+        )?;
+    }
+    if args.geometry == Geometry::Prompt && (args.rotated || args.acts.is_some()) {
+        return Err(shape("results of Geometry::Prompt", "floats as they are", 1));
     }
     let scales = args.acts.map_or(DevicePtr::NULL, |(_, scales)| scales);
     for (what, at, align) in [
@@ -364,7 +375,8 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     let flags = flag(args.causal, CAUSAL)
         | flag(transform, TRANSFORM)
         | flag(neox, NEOX)
-        | flag(offset_values, OFFSET_VALUES);
+        | flag(offset_values, OFFSET_VALUES)
+        | flag(args.rotated, ROTATED);
     let addresses =
         [step.positions, step.token_sequences, step.sequences, step.pages, args.sinks, args.slopes];
     let sizes = [
@@ -462,13 +474,15 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
             |params, &at| params.with(at),
         ),
     };
+    let (entry, columns) =
+        if args.rotated { ("flash_merge_rotated", ROTATED_COLUMNS) } else { ("flash_merge", MERGE_COLUMNS) };
     let merge = (n_spans > 0).then(|| Launch {
-        entry: "flash_merge",
-        grid: [n_tokens * n_head, cache.head_dim_v.div_ceil(MERGE_COLUMNS as usize) as u32, 1],
+        entry,
+        grid: [n_tokens * n_head, cache.head_dim_v.div_ceil(columns as usize) as u32, 1],
         cta: MERGE_THREADS,
         cluster: 1,
         // Per span weights and values; per warp a maximum.
-        smem_bytes: MERGE_THREADS * (16 + 4 * MERGE_COLUMNS) + MERGE_THREADS / 8,
+        smem_bytes: MERGE_THREADS * (16 + 4 * columns) + MERGE_THREADS / 8,
         params: Params::new()
             .with(args.scratch)
             .with(args.out)

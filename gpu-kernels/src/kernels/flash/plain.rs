@@ -7,7 +7,7 @@
 use half::{bf16, f16};
 use quant::{BlockFormat, FormatId, formats};
 
-use super::results::Acts;
+use super::results::Results;
 use super::{CAUSAL, MAX_DIM_V, NO_SEQUENCE, PAGE, PLAIN_WARPS, state};
 use crate::device::{F32x4, Float, Glb, Smem, U32x2, math, thread, warp};
 
@@ -212,14 +212,14 @@ fn plain(
         block += 1;
     }
     let factor = state::normaliser(max, sum, super::sink(sinks, head));
-    if !scales.is_null() {
-        let acts = Acts { codes: out.cast(), scales, head_dim: head_dim_v, flags };
+    let results = Results { out: out.cast(), scales, head_dim: head_dim_v, flags };
+    if !results.are_plain() {
         let mut first = 0;
         while first < head_dim_v / 4 {
             let there = first + lane < head_dim_v / 4;
             let c = if there { first + lane } else { first + lane % 8 };
             let F32x4(v) = sums.cast::<F32x4>().ld(c);
-            acts.store(row as usize, c, v.map(|v| v * factor), there);
+            results.store(row as usize, c, v.map(|v| math::mul(v, factor)), there);
             first += 32;
         }
         return;

@@ -1,32 +1,49 @@
-//! Results that leave quantised, to the bits of `quantise_act` on the f32 output: the product that reads them needs no pass
-//! of its own before it.
+//! Results that are more than floats when they leave: rotated back where values were rotated before they were cached,
+//! quantised for the product that reads them, or both; to the bits of `hadamard` and `quantise_act` on the f32 output.
 //!
-//! A group of 32 lies within a head, and eight neighbouring lanes have a float4 each of it. The rows of a tile come from
+//! Both work on neighbours within a head that lie in neighbouring lanes, a float4 in each. The rows of a tile come from
 //! their fragments to such lanes through shared memory, eight rows of each group of rows at a time.
 
-use super::OFFSET_VALUES;
-use crate::device::{Glb, U32x2};
+use super::{OFFSET_VALUES, ROTATED, ROTATED_WIDTH};
+use crate::device::{F32x4, Glb, U32x2};
+use crate::kernels::hadamard::gpu::rotate_in_warp;
 use crate::kernels::quantise_act::gpu::float4;
 
-/// Where they go.
+/// What becomes of them.
 #[derive(Clone, Copy)]
-pub(super) struct Acts {
-    pub(super) codes: Glb<u32>,
+pub(super) struct Results {
+    /// Floats, or codes if there are scales.
+    pub(super) out: Glb<u32>,
     pub(super) scales: Glb<U32x2>,
     /// Elements of a head.
     pub(super) head_dim: u32,
     pub(super) flags: u32,
 }
 
-impl Acts {
+impl Results {
+    /// Whether they are floats as they are.
+    #[inline(always)]
+    pub(super) fn are_plain(self) -> bool {
+        self.scales.is_null() && self.flags & ROTATED == 0
+    }
+
     /// Stores a float4 of each lane, number `c` of row `row` of [n_tokens · n_head, head_dim]; nothing where `there` is
     /// false. The warp calls together.
     #[inline(always)]
     #[track_caller]
-    pub(super) fn store(self, row: usize, c: u32, v: [f32; 4], there: bool) {
-        let words = row * (self.head_dim / 4) as usize;
-        let (codes, scales) = (self.codes.offset(words), self.scales.offset(words / 8));
-        float4(v, codes, scales, c, there, self.flags & OFFSET_VALUES != 0);
+    pub(super) fn store(self, row: usize, c: u32, mut v: [f32; 4], there: bool) {
+        let units = row * (self.head_dim / 4) as usize;
+        if self.flags & ROTATED != 0 {
+            v = rotate_in_warp(v, ROTATED_WIDTH);
+        }
+        if self.scales.is_null() {
+            if there {
+                self.out.cast::<F32x4>().offset(units).st(c, F32x4(v));
+            }
+        } else {
+            let (codes, scales) = (self.out.offset(units), self.scales.offset(units / 8));
+            float4(v, codes, scales, c, there, self.flags & OFFSET_VALUES != 0);
+        }
     }
 }
 
@@ -36,7 +53,6 @@ mod tile {
     use super::super::block::{Attention, Inputs, Part};
     use super::super::store::Class;
     use super::super::{sink, state};
-    use super::Acts;
     use crate::device::{F32x2, F32x4, Smem, math, sync, thread, warp};
 
     impl<
@@ -49,11 +65,11 @@ mod tile {
         const GROUPS: usize,
     > Attention<C, STAGES, KS, NS, NO, SHARERS, GROUPS>
     {
-        /// Stores the tile's `n` rows quantised. `place` of a row: its token and head. The CTA calls together, when all copies
-        /// to shared memory have arrived.
+        /// Stores the tile's `n` rows where they are not plain floats. `place` of a row: its token and head. The CTA calls
+        /// together, when all copies to shared memory have arrived.
         #[cfg_attr(target_arch = "nvptx64", inline(always))]
         #[track_caller]
-        pub(in super::super) fn store_acts(
+        pub(in super::super) fn store_results(
             x: &Inputs,
             part: &Part<NO>,
             n: u32,
@@ -67,13 +83,12 @@ mod tile {
                 (thread % 32, thread / 32 / SHARERS as u32, thread / 32 % SHARERS as u32);
             let rows = Smem::<F32x4>::dynamic(0, Self::LAYOUT.end as u32).skip(8 * row_group * units);
             // Fragments of four rows, and float4s of one, lie in different banks.
-            let at = |r: u32, c: u32| r * units + (c ^ (r & 3) << 1);
+            let at = |r: u32, c: u32| r * units + (c ^ ((r & 3) << 1));
             let head_row = |row: u32| {
                 let [token, head] = place(row);
                 (token as usize * x.n_head as usize + head as usize, head)
             };
-            let (dim, flags) = (x.head_dim[1], x.flags);
-            let acts = Acts { codes: x.out.cast(), scales: x.scales, head_dim: dim, flags };
+            let (dim, results) = (x.head_dim[1], x.results());
             // Everyone is done with the tiles.
             sync::sync_threads();
             unroll!(R in 0..2 {
@@ -94,11 +109,11 @@ mod tile {
                     Self::sync_rows(row_group);
                     let mut i = 32 * sharer + lane;
                     while i - lane < left * (dim / 4) {
-                        // Groups of eight lanes are there together; the others work on some float4.
+                        // Lanes whose float4s belong together are there together; the others work on some float4.
                         let there = i < left * (dim / 4);
                         let (r, c) = if there { (i / (dim / 4), i % (dim / 4)) } else { (0, lane % 8) };
                         let F32x4(v) = rows.ld(at(r, c));
-                        acts.store(head_row(first + r).0, c, v, there);
+                        results.store(head_row(first + r).0, c, v, there);
                         i += 32 * SHARERS as u32;
                     }
                     if R == 0 {
