@@ -297,6 +297,16 @@ impl GraphBuilder {
         self.unary_node(Op::Softcap { x, cap }, self.shape(x))
     }
 
+    /// [`Op::Hadamard`]
+    pub fn hadamard(&mut self, x: TensorId, width: usize) -> TensorId {
+        let shape = self.shape(x);
+        assert!(
+            width.is_power_of_two() && shape.cols().is_multiple_of(width),
+            "hadamard of {width}: x {shape:?}"
+        );
+        self.unary_node(Op::Hadamard { x, width }, shape)
+    }
+
     /// [`Op::Glu`]
     pub fn glu(&mut self, kind: Glu, gate: TensorId, up: TensorId) -> TensorId {
         assert_eq!(self.shape(gate), self.shape(up), "glu");

@@ -9,7 +9,6 @@ use gguf::Gguf;
 use crate::error::EngineError;
 use crate::graph::Graph;
 use crate::hparams::{Hparams, Keys};
-use crate::layers;
 use crate::models::{self, Arch, StepShape};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{ByteSource, Weights};
@@ -67,7 +66,6 @@ impl Model {
                 len_bytes: info.n_bytes() as usize,
             })
         })?;
-        layers::rotation::insert(&hparams, &mut weights);
         let meta = Meta {
             name: first.opt_text("general.name")?.map(String::from),
             file_type: first.opt_u32("general.file_type")?,

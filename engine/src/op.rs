@@ -209,6 +209,13 @@ pub enum Op {
         /// Pairing.
         mode: RopeMode,
     },
+    /// Walsh's and Hadamard's orthonormal matrix times every `width` neighbours; it is its own inverse.
+    Hadamard {
+        /// f32 [.., cols]
+        x: TensorId,
+        /// A power of two that divides the innermost extent.
+        width: usize,
+    },
     /// Write the step's keys and values of layer `il` into the cache; no output.
     KvStore {
         /// f32 [n, n_head_kv · head_dim_k]
@@ -342,7 +349,11 @@ impl Op {
                 opt(sinks, &mut f);
             }
             Op::Binary { a, b, .. } => [*a, *b].into_iter().for_each(f),
-            Op::Unary { x, .. } | Op::Scale { x, .. } | Op::Softcap { x, .. } | Op::Argmax { x } => f(*x),
+            Op::Hadamard { x, .. }
+            | Op::Unary { x, .. }
+            | Op::Scale { x, .. }
+            | Op::Softcap { x, .. }
+            | Op::Argmax { x } => f(*x),
             Op::Glu { gate, up, .. } => [*gate, *up].into_iter().for_each(f),
             Op::MoeRoute { logits, .. } => f(*logits),
             Op::MoeCombine { x, weights } => [*x, *weights].into_iter().for_each(f),
@@ -374,7 +385,11 @@ impl Op {
                 [positions].into_iter().chain(freq_factors).for_each(f);
             }
             Op::Attention { q, sinks, .. } => [q].into_iter().chain(sinks).for_each(f),
-            Op::Unary { x, .. } | Op::Scale { x, .. } | Op::Softcap { x, .. } | Op::Argmax { x } => f(x),
+            Op::Hadamard { x, .. }
+            | Op::Unary { x, .. }
+            | Op::Scale { x, .. }
+            | Op::Softcap { x, .. }
+            | Op::Argmax { x } => f(x),
             Op::MoeRoute { logits, .. } => f(logits),
         }
     }
@@ -389,6 +404,7 @@ impl Op {
             Op::MatMulId { .. } => "matmul_id",
             Op::RopeTable { .. } => "rope_table",
             Op::Rope { .. } => "rope",
+            Op::Hadamard { .. } => "hadamard",
             Op::KvStore { .. } => "kv_store",
             Op::Attention { .. } => "attention",
             Op::Binary { .. } => "binary",
@@ -411,6 +427,7 @@ impl Op {
             Op::RmsNorm { x, .. }
             | Op::LayerNorm { x, .. }
             | Op::Rope { x, .. }
+            | Op::Hadamard { x, .. }
             | Op::Unary { x, .. }
             | Op::Scale { x, .. }
             | Op::Softcap { x, .. }

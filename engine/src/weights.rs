@@ -73,9 +73,7 @@ impl Weight {
 /// All weights that a model uses.
 #[derive(Default)]
 pub struct Weights {
-    /// The files, and behind them what no file has.
     sources: Vec<Arc<dyn ByteSource>>,
-    n_files: usize,
     list: Vec<Weight>,
     by_name: BTreeMap<String, u32>,
 }
@@ -83,21 +81,7 @@ pub struct Weights {
 impl Weights {
     /// No weights yet, over these files.
     pub fn new(sources: Vec<Arc<dyn ByteSource>>) -> Weights {
-        Weights { n_files: sources.len(), sources, ..Weights::default() }
-    }
-
-    /// Adds a weight that no file has under several names.
-    pub fn insert_constant(&mut self, names: impl Iterator<Item = String>, shape: &[usize], values: &[f32]) {
-        assert_eq!(values.len(), shape.iter().product::<usize>(), "a value for each element");
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let (source, len_bytes) = (self.sources.len(), bytes.len());
-        self.sources.push(Arc::new(bytes));
-        names.for_each(|name| self.insert(&name, FormatId::F32, shape.to_vec(), source, 0, len_bytes));
-    }
-
-    /// Those that the files have.
-    fn of_files(&self) -> impl Iterator<Item = &Weight> {
-        self.list.iter().filter(|w| w.source < self.n_files)
+        Weights { sources, ..Weights::default() }
     }
 
     /// Adds a weight that lies in `sources[source]` at `offset`; the range was checked by the GGUF reader.
@@ -158,13 +142,13 @@ impl Weights {
         (w.source, w.offset)
     }
 
-    /// Sum of the bytes of all weights that the files have.
+    /// Sum of all weights' bytes.
     pub fn total_bytes(&self) -> usize {
-        self.of_files().map(|w| w.len_bytes).sum()
+        self.list.iter().map(|w| w.len_bytes).sum()
     }
 
-    /// Sum of the elements of all weights that the files have.
+    /// Sum of all weights' elements.
     pub fn total_elems(&self) -> usize {
-        self.of_files().map(|w| w.shape.iter().product::<usize>()).sum()
+        self.list.iter().map(|w| w.shape.iter().product::<usize>()).sum()
     }
 }

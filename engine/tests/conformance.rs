@@ -237,6 +237,20 @@ fn rope() {
     }
 }
 
+#[test]
+fn hadamard() {
+    for &n in BATCHES {
+        for width in [4, 64, 128, 256, 512] {
+            check(1e-12, || {
+                let mut c = Case::new(format!("hadamard {width}"), n);
+                let x = c.x(1024);
+                let y = c.g.hadamard(x, width);
+                (c, y)
+            });
+        }
+    }
+}
+
 /// Activations are quantised for block formats: the bound is what that costs.
 fn matmul_bound(format: FormatId) -> f64 {
     match format {

@@ -38,16 +38,19 @@ fn cuda(model: &Model) -> Cuda {
     cuda_on(common::gpu_or_emulator(), model)
 }
 
-/// Runs a model's graph once over a sequence's first `n` tokens and reads every tensor that a node writes.
+/// Runs a model's graph once over a sequence's first `n` tokens, with a cache of this format, and reads every tensor that a
+/// node writes.
 fn every_tensor(
     model: &Model,
     backend: &mut dyn Backend,
+    kv: FormatId,
     n: usize,
     merged: bool,
     prompt: bool,
 ) -> Vec<(TensorId, Vec<f32>)> {
     let bert = model.arch_name() == "bert";
-    let shape = StepShape { embeddings: bert, prompt, ..ContextParams::default().step(n, n) };
+    let params = ContextParams { type_k: kv, type_v: kv, ..ContextParams::default() };
+    let shape = StepShape { embeddings: bert, prompt, ..params.step(n, n) };
     let mut graph = model.graph(256, shape);
     let written: Vec<TensorId> = graph
         .nodes
@@ -58,7 +61,7 @@ fn every_tensor(
     if !merged {
         graph.outputs.extend(written.iter().map(|t| (Output::Tap, *t)));
     }
-    let layout = KvLayout::new(model.hparams(), 256, FormatId::F32, FormatId::F32).unwrap();
+    let layout = KvLayout::new(model.hparams(), 256, kv, kv).unwrap();
     backend.create_kv(&layout).unwrap();
     let outputs: Vec<TensorId> = graph.outputs.iter().map(|(_, t)| *t).collect();
     let plan = Arc::new(Plan::new(graph));
@@ -100,14 +103,15 @@ fn every_tensor_matches_the_reference() {
             _ => 1e-6,
         };
         for n in [1, 20] {
-            let want = every_tensor(&model, &mut Reference::new(model.weights().clone()), n, false, false);
+            let mut reference = Reference::new(model.weights().clone());
+            let want = every_tensor(&model, &mut reference, FormatId::F32, n, false, false);
             let embeddings = name.starts_with("bert");
             let shape = ContextParams { embeddings, ..ContextParams::default() }.step(n, n);
             let graph = model.graph(256, shape);
             for device in common::gpus_or_emulators() {
                 let mut cuda = cuda_on(device, &model);
                 let prompt = cuda.runs_prompts_apart();
-                let got = every_tensor(&model, &mut cuda, n, false, prompt);
+                let got = every_tensor(&model, &mut cuda, FormatId::F32, n, false, prompt);
                 for ((t, got), (_, want)) in got.iter().zip(&want) {
                     let err = common::nmse(got, want);
                     let node =
@@ -125,21 +129,24 @@ fn every_tensor_matches_the_reference() {
     }
 }
 
-/// Each merging rule by itself, and all together, change no bit.
+/// Each merging rule by itself, and all together, change no bit; with a cache of rotated keys and values too, whose rules
+/// need each other.
 #[test]
 fn rules_change_no_bit() {
     let Some(dir) = common::goldens() else { return };
-    for name in MODELS {
+    let models = MODELS.iter().map(|name| (*name, FormatId::F32)).chain([("quantmix-a", FormatId::Q4_0)]);
+    for (name, kv) in models {
         let model = common::model(&dir.join(format!("tiny/{name}.gguf")));
         for n in [1, 20] {
-            let run =
-                |rules: RuleSet| every_tensor(&model, &mut cuda(&model).with_rules(rules), n, true, false);
+            let run = |rules: RuleSet| {
+                every_tensor(&model, &mut cuda(&model).with_rules(rules), kv, n, true, false)
+            };
             let want = run(RuleSet::NONE);
             for rule in RULES {
                 let rules = RuleSet::only(rule.name).unwrap();
-                assert!(run(rules) == want, "{name}, {n} tokens: rule {} gives other bits", rule.name);
+                assert!(run(rules) == want, "{name}, {kv}, {n} tokens: rule {} gives other bits", rule.name);
             }
-            assert!(run(RuleSet::ALL) == want, "{name}, {n} tokens: all rules together give other bits");
+            assert!(run(RuleSet::ALL) == want, "{name}, {kv}, {n} tokens: all rules give other bits");
         }
     }
 }
@@ -170,7 +177,12 @@ fn logits(context: &mut Context, seq: usize, tokens: &[u32], cut: usize) -> Vec<
 #[test]
 fn a_sequence_does_not_see_company_or_cuts() {
     let Some(dir) = common::goldens() else { return };
-    let cases = [("qwen3moe-b", FormatId::F16), ("gpt-oss-b", FormatId::F32), ("quantmix-a", FormatId::F16)];
+    let cases = [
+        ("qwen3moe-b", FormatId::F16),
+        ("gpt-oss-b", FormatId::F32),
+        ("quantmix-a", FormatId::F16),
+        ("quantmix-a", FormatId::Q4_0),
+    ];
     let device = common::gpu_or_emulator();
     for (name, kv) in cases {
         let model = common::model(&dir.join(format!("tiny/{name}.gguf")));

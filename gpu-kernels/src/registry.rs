@@ -2,9 +2,9 @@
 
 use crate::case::AnyKernel;
 use crate::kernels::{
-    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, kv_store, layer_norm,
-    mmd_hopper, mmf, mmf_hopper, mmf32, mmq, mmq_hopper, mmvf, mmvq, moe_combine, moe_route, moe_sort, peak,
-    quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax, top_k,
+    argmax, argsort, copy, cumsum, dequantise, elementwise, flash, get_rows, glu, hadamard, kv_store,
+    layer_norm, mmd_hopper, mmf, mmf_hopper, mmf32, mmq, mmq_hopper, mmvf, mmvq, moe_combine, moe_route,
+    moe_sort, peak, quantise_act, repack, rms_norm, rope, round_act, sample, set_rows, softmax, top_k,
 };
 
 /// The rows.
@@ -38,6 +38,7 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
     &flash::FlashHopper,
     &flash::FlashPlain,
     &kv_store::KvStore,
+    &hadamard::Hadamard,
     &argsort::Argsort,
     &cumsum::Cumsum,
     &sample::Sample,

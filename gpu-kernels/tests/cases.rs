@@ -79,6 +79,7 @@ kernels! {
     flash_hopper
     flash_plain
     kv_store
+    hadamard
 }
 
 #[test]

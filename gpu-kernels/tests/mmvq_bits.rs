@@ -5,11 +5,12 @@ use gpu_kernels::case::{Random, bytes_of};
 use gpu_kernels::driver::{Driver, MemKind, StreamId};
 use gpu_kernels::emu::{Emulator, Options};
 use gpu_kernels::kernels::product::{Args, Matrix};
+use gpu_kernels::kernels::quantise_act::{Kind, kind_of};
 use gpu_kernels::kernels::{mmvq, quantise_act};
 use gpu_kernels::launch::{DevicePtr, Launch};
 use gpu_kernels::tile;
 use quant::table::FORMATS;
-use quant::{ActGroup, ActKind, BlockFormat, FloatFormat, Visitor, with_format};
+use quant::{ActGroup, BlockFormat, FloatFormat, Visitor, with_format};
 
 const N_COLS: usize = 8;
 
@@ -21,18 +22,18 @@ struct Bits<'a> {
 }
 
 impl Visitor for Bits<'_> {
-    type Output = (ActKind, Vec<u32>);
+    type Output = (Kind, Vec<u32>);
 
     fn block<F: BlockFormat>(self) -> Self::Output {
         let mut groups = vec![ActGroup::ZERO; self.x.len() / 32];
-        ActGroup::quantise(F::ACT, self.x, &mut groups);
+        ActGroup::quantise(kind_of::<F>().into(), self.x, &mut groups);
         // Blocks have alignment 1: any bytes are a row of them.
         let blocks: Vec<F> =
             self.raw.chunks_exact(size_of::<F>()).map(bytemuck::pod_read_unaligned).collect();
         let row_of = |column| blocks.chunks(self.k / F::ELEMS).map(move |row| (row, column));
         let products = groups.chunks(self.k / 32).flat_map(row_of);
         let bits = products.map(|(row, column)| mmvq::reference_bits(row, column).to_bits());
-        (F::ACT, bits.collect())
+        (kind_of::<F>(), bits.collect())
     }
 
     fn float<F: FloatFormat>(self) -> Self::Output {

@@ -274,6 +274,18 @@ impl Run<'_> {
                 one(self.value(*x).iter().map(|x| unary(*kind, *x as f64) as f32).collect())
             }
             Op::Scale { x, scale } => one(self.value(*x).iter().map(|x| x * scale).collect()),
+            Op::Hadamard { x, width } => {
+                let size = 1.0 / libm::sqrt(*width as f64);
+                let sign =
+                    |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { size } else { -size };
+                let rotated =
+                    |x: &[f32], i| x.iter().enumerate().map(|(j, x)| sign(i, j) * *x as f64).sum::<f64>();
+                let x = self.value(*x);
+                one(x
+                    .chunks_exact(*width)
+                    .flat_map(|x| (0..*width).map(move |i| rotated(x, i) as f32))
+                    .collect())
+            }
             Op::Softcap { x, cap } => {
                 let cap = *cap as f64;
                 one(self.value(*x).iter().map(|x| (cap * libm::tanh(*x as f64 / cap)) as f32).collect())

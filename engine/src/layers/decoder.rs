@@ -177,15 +177,14 @@ fn attend(b: &mut Build<'_>, il: usize, h: TensorId, tables: &RopeTables) -> Opt
     };
     let q = rotated(b, q, layer.n_head, "attn_q_norm.weight");
     let k = rotated(b, k, layer.n_head_kv, "attn_k_norm.weight");
-    let (q, k) = (rotation::rotated_k(b, il, q), rotation::rotated_k(b, il, k));
-    let v = rotation::rotated_v(b, il, v);
+    let (q, k, v) = (rotation::rotated_k(b, q), rotation::rotated_k(b, k), rotation::rotated_v(b, v));
     b.g.kv_store(k, v, il);
     let sinks = b.layer_opt(il, "attn_sinks.weight");
     if il + 1 == hp.n_layer() && b.shape.n_outputs == 0 {
         return None;
     }
     let out = b.g.attention(q, sinks, hp.attention(il));
-    Some(rotation::rotated_v(b, il, out))
+    Some(rotation::rotated_v(b, out))
 }
 
 /// The feed-forward part of layer `il`, or its experts, on the normed stream `h`.

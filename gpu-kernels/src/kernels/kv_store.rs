@@ -1,15 +1,18 @@
 //! A step's keys and values into the KV cache, in the cache's format; with [`Rope`] the keys are rotated on the way, and
-//! the queries in the same launch.
+//! the queries in the same launch. Keys (with their queries) and values may go through [`hadamard`](super::hadamard) before
+//! they are stored.
 //!
 //! * Shapes: `k` [n_tokens, n_head_kv · head_dim_k], `v` [n_tokens, n_head_kv · head_dim_v] f32; `cells` `[n_tokens]` u32, page ·
 //!   64 + position in page, each once; [`NO_CELL`] for a token that is not stored. The cache's parts are
 //!   `[page][kv head][64 positions][head_dim]` in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 or Q5_1. Head dimensions are
 //!   multiples of 8, and of the format's block. With rope: `table` as `rope` writes it, `q` and `q_out` [n_tokens, n_head,
-//!   head_dim_k], n_rot a multiple of 8; `q_out` may be `q`. 16-byte aligned; nothing else overlaps.
+//!   head_dim_k], n_rot a multiple of 8; `q_out` may be `q` unless keys go through `hadamard`. Widths of the latter divide
+//!   the head, a multiple of 32. 16-byte aligned; nothing else overlaps.
 //! * Geometry: 256 threads; tokens along the grid's second dimension; along the third keys, values and, with rope, queries.
-//!   Eight lanes take 32 elements of a head, a float4 each; queries as in `rope`.
+//!   Eight lanes take 32 elements of a head, a float4 each; queries as in `rope`, or if they go through `hadamard` a float4
+//!   per lane as well.
 //! * Bytes: 4 per element and what the cache's formats take; queries 8. FLOPs: 6 per rotated pair.
-//! * Tolerance: exact: the rotation is bit-equal to `rope`'s, the bytes to `quant::row::encode`'s.
+//! * Tolerance: exact: rotations are bit-equal to `rope`'s and `hadamard`'s, the bytes to `quant::row::encode`'s.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
@@ -30,6 +33,7 @@ mod gpu {
 
     use super::{LANES, NO_CELL, PAGE};
     use crate::device::{F32x2, F32x4, Float, Glb, U32x2, thread};
+    use crate::kernels::hadamard;
     use crate::kernels::rope::gpu::{rope4, turn};
     use crate::kernels::set_rows::gpu::{Encoder, Q8_0, Range, Symmetric};
 
@@ -81,6 +85,8 @@ mod gpu {
         format: u32,
         row_bytes: u32,
         head_dim: u32,
+        /// Of `hadamard`; 0: none.
+        width: u32,
     }
 
     #[inline(always)]
@@ -105,8 +111,9 @@ mod gpu {
         let groups = part.head_dim.div_ceil(32);
         let index = thread::index_1d() / LANES;
         let cell = cells.ld_nc(token);
-        // Whole warps leave; in the last one, lanes past the end work on the last group and store nothing.
-        if cell == NO_CELL || index - index % (32 / LANES) >= n_head_kv * groups {
+        // Whole warps leave, unless the CTA rotates together; lanes past the end work on the last group and store nothing.
+        let past_end = index - index % (32 / LANES) >= n_head_kv * groups;
+        if cell == NO_CELL || past_end && part.width <= hadamard::WARP_WIDTH {
             return;
         }
         let last = n_head_kv * groups - 1;
@@ -121,6 +128,7 @@ mod gpu {
             Some(rotation) => rotation.read(x.cast(), j, token as usize),
             None => x.cast::<F32x4>().ld_nc(j).0,
         };
+        let v = if part.width > 0 { hadamard::gpu::rotate(v, part.width) } else { v };
         let (page, pos) = (cell as usize / PAGE, cell as usize % PAGE);
         let row = (page * n_head_kv as usize + head as usize) * PAGE + pos;
         let row = part.bytes.offset(row * part.row_bytes as usize);
@@ -140,6 +148,27 @@ mod gpu {
                 Symmetric::<16>::encode(v, x, lane, row.offset(group * (Symmetric::<16>::BYTES / 2)), inside)
             }
             _ => Range::<31>::encode(v, x, lane, row.offset(group * (Range::<31>::BYTES / 2)), inside),
+        }
+    }
+
+    /// Queries as keys are: rotated, then by `hadamard`.
+    #[inline(always)]
+    #[track_caller]
+    fn queries(q: Glb<f32>, q_out: Glb<f32>, n_head: u32, head_dim: u32, rotation: Rotation, width: u32) {
+        let (token, units) = (thread::block_idx_y() as usize, head_dim / 4);
+        let i = thread::index_1d();
+        let there = i < n_head * units;
+        let head = |x: Glb<f32>| {
+            let head = token * n_head as usize + (i / units) as usize;
+            x.offset(head * head_dim as usize).cast::<F32x4>()
+        };
+        let mut v = [0.0; 4];
+        if there {
+            v = rotation.read(head(q), i % units, token);
+        }
+        let v = hadamard::gpu::rotate(v, width);
+        if there {
+            head(q_out).st(i % units, F32x4(v));
         }
     }
 
@@ -164,20 +193,24 @@ mod gpu {
         n_head: u32,
         n_rot: u32,
         neox: u32,
+        width_k: u32,
+        width_v: u32,
     ) {
         let neox = neox != 0;
+        let rotation = Rotation { table, n_rot, neox };
         let part = thread::block_idx_z();
-        if part == 2 {
+        if part == 2 && width_k > 0 {
+            queries(q, q_out, n_head, head_dim_k, rotation, width_k);
+        } else if part == 2 {
             rope4(q, table, q_out, n_head, head_dim_k, n_rot, neox);
         } else if part == 1 {
-            let part =
-                Part { bytes: cache_v, format: format_v, row_bytes: row_bytes_v, head_dim: head_dim_v };
+            let (bytes, format, row_bytes, head_dim) = (cache_v, format_v, row_bytes_v, head_dim_v);
+            let part = Part { bytes, format, row_bytes, head_dim, width: width_v };
             store(part, v, cells, n_head_kv, None);
         } else {
-            let part =
-                Part { bytes: cache_k, format: format_k, row_bytes: row_bytes_k, head_dim: head_dim_k };
-            let rotation = if table.is_null() { None } else { Some(Rotation { table, n_rot, neox }) };
-            store(part, k, cells, n_head_kv, rotation);
+            let (bytes, format, row_bytes, head_dim) = (cache_k, format_k, row_bytes_k, head_dim_k);
+            let part = Part { bytes, format, row_bytes, head_dim, width: width_k };
+            store(part, k, cells, n_head_kv, if table.is_null() { None } else { Some(rotation) });
         }
     }
 
@@ -189,6 +222,7 @@ mod gpu {
             n_head_kv: u32, head_dim_k: u32, head_dim_v: u32, format_k: u32, format_v: u32,
             row_bytes_k: u32, row_bytes_v: u32,
             table: Glb<F32x2>, q: Glb<f32>, q_out: Glb<f32>, n_head: u32, n_rot: u32, neox: u32,
+            width_k: u32, width_v: u32,
         );
         "kv_store" => kv_store;
     }
@@ -203,6 +237,7 @@ mod host {
     use super::{LANES, NO_CELL, PAGE, THREADS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
     use crate::kernels::flash::{Cache, KV_FORMATS};
+    use crate::kernels::hadamard;
     use crate::kernels::rope::Mode;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
@@ -228,6 +263,8 @@ mod host {
         pub cache: Cache,
         pub n_tokens: usize,
         pub rope: Option<Rope>,
+        /// Of `hadamard`, for keys and for values.
+        pub widths: [Option<usize>; 2],
     }
 
     /// One launch for keys, values and queries.
@@ -238,8 +275,8 @@ mod host {
             |what, expected, got: usize| LaunchError::Shape { kernel, what, expected, got: got as u64 };
         let Args { cache, rope, .. } = *args;
         let n_head_kv = check.size("n_head_kv", cache.n_head_kv)?;
-        let mut row_bytes = [0; 2];
-        let mut threads = 0;
+        let (mut row_bytes, mut widths) = ([0; 2], [0; 2]);
+        let (mut threads, mut smem_bytes) = (0, 0);
         let parts =
             [("head_dim_k", cache.type_k, cache.head_dim_k), ("head_dim_v", cache.type_v, cache.head_dim_v)];
         for (i, (what, format, head_dim)) in parts.into_iter().enumerate() {
@@ -251,6 +288,11 @@ mod host {
             row_bytes[i] = check
                 .size(what, row.map_err(|_| shape(what, "a multiple of the format's block", head_dim))?)?;
             threads = threads.max(cache.n_head_kv * head_dim.div_ceil(32) * LANES as usize);
+            if let Some(width) = args.widths[i] {
+                widths[i] = hadamard::check_width(check, head_dim, width)?;
+                check.multiple(what, head_dim, 32, "a multiple of 32 for hadamard")?;
+                smem_bytes = smem_bytes.max(hadamard::smem_bytes(width));
+            }
         }
         for (what, at) in [("k", args.k), ("v", args.v), ("cache.k", cache.k), ("cache.v", cache.v)] {
             check.aligned(what, at, 16)?;
@@ -290,7 +332,11 @@ mod host {
                 for (what, at) in [("table", rope.table), ("q", rope.q), ("q_out", rope.q_out)] {
                     check.aligned(what, at, 16)?;
                 }
-                threads = threads.max(rope.n_head * cache.head_dim_k / 8);
+                let per_thread = if widths[0] > 0 { 4 } else { 8 };
+                threads = threads.max(rope.n_head * cache.head_dim_k / per_thread);
+                if widths[0] > 0 && rope.q == rope.q_out {
+                    return Err(shape("q_out", "another array than q", 0));
+                }
                 let neox = u32::from(rope.mode == Mode::Neox);
                 params.with(rope.table).with(rope.q).with(rope.q_out).with(n_head).with(n_rot).with(neox)
             }
@@ -304,8 +350,8 @@ mod host {
             ],
             cta: THREADS,
             cluster: 1,
-            smem_bytes: 0,
-            params,
+            smem_bytes,
+            params: params.with(widths[0]).with(widths[1]),
         })
     }
 
@@ -337,8 +383,10 @@ mod host {
         pub n_tokens: usize,
         /// Query heads, rotated elements, pairing.
         pub rope: Option<(usize, usize, Mode)>,
+        pub widths: [Option<usize>; 2],
     }
 
+    const PLAIN: [Option<usize>; 2] = [None; 2];
     const PAGES: usize = 2;
 
     impl Kernel for KvStore {
@@ -351,6 +399,7 @@ mod host {
                 n_head_kv: 2,
                 n_tokens: 3,
                 rope: None,
+                widths: PLAIN,
             },
             Case {
                 types: [FormatId::BF16, FormatId::Q8_0],
@@ -358,6 +407,7 @@ mod host {
                 n_head_kv: 3,
                 n_tokens: 2,
                 rope: None,
+                widths: PLAIN,
             },
             Case {
                 types: [FormatId::Q4_0, FormatId::Q4_1],
@@ -365,6 +415,7 @@ mod host {
                 n_head_kv: 5,
                 n_tokens: 2,
                 rope: None,
+                widths: PLAIN,
             },
             Case {
                 types: [FormatId::Q5_0, FormatId::Q5_1],
@@ -372,6 +423,7 @@ mod host {
                 n_head_kv: 1,
                 n_tokens: 4,
                 rope: None,
+                widths: PLAIN,
             },
             Case {
                 types: [FormatId::F16, FormatId::F32],
@@ -379,6 +431,7 @@ mod host {
                 n_head_kv: 1,
                 n_tokens: 1,
                 rope: None,
+                widths: PLAIN,
             },
             Case {
                 types: [FormatId::F16; 2],
@@ -386,6 +439,7 @@ mod host {
                 n_head_kv: 3,
                 n_tokens: 3,
                 rope: Some((9, 64, Mode::Norm)),
+                widths: PLAIN,
             },
             Case {
                 types: [FormatId::Q8_0; 2],
@@ -393,6 +447,7 @@ mod host {
                 n_head_kv: 2,
                 n_tokens: 2,
                 rope: Some((8, 128, Mode::Neox)),
+                widths: PLAIN,
             },
             Case {
                 types: [FormatId::F32, FormatId::Q4_0],
@@ -400,6 +455,32 @@ mod host {
                 n_head_kv: 1,
                 n_tokens: 2,
                 rope: Some((3, 32, Mode::Neox)),
+                widths: PLAIN,
+            },
+            // Keys of a warp and of more, values in several pieces, queries that fill no CTA.
+            Case {
+                types: [FormatId::Q4_0; 2],
+                dims: [128, 128],
+                n_head_kv: 3,
+                n_tokens: 3,
+                rope: Some((6, 128, Mode::Norm)),
+                widths: [Some(128), Some(64)],
+            },
+            Case {
+                types: [FormatId::Q5_1, FormatId::F16],
+                dims: [256, 64],
+                n_head_kv: 3,
+                n_tokens: 2,
+                rope: Some((6, 64, Mode::Neox)),
+                widths: [Some(256), None],
+            },
+            Case {
+                types: [FormatId::Q5_0, FormatId::Q4_1],
+                dims: [512, 128],
+                n_head_kv: 1,
+                n_tokens: 2,
+                rope: None,
+                widths: [Some(512), Some(64)],
             },
         ];
         const NMSE_MAX: f64 = 0.0;
@@ -407,7 +488,7 @@ mod host {
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
-            let Case { types, dims, n_head_kv, n_tokens, rope } = *case;
+            let Case { types, dims, n_head_kv, n_tokens, rope, widths } = *case;
             let (n_head, n_rot, mode) = rope.unwrap_or((1, 8, Mode::Norm));
             let mut table = Vec::new();
             for _ in 0..n_tokens * n_rot / 2 {
@@ -430,7 +511,14 @@ mod host {
             };
             let x = dims.map(|dim| random.values(n_tokens * n_head_kv * dim));
             let q = random.values(n_tokens * n_head * dims[0]);
-            let stored = [rotate(&x[0], n_head_kv, dims[0]), x[1].clone()];
+            let hadamard = |mut x: Vec<f32>, width: Option<usize>| {
+                if let Some(width) = width {
+                    x.chunks_exact_mut(width).for_each(hadamard::rotated);
+                }
+                x
+            };
+            let stored =
+                [hadamard(rotate(&x[0], n_head_kv, dims[0]), widths[0]), hadamard(x[1].clone(), widths[1])];
             // Outputs start as ones in all bits; cells that no token has stay so.
             let caches = [0, 1].map(|p| {
                 let row = quant::row::row_bytes(types[p], dims[p]).expect("cases fit their formats");
@@ -446,8 +534,11 @@ mod host {
                 }
                 cache
             });
-            let q_out =
-                if rope.is_some() { bytes_of(&rotate(&q, n_head, dims[0])) } else { vec![0xff; 4 * q.len()] };
+            let q_out = if rope.is_some() {
+                bytes_of(&hadamard(rotate(&q, n_head, dims[0]), widths[0]))
+            } else {
+                vec![0xff; 4 * q.len()]
+            };
             let [k_cache, v_cache] = caches;
             Problem {
                 buffers: vec![
@@ -483,6 +574,7 @@ mod host {
                             n_rot,
                             mode,
                         }),
+                        widths,
                     })?])
                 }),
             }

@@ -10,6 +10,7 @@ pub mod elementwise;
 pub mod flash;
 pub mod get_rows;
 pub mod glu;
+pub mod hadamard;
 pub mod kv_store;
 pub mod layer_norm;
 pub mod mmd_hopper;

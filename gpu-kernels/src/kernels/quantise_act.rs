@@ -121,6 +121,21 @@ pub(crate) mod gpu {
         }
     }
 
+    /// Quantises a group of which eight neighbouring lanes have a float4 each, this one number `i` of the arrays; nothing is
+    /// written where `there` is false. With `offset_value` as Q8_1, else as Q8_0. The warp calls together.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn float4(
+        v: [f32; 4],
+        q: Glb<u32>,
+        scales: Glb<U32x2>,
+        i: u32,
+        there: bool,
+        offset_value: bool,
+    ) {
+        group(v, 1.0, Arrays { q, scales, end: if there { u32::MAX } else { 0 } }, i, offset_value);
+    }
+
     /// Stores four codes, and once per group its scale; eight neighbouring lanes have a group.
     #[inline(always)]
     #[track_caller]

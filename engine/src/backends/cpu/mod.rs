@@ -252,6 +252,10 @@ impl<'a> Run<'a> {
                 }
                 simd::rope(isa, exec, v.out, v.others[0], n, heads, head_dim, n_dims, *mode)
             }
+            Op::Hadamard { x, width } => {
+                let v = self.map(*x, out(), []);
+                simd::hadamard(isa, exec, v.x, *width, v.out)
+            }
             Op::KvStore { k, v, il } => {
                 for (x, part) in [(*k, KvPart::K), (*v, KvPart::V)] {
                     let slot = self.slot(x);

@@ -15,8 +15,8 @@ use gpu_kernels::kernels::mmq::{self, Cut};
 use gpu_kernels::kernels::output::Output;
 use gpu_kernels::kernels::product::{self, MAX_PARTS, Mixture};
 use gpu_kernels::kernels::{
-    argmax, get_rows, glu, kv_store, layer_norm, mmd_hopper, mmf, mmf32, mmvf, mmvq, moe_combine, moe_route,
-    moe_sort, quantise_act, rms_norm, rope, round_act,
+    argmax, get_rows, glu, hadamard, kv_store, layer_norm, mmd_hopper, mmf, mmf32, mmvf, mmvq, moe_combine,
+    moe_route, moe_sort, quantise_act, rms_norm, rope, round_act,
 };
 use gpu_kernels::launch::{DevicePtr, Launch, LaunchError};
 use gpu_kernels::tile;
@@ -321,6 +321,12 @@ impl Emit<'_> {
                 head_dim: rotation.head_dim,
                 n_rot: *n_rot,
                 mode: rope_mode(*mode),
+            })),
+            Action::Hadamard { x, width, n, out } => one(hadamard::launch(&hadamard::Args {
+                x: self.place(*x),
+                y: self.value(*out),
+                n: *n,
+                width: *width,
             })),
             Action::Store(store) => self.store(store),
             Action::Attention(attention) => self.attention(attention),
@@ -697,7 +703,7 @@ impl Emit<'_> {
     }
 
     fn attention(&self, attention: &Attention) -> Result<Vec<Launch>, Refusal> {
-        let &Attention { q, store, sinks, params: p, n, out, partials } = attention;
+        let &Attention { q, store, sinks, params: p, n, out, rotated, acts, partials } = attention;
         let cache = self.cache(p.il)?;
         let of_prompt = if self.prompt { Geometry::of_prompt(self.device, &cache, false) } else { None };
         let mut args = flash::Args {
@@ -710,7 +716,9 @@ impl Emit<'_> {
                 n_tokens: n,
             },
             q: self.place(q),
-            out: self.value(out),
+            out: self.value(acts.map_or(out, |acts| acts.q)),
+            rotated,
+            acts: acts.map(|acts| (acts.kind, self.value(acts.scales))),
             scratch: partials.map_or(DevicePtr::NULL, |v| self.value(v)),
             sinks: self.opt(sinks),
             slopes: DevicePtr::NULL,
@@ -732,7 +740,9 @@ impl Emit<'_> {
         let mut launches = Vec::new();
         if let Some(store) = store {
             match store.rope {
-                Some((rotation, table, n_rot, mode)) if flash::appends(&args, n_rot) => {
+                Some((rotation, table, n_rot, mode))
+                    if store.widths == [None; 2] && flash::appends(&args, n_rot) =>
+                {
                     args.q = self.place(rotation.x);
                     args.append = Some(flash::Append {
                         k: self.place(store.k),
@@ -765,6 +775,7 @@ impl Emit<'_> {
             cache: self.cache(store.il)?,
             n_tokens: store.n,
             rope,
+            widths: store.widths,
         }))
     }
 }

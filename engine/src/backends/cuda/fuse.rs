@@ -3,7 +3,7 @@
 
 use alloc::vec::Vec;
 
-use gpu_kernels::kernels::{mmvq, quantise_act};
+use gpu_kernels::kernels::{flash, mmvq, quantise_act};
 
 use super::emit::{MostTokens, ends_groups, product_glu};
 use super::program::{
@@ -28,6 +28,9 @@ pub const RULES: &[Rule] = &[
     Rule { name: "norm_quantise", apply: norm_quantise },
     Rule { name: "gate_quantise", apply: gate_quantise },
     Rule { name: "product_quantise", apply: product_quantise },
+    Rule { name: "attention_hadamard", apply: attention_hadamard },
+    Rule { name: "attention_quantise", apply: attention_quantise },
+    Rule { name: "hadamard_store", apply: hadamard_store },
     Rule { name: "rope_store", apply: rope_store },
     Rule { name: "store_attention", apply: store_attention },
     Rule { name: "product_norm", apply: product_norm },
@@ -281,6 +284,45 @@ fn product_quantise(program: &mut Program) {
     });
 }
 
+/// `y = attention(q); z = hadamard(y)` becomes one action where only the rotation reads `y`, for the width of values that
+/// the kernels have.
+fn attention_hadamard(program: &mut Program) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        if let Action::Hadamard { x: Place::Value(y), width, out: z, .. } = program.actions[at]
+            && width == flash::ROTATED_WIDTH as usize
+            && only_reader(program, y) == Some(at)
+            && let Some(from) = writer(program, y)
+            && let Action::Attention(attention) = &mut program.actions[from]
+            && attention.out == y
+            && attention.params.head_dim_v % width == 0
+            && !attention.rotated
+            && attention.acts.is_none()
+        {
+            (attention.rotated, attention.out) = (true, z);
+            program.actions.remove(at);
+        } else {
+            at += 1;
+        }
+    }
+}
+
+/// `y = attention(q); a = quantise(y)` becomes one action where groups lie within heads.
+fn attention_quantise(program: &mut Program) {
+    quantise_at_writer(program, |action, y, acts, floats_too| match action {
+        Action::Attention(attention)
+            if attention.out == y
+                && attention.acts.is_none()
+                && attention.params.head_dim_v % 32 == 0
+                && !floats_too =>
+        {
+            attention.acts = Some(acts);
+            true
+        }
+        _ => false,
+    });
+}
+
 /// Whether only products of one token read these activations, and `fits` refuses none of them.
 fn read_by_products(program: &Program, acts: Acts, fits: impl Fn(&Action) -> bool) -> bool {
     let takes = |action: &Action| match action {
@@ -424,7 +466,44 @@ fn product_ahead(program: &mut Program) {
     }
 }
 
-/// `q' = rope(q); k' = rope(k); store(k', v)` becomes one action, where only the store reads `k'`.
+/// `k' = hadamard(k); v' = hadamard(v); store(k', v')` becomes one action, where only the store reads either and no matrix
+/// is wider than a head.
+fn hadamard_store(program: &mut Program) {
+    let mut at = 0;
+    while at < program.actions.len() {
+        let Action::Store(store) = program.actions[at] else {
+            at += 1;
+            continue;
+        };
+        let taken = [store.k, store.v].iter().enumerate().find_map(|(part, &place)| {
+            let Place::Value(rotated) = place else { return None };
+            let from = writer(program, rotated).filter(|_| program.n_reads(rotated) == 1)?;
+            let Action::Hadamard { x, width, .. } = program.actions[from] else { return None };
+            let free = store.widths[part].is_none() && (part == 1 || store.rope.is_none());
+            // Those who read the cache say how wide heads are.
+            let head_dim = program.actions.iter().find_map(|action| match action {
+                Action::Attention(Attention { params, .. }) if params.il == store.il => {
+                    Some([params.head_dim_k, params.head_dim_v][part])
+                }
+                _ => None,
+            })?;
+            (free && head_dim % 32 == 0 && head_dim % width == 0).then_some((part, from, x, width))
+        });
+        let Some((part, from, x, width)) = taken else {
+            at += 1;
+            continue;
+        };
+        if let Action::Store(store) = &mut program.actions[at] {
+            *(if part == 0 { &mut store.k } else { &mut store.v }) = x;
+            store.widths[part] = Some(width);
+        }
+        program.actions.remove(from);
+        at -= 1;
+    }
+}
+
+/// `q' = rope(q); k' = rope(k); store(k', v)` becomes one action, where only the store reads `k'`. If the store takes the
+/// keys through a Hadamard matrix, the queries must go through the same one, which becomes the store's as well.
 fn rope_store(program: &mut Program) {
     let rope_of = |program: &Program, v: Value| -> Option<usize> {
         let i = writer(program, v)?;
@@ -448,7 +527,16 @@ fn rope_store(program: &mut Program) {
                     if t == table && m == mode && r == n_rot && rotation.head_dim == k_rotation.head_dim)
         });
         let Some(q_at) = q_at else { continue };
-        let Action::Rope { rotation: q, .. } = program.actions[q_at] else { continue };
+        let Action::Rope { rotation: mut q, .. } = program.actions[q_at] else { continue };
+        let mut gone: Vec<usize> = alloc::vec![k_at, q_at];
+        if let Some(width) = store.widths[0] {
+            let Some(through) = only_reader(program, q.out).filter(|through| *through < at) else { continue };
+            match program.actions[through] {
+                Action::Hadamard { width: of_q, out, .. } if of_q == width => q.out = out,
+                _ => continue,
+            }
+            gone.push(through);
+        }
         // The queries' rotation moves down to the store: nobody may read them in between.
         let read_between = program.actions[q_at + 1..at].iter().any(|action| {
             let mut reads = false;
@@ -460,7 +548,6 @@ fn rope_store(program: &mut Program) {
         }
         program.actions[at] =
             Action::Store(Store { k: k_rotation.x, rope: Some((q, table, n_rot, mode)), ..store });
-        let mut gone: Vec<usize> = alloc::vec![k_at, q_at];
         gone.sort_unstable();
         for i in gone.into_iter().rev() {
             program.actions.remove(i);
@@ -550,25 +637,33 @@ mod tests {
                 }
                 4 => b.glu(Glu::Plain(Unary::Gelu), x, y),
                 5 => {
+                    // Keys, values and results through Hadamard's matrix, or some of them.
+                    let hadamard = |b: &mut GraphBuilder, part: usize, x| match (i >> part) & 1 {
+                        0 => x,
+                        _ => b.hadamard(x, COLS),
+                    };
                     let rotated = |b: &mut GraphBuilder, x| {
-                        let x = b.reshape(x, &[n, 2, 32]);
+                        let x = b.reshape(x, &[n, 1, COLS]);
                         let x = b.rope(x, angles, RopeMode::Neox);
-                        b.reshape(x, &[n, COLS])
+                        let x = b.reshape(x, &[n, COLS]);
+                        hadamard(b, 0, x)
                     };
                     let (q, k) = (rotated(&mut b, x), rotated(&mut b, y));
-                    b.kv_store(k, y, 0);
+                    let v = hadamard(&mut b, 1, y);
+                    b.kv_store(k, v, 0);
                     let params = AttentionParams {
                         il: 0,
-                        n_head: 2,
-                        n_head_kv: 2,
-                        head_dim_k: 32,
-                        head_dim_v: 32,
+                        n_head: 1,
+                        n_head_kv: 1,
+                        head_dim_k: COLS,
+                        head_dim_v: COLS,
                         scale: 0.2,
                         softcap: 0.0,
                         window: 0,
                         causal: true,
                     };
-                    b.attention(q, None, params)
+                    let y = b.attention(q, None, params);
+                    hadamard(&mut b, 2, y)
                 }
                 6 => {
                     b.tap("kept", Some(i), x);
@@ -585,6 +680,11 @@ mod tests {
 
     /// A step through a llama of quantised weights, of this many tokens: this many layers and the logits.
     fn decode_step(n: usize, n_layers: usize) -> Graph {
+        step(n, n_layers, false)
+    }
+
+    /// [`decode_step`], over a cache of `rotated` keys and values.
+    fn step(n: usize, n_layers: usize, rotated: bool) -> Graph {
         const EMBD: usize = 512;
         let mut b = GraphBuilder::new(true);
         let (ids, positions) = (b.input(Input::Tokens, n), b.input(Input::Positions, n));
@@ -606,6 +706,8 @@ mod tests {
                 let x = b.rope(x, angles, RopeMode::Norm);
                 b.reshape(x, &[n, 64 * heads])
             });
+            let hadamard = |b: &mut GraphBuilder, x| if rotated { b.hadamard(x, 64) } else { x };
+            let [q, k, v] = [q, k, v].map(|x| hadamard(&mut b, x));
             b.kv_store(k, v, il);
             let params = AttentionParams {
                 il,
@@ -619,6 +721,7 @@ mod tests {
                 causal: true,
             };
             let y = b.attention(q, None, params);
+            let y = hadamard(&mut b, y);
             let out = w(&mut b, EMBD, EMBD);
             let y = b.matmul(y, out, None);
             x = b.add(x, y);
@@ -654,18 +757,82 @@ mod tests {
         assert_eq!(one.len(), 5 + 3, "{one:?}");
     }
 
-    /// In a batch attention's results are quantised by a launch of their own, gate and up's by their product.
+    /// A cache of rotated keys and values costs no launch: the store and attention rotate on the way.
     #[test]
-    fn gate_and_up_of_a_batch_end_quantised() {
+    fn a_layer_over_a_rotated_cache_has_no_launch_more() {
+        for n in [1, 4, 16] {
+            for most_tokens in [MostTokens::One, MostTokens::Some] {
+                let names = |rotated| {
+                    let (mut program, _) =
+                        translate(&step(n, 2, rotated), &Anywhere, &DeviceInfo::default()).unwrap();
+                    program.most_tokens = most_tokens;
+                    RuleSet::ALL.apply(&mut program);
+                    program.actions.iter().map(Action::name).collect::<Vec<_>>()
+                };
+                assert_eq!(names(true), names(false), "{n} tokens");
+            }
+        }
+    }
+
+    /// In a batch attention quantises its results, and the product of gate and up its own.
+    #[test]
+    fn attention_and_gate_and_up_of_a_batch_end_quantised() {
         let layer = |n| {
             let (one, two) = (merged_step(n, 1), merged_step(n, 2));
             two[one.len() - 2..two.len() - 2].to_vec()
         };
-        let of_a_batch =
-            ["norm", "product", "attention", "quantise", "product", "norm", "product", "product"];
+        let of_a_batch = ["norm", "product", "attention", "product", "norm", "product", "product"];
         assert_eq!(layer(16), of_a_batch);
         // The kernel of few columns does not end groups.
         assert_eq!(layer(4).len(), of_a_batch.len() + 1);
+    }
+
+    /// The product after attention reads what attention quantised: one token's too, where CTAs could quantise it anew.
+    #[test]
+    fn attention_of_a_decode_step_ends_quantised() {
+        for n in [1, 4] {
+            let (mut program, _) = translate(&decode_step(n, 1), &Anywhere, &DeviceInfo::default()).unwrap();
+            RuleSet::ALL.apply(&mut program);
+            let at = program.actions.iter().position(|a| matches!(a, Action::Attention(_))).unwrap();
+            let [Action::Attention(attention), Action::Product(out), ..] = &program.actions[at..] else {
+                panic!("{n} tokens: {:?} after attention", program.actions[at + 1].name());
+            };
+            assert_eq!(attention.acts.map(Factor::Acts), Some(out.x), "{n} tokens");
+        }
+    }
+
+    /// Results in super-blocks, which may span heads, and results that others read remain floats.
+    #[test]
+    fn attention_ends_in_floats_where_it_must() {
+        for (format, tapped) in [(FormatId::Q4_K, false), (FormatId::Q4_0, true)] {
+            let mut b = GraphBuilder::new(true);
+            let q = {
+                let (ids, table) = (b.input(Input::Tokens, 1), b.weight(0, FormatId::Q8_0, &[50, 256], 0));
+                b.get_rows(table, ids)
+            };
+            let params = AttentionParams {
+                il: 0,
+                n_head: 4,
+                n_head_kv: 4,
+                head_dim_k: 64,
+                head_dim_v: 64,
+                scale: 0.125,
+                softcap: 0.0,
+                window: 0,
+                causal: true,
+            };
+            let y = b.attention(q, None, params);
+            if tapped {
+                b.tap("attention", Some(0), y);
+            }
+            let w = b.weight(1, format, &[256, 256], 0);
+            let y = b.matmul(y, w, None);
+            b.output(Output::Logits, y);
+            let (mut program, _) = translate(&b.finish(), &Anywhere, &DeviceInfo::default()).unwrap();
+            RuleSet::only("attention_quantise").unwrap().apply(&mut program);
+            let names: Vec<_> = program.actions.iter().map(Action::name).collect();
+            assert_eq!(names, ["get_rows", "attention", "quantise", "product"], "{format}");
+        }
     }
 
     proptest! {

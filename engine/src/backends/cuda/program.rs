@@ -263,6 +263,8 @@ pub struct Store {
     pub n: usize,
     /// (queries, table, elements rotated per head, pairing): rotated in the same launch; the keys alike.
     pub rope: Option<(Rotation, Place, usize, RopeMode)>,
+    /// Widths of the Hadamard matrices that keys, and queries after `rope`, and values go through.
+    pub widths: [Option<usize>; 2],
 }
 
 /// Attention of the step's tokens over a layer's cache.
@@ -280,6 +282,10 @@ pub struct Attention {
     pub n: usize,
     /// f32 [n, n_head · head_dim_v]
     pub out: Value,
+    /// Whether results go through Hadamard's matrix of [`gpu_kernels::kernels::flash::ROTATED_WIDTH`].
+    pub rotated: bool,
+    /// Where the results go quantised, instead of `out`.
+    pub acts: Option<Acts>,
     /// The kernel's scratch.
     pub partials: Option<Value>,
 }
@@ -352,6 +358,12 @@ pub enum Action {
         n_rot: usize,
         mode: RopeMode,
         n: usize,
+    },
+    Hadamard {
+        x: Place,
+        width: usize,
+        n: usize,
+        out: Value,
     },
     Store(Store),
     Attention(Attention),
@@ -519,9 +531,9 @@ impl Store {
         }
     }
 
-    /// Queries may be rotated where they are.
+    /// Queries may be rotated where they are, unless other threads read what a thread writes.
     fn in_place(&self) -> Option<(Place, Value)> {
-        self.rope.map(|(q, ..)| (q.x, q.out))
+        self.rope.filter(|_| self.widths[0].is_none()).map(|(q, ..)| (q.x, q.out))
     }
 }
 
@@ -591,6 +603,7 @@ impl Action {
             }
             Action::Quantise { x, .. }
             | Action::Round { x, .. }
+            | Action::Hadamard { x, .. }
             | Action::Unary { x, .. }
             | Action::Scale { x, .. }
             | Action::Softcap { x, .. }
@@ -645,7 +658,10 @@ impl Action {
             Action::Store(s) => s.rope.iter().for_each(|(q, ..)| f(q.out)),
             Action::Attention(a) => {
                 a.store.and_then(|s| s.rope).iter().for_each(|(q, ..)| f(q.out));
-                f(a.out);
+                match &a.acts {
+                    Some(_) => acts(&a.acts, f),
+                    None => f(a.out),
+                }
                 a.partials.iter().for_each(|p| f(*p));
             }
             Action::Gate(g) => {
@@ -664,6 +680,7 @@ impl Action {
             Action::GetRows { out, .. }
             | Action::Round { out, .. }
             | Action::RopeTable { out, .. }
+            | Action::Hadamard { out, .. }
             | Action::Binary { out, .. }
             | Action::Unary { out, .. }
             | Action::Scale { out, .. }
@@ -699,7 +716,8 @@ impl Action {
                 s.in_place().map(|(x, out)| pair(x, out)).unwrap_or_default()
             }
             Action::Binary { a, out, .. } => pair(*a, *out),
-            Action::Unary { x, out, .. }
+            Action::Hadamard { x, out, .. }
+            | Action::Unary { x, out, .. }
             | Action::Scale { x, out, .. }
             | Action::Softcap { x, out, .. }
             | Action::RowGate { x, out, .. } => pair(*x, *out),
@@ -721,6 +739,7 @@ impl Action {
             Action::SortExperts { .. } => "sort_experts",
             Action::RopeTable { .. } => "rope_table",
             Action::Rope { .. } => "rope",
+            Action::Hadamard { .. } => "hadamard",
             Action::Store(_) => "kv_store",
             Action::Attention(_) => "attention",
             Action::Binary { .. } => "binary",

@@ -355,17 +355,30 @@ impl<'a> Translator<'a> {
                 let (n_rot, table) = (shape(*table).cols(), self.place(*table));
                 self.push(Action::Rope { rotation, table, n_rot, mode: *mode, n });
             }
+            Op::Hadamard { x, width } => {
+                let (n, x, out) = (shape(*x).elems(), self.place(*x), self.value(out()));
+                self.push(Action::Hadamard { x, width: *width, n, out });
+            }
             Op::KvStore { k, v, il } => {
                 let n = shape(*k).rows();
                 let (k, v) = (self.place(*k), self.place(*v));
-                self.push(Action::Store(Store { il: *il, k, v, n, rope: None }));
+                self.push(Action::Store(Store { il: *il, k, v, n, rope: None, widths: [None; 2] }));
             }
             Op::Attention { q, sinks, params } => {
                 let n = shape(*q).dims()[0];
                 let (q, sinks) = (self.place(*q), self.opt_vector(*sinks)?);
                 let out = self.value(out());
-                let attention = Attention { q, store: None, sinks, params: *params, n, out, partials: None };
-                self.push(Action::Attention(attention));
+                self.push(Action::Attention(Attention {
+                    q,
+                    store: None,
+                    sinks,
+                    params: *params,
+                    n,
+                    out,
+                    rotated: false,
+                    acts: None,
+                    partials: None,
+                }));
             }
             Op::Binary { kind, a, b } => {
                 let (n, period) = (shape(*a).elems(), shape(*b).elems());

@@ -1,5 +1,6 @@
 //! One block of positions against one tile of rows: what `decode` and `prefill` share, so that their bits agree.
 
+use super::results::Results;
 use super::store::{self, Class, Store};
 use super::{Layout, PAGE, SPAN, TRANSFORM, Tile, state};
 use crate::device::mma::{self, FragmentA, FragmentB, FragmentF32};
@@ -12,6 +13,8 @@ pub(super) struct Inputs {
     pub(super) k: Glb<u8>,
     pub(super) v: Glb<u8>,
     pub(super) out: Glb<F32x2>,
+    /// Absent: `out` holds floats.
+    pub(super) scales: Glb<U32x2>,
     pub(super) scratch: Glb<F32x2>,
     pub(super) positions: Glb<u32>,
     pub(super) token_sequences: Glb<u32>,
@@ -35,6 +38,14 @@ pub(super) struct Inputs {
     pub(super) n_spans: u32,
     /// The token's own key and value, where they are not in the cache yet.
     pub(super) appended: Appended,
+}
+
+impl Inputs {
+    /// What becomes of results.
+    #[inline(always)]
+    pub(super) fn results(&self) -> Results {
+        Results { out: self.out.cast(), scales: self.scales, head_dim: self.head_dim[1], flags: self.flags }
+    }
 }
 
 /// What a decode that appends does beside: see `append`.
@@ -139,7 +150,7 @@ impl<
     /// Waits for the warps that share this warp's rows.
     #[inline(always)]
     #[track_caller]
-    fn sync_sharers(row_group: u32) {
+    pub(super) fn sync_sharers(row_group: u32) {
         if GROUPS == 1 {
             sync::sync_threads();
         } else {

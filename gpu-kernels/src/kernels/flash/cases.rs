@@ -2,16 +2,18 @@
 
 use alloc::{boxed::Box, vec, vec::Vec};
 
+use crate::kernels::quantise_act::Kind;
 use quant::FormatId;
 
 use super::{
-    Append, Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE, SPAN, Step,
-    launch, scratch_bytes,
+    Append, Args, Cache, Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, NO_SEQUENCE, PAGE,
+    ROTATED_WIDTH, SPAN, Step, launch, scratch_bytes,
 };
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, Tiers, bytes_of};
-use crate::kernels::kv_store;
+use crate::kernels::output::Output;
 use crate::kernels::rope::Mode;
-use crate::launch::DevicePtr;
+use crate::kernels::{hadamard, kv_store, quantise_act};
+use crate::launch::{DevicePtr, Launch, LaunchError};
 
 /// What the cases' launches may take: as much as an H100 has.
 const SMEM_BYTES: u32 = 227 * 1024;
@@ -66,6 +68,10 @@ pub struct Case {
     pub sinks: bool,
     pub slopes: bool,
     pub geometry: Geometry,
+    /// Results are also computed rotated.
+    pub rotated: bool,
+    /// Results are also computed quantised, rotated before if they are.
+    pub acts: Option<Kind>,
     /// Each token is of another sequence; their keys and values are appended by the launch, rotated in these pairs.
     pub append: Option<Mode>,
 }
@@ -83,6 +89,8 @@ pub const BASE: Case = Case {
     sinks: false,
     slopes: false,
     geometry: Geometry::Decode,
+    rotated: false,
+    acts: None,
     append: None,
 };
 
@@ -96,6 +104,9 @@ const BENCH_PROMPT: Case = Case { geometry: Geometry::Prompt, ..BENCH_BASE };
 /// Wide heads: 256 elements, 4 key/value heads with 6 query heads each.
 const BENCH_256: Case = Case { dims: [256, 256], n_head: 24, n_head_kv: 4, ..BASE };
 
+const Q8_0: Option<Kind> = Some(Kind::Q8_0);
+const Q8_1: Option<Kind> = Some(Kind::Q8_1);
+
 const fn split(len: usize) -> Geometry {
     Geometry::Split { n_spans: len.div_ceil(SPAN), n_sm: 132 }
 }
@@ -104,11 +115,13 @@ const fn split(len: usize) -> Geometry {
 const BENCH: &[Case] = &[
     Case { sequences: &[(1, 1)], ..BENCH_BASE },
     Case { sequences: &[(128, 1)], ..BENCH_BASE },
+    Case { acts: Q8_0, sequences: &[(128, 1)], ..BENCH_BASE },
     // Both forms where `DECODE_SPANS` parts them.
     Case { sequences: &[(512, 1)], ..BENCH_BASE },
     Case { sequences: &[(512, 1)], geometry: split(512), ..BENCH_BASE },
     Case { sequences: &[(1024, 1)], ..BENCH_BASE },
     Case { sequences: &[(1024, 1)], geometry: split(1024), ..BENCH_BASE },
+    Case { acts: Q8_0, sequences: &[(1024, 1)], geometry: split(1024), ..BENCH_BASE },
     Case { sequences: &[(4096, 1)], geometry: split(4096), ..BENCH_BASE },
     Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
     Case { sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
@@ -295,9 +308,72 @@ impl Case {
             scale: self.scale(),
             softcap: self.softcap,
             geometry: self.geometry,
+            rotated: false,
+            acts: None,
             append: None,
             smem_per_cta_bytes: SMEM_BYTES,
         }
+    }
+}
+
+/// Results of a case that are more than floats, and the arrays that hold them to what kernels of their own make of those.
+#[derive(Clone, Copy)]
+struct Finished {
+    case: Case,
+    /// Index of the first of five arrays: rotated floats, codes and scales of kernels of their own; floats or codes, and
+    /// scales, of the launch.
+    first: usize,
+}
+
+impl Finished {
+    /// Elements of the results.
+    fn n(&self) -> usize {
+        self.case.n_tokens() * self.case.n_head * self.case.dims[1]
+    }
+
+    /// Adds the arrays.
+    fn new(case: &Case, buffers: &mut Vec<Buffer>, is_timing: bool) -> Option<Finished> {
+        if !case.rotated && case.acts.is_none() {
+            return None;
+        }
+        let finished = Finished { case: *case, first: buffers.len() };
+        let first = finished.first;
+        let floats = 4 * finished.n();
+        let (out, scales) = case.acts.map_or(Output::F32, Output::Act).bytes(finished.n());
+        let room = |bytes: usize| Buffer::Input(vec![0; bytes.max(1)]);
+        buffers.extend([room(floats), room(out), room(scales)]);
+        let same = |buffer, bytes| match bytes {
+            0 => Buffer::Input(vec![0]),
+            _ if is_timing => Buffer::Output(Expected::Unchecked(bytes)),
+            _ => Buffer::Output(Expected::Same { buffer, bytes }),
+        };
+        let result = if case.acts.is_some() { first + 1 } else { first };
+        buffers.extend([same(result, out), same(first + 2, scales)]);
+        Some(finished)
+    }
+
+    /// The launches that make of these results what is asked for.
+    fn apart(self, at: &[DevicePtr], out: DevicePtr) -> Result<Vec<Launch>, LaunchError> {
+        let Finished { case, first } = self;
+        let (mut launches, mut x) = (vec![], out);
+        if case.rotated {
+            let (y, n, width) = (at[first], self.n(), ROTATED_WIDTH as usize);
+            launches.push(hadamard::launch(&hadamard::Args { x, y, n, width })?);
+            x = y;
+        }
+        if let Some(kind) = case.acts {
+            let (q, scales) = (at[first + 1], at[first + 2]);
+            let (n_cols, k) = (case.n_tokens() * case.n_head, case.dims[1]);
+            launches.push(quantise_act::launch(&quantise_act::Args { kind, x, q, scales, n_cols, k })?);
+        }
+        Ok(launches)
+    }
+
+    /// Arguments of the launch that does so itself.
+    fn within(self, at: &[DevicePtr], args: Args) -> Args {
+        let Finished { case, first } = self;
+        let acts = case.acts.map(|kind| (kind, at[first + 4]));
+        Args { out: at[first + 3], rotated: case.rotated, acts, ..args }
     }
 }
 
@@ -356,13 +432,18 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
         Buffer::Input(vec![0xff; case.scratch_bytes()]),
         same(k, 0),
         same(v, 1),
-        Buffer::Output(Expected::Same { buffer: 9, bytes: out }),
+        if case.rotated || case.acts.is_some() {
+            Buffer::Input(vec![0])
+        } else {
+            Buffer::Output(Expected::Same { buffer: 9, bytes: out })
+        },
         Buffer::Input(bytes_of(&new[0])),
         Buffer::Input(bytes_of(&new[1])),
         Buffer::Input(bytes_of(&cells)),
         Buffer::Input(bytes_of(&angles)),
         Buffer::Input(bytes_of(&q)),
     ]);
+    let finished = Finished::new(case, &mut buffers, false);
     let case = *case;
     let launches = move |at: &[DevicePtr]| {
         let after_store = case.args(at);
@@ -375,17 +456,20 @@ fn append_problem(case: &Case, mode: Mode, random: &mut Random) -> Problem {
             cache: after_store.cache,
             n_tokens,
             rope: Some(rope),
+            widths: [None; 2],
         })?;
         let append = Append { k: at[14], v: at[15], cells: at[16], angles: at[17], mode };
-        let appends = launch(&Args {
+        let appends = Args {
             cache: Cache { k: at[11], v: at[12], ..after_store.cache },
             q: at[18],
             out: at[13],
             append: Some(append),
             ..after_store
-        })?;
+        };
+        let appends = launch(&finished.map_or(appends, |finished| finished.within(at, appends)))?;
+        let apart = finished.map_or(Ok(vec![]), |finished| finished.apart(at, after_store.out))?;
         let attends = launch(&after_store)?;
-        Ok([stores].iter().chain(attends.iter()).chain(appends.iter()).copied().collect())
+        Ok([stores].iter().chain(attends.iter()).chain(&apart).chain(appends.iter()).copied().collect())
     };
     Problem { buffers, launches: Box::new(launches) }
 }
@@ -403,8 +487,19 @@ fn problem(case: &Case, random: &mut Random) -> Problem {
     }));
     // Scratch holds no numbers before the launch writes it.
     buffers.push(Buffer::Input(vec![0xff; case.scratch_bytes()]));
+    let is_timing = random.is_timing();
+    let finished = Finished::new(case, &mut buffers, is_timing);
     let case = *case;
-    let launches = move |at: &[DevicePtr]| Ok(launch(&case.args(at))?.iter().copied().collect());
+    let launches = move |at: &[DevicePtr]| {
+        let floats = case.args(at);
+        let Some(finished) = finished else { return Ok(launch(&floats)?.iter().copied().collect()) };
+        let within = launch(&finished.within(at, floats))?;
+        if is_timing {
+            return Ok(within.iter().copied().collect());
+        }
+        let (apart, floats) = (finished.apart(at, floats.out)?, launch(&floats)?);
+        Ok(floats.iter().chain(&apart).chain(within.iter()).copied().collect())
+    };
     Problem { buffers, launches: Box::new(launches) }
 }
 
@@ -412,7 +507,9 @@ fn problem(case: &Case, random: &mut Random) -> Problem {
 fn bytes(case: &Case) -> u64 {
     let row: usize = (0..2).map(|p| quant::row::row_bytes(case.types[p], case.dims[p]).unwrap_or(0)).sum();
     let cache: usize = case.sequences.iter().map(|&(len, _)| len * case.n_head_kv * row).sum();
-    (cache + case.n_tokens() * case.n_head * (case.dims[0] + case.dims[1]) * 4) as u64
+    let rows = case.n_tokens() * case.n_head;
+    let (out, scales) = case.acts.map_or(Output::F32, Output::Act).bytes(rows * case.dims[1]);
+    (cache + rows * case.dims[0] * 4 + out + scales) as u64
 }
 
 fn flops(case: &Case) -> u64 {
@@ -527,6 +624,95 @@ impl Kernel for Flash {
         Case { append: Some(Mode::Norm), sequences: &[(64, 1), (0, 0), (600, 1), (2, 1)], ..BASE },
         Case { append: Some(Mode::Neox), sequences: &[(160, 1)], dims: [256, 256], window: 70, ..BASE },
         Case { append: Some(Mode::Norm), sequences: &[(64, 1)], dims: [128, 96], sinks: true, ..BASE },
+        // Quantised results: groups over two warps, in one, in a tile that they do not fill; rows that do not fill a tile, more
+        // than one to a KV head; padding; both ways of appending.
+        Case { acts: Q8_0, sequences: &[(65, 1), (0, 0), (300, 1)], n_head: 6, ..BASE },
+        Case { acts: Q8_1, sequences: &[(70, 1)], n_head: 22, n_head_kv: 1, ..BASE },
+        Case { acts: Q8_1, dims: [128, 128], sequences: &[(300, 1)], n_head: 8, ..BASE },
+        Case { acts: Q8_0, dims: [128, 96], sequences: &[(70, 1)], n_head: 10, n_head_kv: 1, ..BASE },
+        Case { acts: Q8_0, dims: [256, 256], sequences: &[(70, 1)], sinks: true, ..BASE },
+        Case { acts: Q8_1, dims: [576, 512], sequences: &[(70, 1)], n_head: 20, n_head_kv: 1, ..BASE },
+        Case { acts: Q8_0, sequences: &[(600, 1), (0, 0)], geometry: split(768), ..BASE },
+        Case {
+            acts: Q8_1,
+            dims: [128, 96],
+            sequences: &[(600, 2)],
+            sinks: true,
+            geometry: split(768),
+            ..BASE
+        },
+        Case {
+            acts: Q8_0,
+            sequences: &[(300, 20), (0, 0), (40, 3), (130, 18)],
+            n_head: 6,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            acts: Q8_1,
+            dims: [128, 128],
+            sequences: &[(70, 33)],
+            sinks: true,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case { acts: Q8_0, dims: [96, 32], sequences: &[(70, 20)], geometry: Geometry::Prefill, ..BASE },
+        Case {
+            acts: Q8_0,
+            dims: [256, 256],
+            sequences: &[(70, 25)],
+            n_head: 3,
+            n_head_kv: 1,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            acts: Q8_1,
+            types: [FormatId::Q8_0; 2],
+            dims: [128, 128],
+            sequences: &[(70, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        // Rotated results, as floats and quantised: over four warps, over two, within one; merged; in tiles.
+        Case { rotated: true, sequences: &[(65, 1), (0, 0), (300, 1)], n_head: 6, ..BASE },
+        Case {
+            rotated: true,
+            acts: Q8_0,
+            types: [FormatId::Q4_0; 2],
+            dims: [128, 128],
+            sequences: &[(300, 1)],
+            n_head: 8,
+            ..BASE
+        },
+        Case { rotated: true, acts: Q8_1, dims: [192, 192], sequences: &[(70, 1)], n_head_kv: 4, ..BASE },
+        Case {
+            rotated: true,
+            types: [FormatId::Q4_0; 2],
+            dims: [128, 128],
+            sequences: &[(600, 1), (0, 0)],
+            geometry: split(768),
+            ..BASE
+        },
+        Case { rotated: true, acts: Q8_1, sequences: &[(600, 2)], geometry: split(768), ..BASE },
+        Case {
+            rotated: true,
+            acts: Q8_0,
+            dims: [128, 128],
+            sequences: &[(300, 20), (0, 0), (40, 3)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            rotated: true,
+            types: [FormatId::Q4_0; 2],
+            dims: [256, 256],
+            sequences: &[(70, 25)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case { acts: Q8_0, append: Some(Mode::Norm), ..BASE },
+        Case { acts: Q8_1, append: Some(Mode::Neox), sequences: &[(257, 1)], geometry: split(512), ..BASE },
         // Formats that are widened.
         Case { types: [FormatId::Q8_0; 2], sequences: &[(300, 1)], ..BASE },
         Case { types: [FormatId::Q4_0; 2], sequences: &[(90, 20)], geometry: Geometry::Prefill, ..BASE },
@@ -625,6 +811,15 @@ impl Kernel for FlashSplit {
             n_head_kv: 1,
             ..BASE
         },
+        Case { acts: Q8_0, types: [FormatId::F32; 2], dims: [256, 256], sequences: &[(40, 1)], ..BASE },
+        Case {
+            acts: Q8_1,
+            types: [FormatId::BF16; 2],
+            dims: [128, 128],
+            sequences: &[(40, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
     ];
     const NMSE_MAX: f64 = 1e-9;
     const TIERS: Tiers = Tiers::From(80);
@@ -720,6 +915,8 @@ impl Kernel for FlashPlain {
         Case { types: [FormatId::BF16, FormatId::Q8_0], sequences: &[(70, 3)], causal: false, ..PLAIN },
         Case { types: [FormatId::Q4_0, FormatId::Q4_1], window: 40, sinks: true, ..PLAIN },
         Case { types: [FormatId::Q5_0, FormatId::Q5_1], softcap: 5.0, slopes: true, ..PLAIN },
+        Case { acts: Q8_1, dims: [64, 96], sequences: &[(70, 2), (0, 0)], sinks: true, ..PLAIN },
+        Case { rotated: true, types: [FormatId::Q4_0; 2], dims: [64, 192], ..PLAIN },
         Case { types: [FormatId::Q8_0, FormatId::BF16], dims: [576, 512], n_head: 1, n_head_kv: 1, ..PLAIN },
     ];
     /// All in f32.

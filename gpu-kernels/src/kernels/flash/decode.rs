@@ -345,8 +345,10 @@ impl<
                 part = Part::EMPTY;
             }
         }
-        if x.n_spans == 0 {
+        if x.n_spans == 0 && x.results().are_plain() {
             Self::store_rows(&x, tile, &total, None);
+        } else if x.n_spans == 0 {
+            Self::store_results(&x, &total, tile.n, |row| [tile.token, tile.head + row]);
         }
     }
 }

@@ -20,6 +20,7 @@ fn attend<
     k: Glb<u8>,
     v: Glb<u8>,
     out: Glb<F32x2>,
+    scales: Glb<U32x2>,
     scratch: Glb<F32x2>,
     positions: Glb<u32>,
     token_sequences: Glb<u32>,
@@ -51,6 +52,7 @@ fn attend<
         k,
         v,
         out,
+        scales,
         scratch,
         positions,
         token_sequences,
@@ -87,7 +89,7 @@ macro_rules! entries {
             in $file;
             pub(super) $table: threads $bounds, early;
             fn (
-                q: Glb<F32x2>, k: Glb<u8>, v: Glb<u8>, out: Glb<F32x2>, scratch: Glb<F32x2>,
+                q: Glb<F32x2>, k: Glb<u8>, v: Glb<u8>, out: Glb<F32x2>, scales: Glb<U32x2>, scratch: Glb<F32x2>,
                 positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>, pages: Glb<u32>,
                 sinks: Glb<f32>, slopes: Glb<f32>,
                 n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,

@@ -1,10 +1,11 @@
 //! Launchers: which entry, how the work is cut, and the arguments.
 
+use crate::kernels::quantise_act::Kind;
 use quant::FormatId;
 
 use super::{
     Append, CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, NEOX,
-    PLAIN_WARPS, ROWS, SPAN, TRANSFORM, Tile,
+    OFFSET_VALUES, PLAIN_WARPS, ROTATED, ROTATED_COLUMNS, ROTATED_WIDTH, ROWS, SPAN, TRANSFORM, Tile,
 };
 use crate::case::Kernel;
 use crate::driver::DeviceInfo;
@@ -224,6 +225,10 @@ pub struct Args {
     pub scale: f32,
     pub softcap: f32,
     pub geometry: Geometry,
+    /// Results are quantised: their kind, and where scales go.
+    pub acts: Option<(Kind, DevicePtr)>,
+    /// Results are rotated, before they are quantised.
+    pub rotated: bool,
     /// The tokens' own keys and values, if the cache does not have them yet: a decode that [`appends`] stores them.
     pub append: Option<Append>,
     /// Shared memory that the device gives to a CTA: a tile too large for it makes way for the next smaller one.
@@ -311,11 +316,28 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
         let row = row.map_err(|_| shape(what, "a multiple of the format's block", head_dim))?;
         row_bytes[i] = check.size(what, row)?;
     }
+    if args.acts.is_some() {
+        check.multiple("head_dim_v", cache.head_dim_v, 32, "a multiple of 32 where results are quantised")?;
+    }
+    if args.rotated {
+        let width = ROTATED_WIDTH as usize;
+        check.multiple(
+            "head_dim_v",
+            cache.head_dim_v,
+            width,
+            "a multiple of 64 where results are rotated",
+        )?;
+    }
+    if args.geometry == Geometry::Prompt && (args.rotated || args.acts.is_some()) {
+        return Err(shape("results of Geometry::Prompt", "floats as they are", 1));
+    }
+    let scales = args.acts.map_or(DevicePtr::NULL, |(_, scales)| scales);
     for (what, at, align) in [
         ("k", cache.k, 16),
         ("v", cache.v, 16),
         ("q", args.q, 16),
         ("out", args.out, 16),
+        ("scales", scales, 16),
         ("scratch", args.scratch, 16),
         ("sequences", step.sequences, 8),
         ("positions", step.positions, 4),
@@ -346,7 +368,12 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     }
     let flag = |on: bool, bit: u32| if on { bit } else { 0 };
     let neox = args.append.is_some_and(|append| append.mode == Mode::Neox);
-    let flags = flag(args.causal, CAUSAL) | flag(transform, TRANSFORM) | flag(neox, NEOX);
+    let offset_values = args.acts.is_some_and(|(kind, _)| kind == Kind::Q8_1);
+    let flags = flag(args.causal, CAUSAL)
+        | flag(transform, TRANSFORM)
+        | flag(neox, NEOX)
+        | flag(offset_values, OFFSET_VALUES)
+        | flag(args.rotated, ROTATED);
     let addresses =
         [step.positions, step.token_sequences, step.sequences, step.pages, args.sinks, args.slopes];
     let sizes = [
@@ -363,7 +390,7 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     if args.geometry == Geometry::Plain {
         // Its scores are natural logarithms throughout.
         let scale = if args.softcap != 0.0 { args.scale / args.softcap } else { args.scale };
-        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out);
+        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(scales);
         let params = addresses.iter().fold(params, |params, &at| params.with(at));
         let params = sizes.iter().fold(params, |params, &size| params.with(size));
         let attention = Launch {
@@ -429,7 +456,8 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
     ] {
         check.aligned(what, at, align)?;
     }
-    let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(args.scratch);
+    let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(scales);
+    let params = params.with(args.scratch);
     let params = addresses.iter().fold(params, |params, &at| params.with(at));
     let params = sizes.iter().fold(params, |params, &size| params.with(size));
     let attention = Launch {
@@ -443,16 +471,19 @@ pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
             |params, &at| params.with(at),
         ),
     };
+    let (entry, columns) =
+        if args.rotated { ("flash_merge_rotated", ROTATED_COLUMNS) } else { ("flash_merge", MERGE_COLUMNS) };
     let merge = (n_spans > 0).then(|| Launch {
-        entry: "flash_merge",
-        grid: [n_tokens * n_head, cache.head_dim_v.div_ceil(MERGE_COLUMNS as usize) as u32, 1],
+        entry,
+        grid: [n_tokens * n_head, cache.head_dim_v.div_ceil(columns as usize) as u32, 1],
         cta: MERGE_THREADS,
         cluster: 1,
         // Per span weights and values; per warp a maximum.
-        smem_bytes: MERGE_THREADS * (16 + 4 * MERGE_COLUMNS) + MERGE_THREADS / 8,
+        smem_bytes: MERGE_THREADS * (16 + 4 * columns) + MERGE_THREADS / 8,
         params: Params::new()
             .with(args.scratch)
             .with(args.out)
+            .with(scales)
             .with(step.positions)
             .with(step.token_sequences)
             .with(step.sequences)

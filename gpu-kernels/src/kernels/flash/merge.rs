@@ -1,26 +1,25 @@
 //! The second launch of a split decode: a row's spans out of `scratch`, merged in order as one CTA would have.
 //!
-//! A CTA has one token and head and 32 dimensions: a chain of two operations per span cannot be cut, so there are many
-//! CTAs with a short one each. Values of up to 128 spans at a time are copied to shared memory, all at once, while the
-//! weights are computed: maxima only grow, so they are a scan, and a scan of maxima is exact. Then the first warp walks
-//! the chain, a column per lane.
+//! A CTA has one token and head and 32 dimensions, or 64 where they are rotated: a chain of two operations per span cannot
+//! be cut, so there are many CTAs with a short one each. Values of up to 128 spans at a time are copied to shared memory, all at once, while the
+//! weights are computed: maxima only grow, so they are a scan, and a scan of maxima is exact. Then the first warps
+//! walk the chain, a column per lane.
 
+use super::results::Results;
 use super::{CAUSAL, NO_SEQUENCE, SPAN, state};
 use crate::device::{F32x2, F32x4, Glb, Smem, U32x2, U32x4, async_copy, grid, math, sync, thread, warp};
 
 /// Threads of a CTA, and spans that it merges at a time.
 const THREADS: u32 = super::MERGE_THREADS;
-/// Dimensions of a CTA, and 16-byte units of them.
-const COLUMNS: u32 = super::MERGE_COLUMNS;
-const UNITS: u32 = COLUMNS / 4;
 /// Spans whose values and weights are on their way to registers together.
 const BATCH: u32 = 8;
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // a kernel's
-fn merge(
+fn merge<const COLUMNS: u32>(
     scratch: Glb<F32x2>,
     out: Glb<f32>,
+    scales: Glb<U32x2>,
     positions: Glb<u32>,
     token_sequences: Glb<u32>,
     sequences: Glb<U32x2>,
@@ -31,6 +30,8 @@ fn merge(
     window: u32,
     n_spans: u32,
 ) {
+    // 16-byte units of the CTA's dimensions.
+    let units = const { COLUMNS / 4 };
     let (tid, lane) = (thread::thread_idx_x(), thread::lane_id());
     let (row, head) = (thread::block_idx_x() as usize, thread::block_idx_x() % n_head);
     let token = thread::block_idx_x() / n_head;
@@ -50,22 +51,22 @@ fn merge(
     let states = scratch.offset(n_rows * n_spans as usize * (head_dim / 2) as usize + row * n_spans as usize);
     let values = scratch.offset((row * n_spans as usize) * (head_dim / 2) as usize).cast::<U32x4>();
     let weights = Smem::<F32x4>::dynamic(0, THREADS);
-    let parts = Smem::<U32x4>::dynamic(16 * THREADS, THREADS * UNITS);
-    let maxima = Smem::<f32>::dynamic(16 * THREADS * (1 + UNITS), THREADS / 32);
+    let parts = Smem::<U32x4>::dynamic(16 * THREADS, THREADS * units);
+    let maxima = Smem::<f32>::dynamic(16 * THREADS * (1 + units), THREADS / 32);
     let (mut max, mut sum, mut value) = (f32::NEG_INFINITY, 0.0, 0.0);
     while first < end {
         let n = if end - first < THREADS { end - first } else { THREADS };
-        // Eight threads to a span: what they read lies in one piece.
-        let unit = first_column / 4 + tid % UNITS;
-        let mut span = tid / UNITS;
+        // Neighbouring threads have a span: what they read lies in one piece.
+        let unit = first_column / 4 + tid % units;
+        let mut span = tid / units;
         while span < n && unit < head_dim / 4 {
             async_copy::copy16(
                 parts,
-                UNITS * span + tid % UNITS,
+                units * span + tid % units,
                 values,
                 (first + span) * (head_dim / 4) + unit,
             );
-            span += THREADS / UNITS;
+            span += THREADS / units;
         }
         async_copy::commit();
         let mut part = [f32::NEG_INFINITY, 0.0];
@@ -130,9 +131,19 @@ fn merge(
         first += n;
     }
     let column = first_column + tid;
-    if tid < COLUMNS && column < head_dim {
-        let sink = super::sink(sinks, head);
-        out.offset(row * head_dim as usize).st(column, value * state::normaliser(max, sum, sink));
+    let result = value * state::normaliser(max, sum, super::sink(sinks, head));
+    let results = Results { out: out.cast(), scales, head_dim, flags };
+    if !results.are_plain() {
+        if tid < COLUMNS {
+            parts.cast::<f32>().st(tid, result);
+        }
+        sync::sync_threads();
+        if tid < 32 {
+            let F32x4(v) = parts.cast::<F32x4>().ld(tid % units);
+            results.store(row, first_column / 4 + tid % units, v, tid < units);
+        }
+    } else if tid < COLUMNS && column < head_dim {
+        out.offset(row * head_dim as usize).st(column, result);
     }
 }
 
@@ -140,8 +151,9 @@ kernels! {
     in "flash";
     pub(super) ENTRIES: threads(128), early;
     fn (
-        scratch: Glb<F32x2>, out: Glb<f32>, positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>,
-        sinks: Glb<f32>, n_head: u32, head_dim: u32, flags: u32, window: u32, n_spans: u32,
+        scratch: Glb<F32x2>, out: Glb<f32>, scales: Glb<U32x2>, positions: Glb<u32>, token_sequences: Glb<u32>,
+        sequences: Glb<U32x2>, sinks: Glb<f32>, n_head: u32, head_dim: u32, flags: u32, window: u32, n_spans: u32,
     );
-    "flash_merge" => merge;
+    "flash_merge" => merge::<{ super::MERGE_COLUMNS }>;
+    "flash_merge_rotated" => merge::<{ super::ROTATED_COLUMNS }>;
 }

@@ -23,6 +23,11 @@
 //! * Decode splits a token's spans over CTAs where there are few tokens (`split`): each takes an equal share of the spans
 //!   that the token sees, whose number it reads on the device, and writes every span's state into `scratch`; a second
 //!   launch merges them. `scratch`: `[row][span][head_dim_v]` weighted values, then `[row][span]` of (maximum, sum).
+//! * Results may leave quantised: `out` then holds codes, and `scales` beside it scales, of one of the kinds of `quantise_act`
+//!   whose groups have 32 values; head_dim_v is a multiple of 32. The bits are those of `quantise_act` on the f32 output.
+//!   Not [`Geometry::Prompt`], whose readers take no such activations. See `results.rs`.
+//! * Results may be rotated by [`hadamard`](super::hadamard) before that, by 64 neighbours each; head_dim_v is a multiple.
+//!   Not [`Geometry::Prompt`], whose values are f16, which are cached as they are.
 //! * A decode of one token a sequence can do what `kv_store` does with a rotation, and does it to the same bits: see `append.rs`.
 //! * Order of sums, the same in every other kernel and geometry: positions are cut into spans of 256. Within a span, online
 //!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans are merged in order. A
@@ -120,6 +125,8 @@ mod plain;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod prefill;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+mod results;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod store;
@@ -150,6 +157,8 @@ const MAX_DIM_V: u32 = 512;
 const MERGE_THREADS: u32 = 128;
 /// Dimensions of one.
 const MERGE_COLUMNS: u32 = 32;
+/// Dimensions of one where they are rotated together.
+const ROTATED_COLUMNS: u32 = ROTATED_WIDTH;
 
 /// Bits of the argument `flags`: a token sees up to its own position.
 const CAUSAL: u32 = 1;
@@ -157,6 +166,12 @@ const CAUSAL: u32 = 1;
 const TRANSFORM: u32 = 2;
 /// What is appended is rotated in pairs half a head apart.
 const NEOX: u32 = 4;
+/// Results that are quantised are as Q8_1, which keeps an offset's value with the scale.
+const OFFSET_VALUES: u32 = 8;
+/// Results are rotated.
+const ROTATED: u32 = 16;
+/// By this width.
+pub const ROTATED_WIDTH: u32 = 64;
 
 /// What of a tile is fixed per entry.
 #[derive(Clone, Copy, Debug)]

@@ -7,8 +7,9 @@
 use half::{bf16, f16};
 use quant::{BlockFormat, FormatId, formats};
 
+use super::results::Results;
 use super::{CAUSAL, MAX_DIM_V, NO_SEQUENCE, PAGE, PLAIN_WARPS, state};
-use crate::device::{Float, Glb, Smem, U32x2, math, thread, warp};
+use crate::device::{F32x4, Float, Glb, Smem, U32x2, math, thread, warp};
 
 /// A row of the cache, by format.
 trait Row {
@@ -116,6 +117,7 @@ fn plain(
     k: Glb<u8>,
     v: Glb<u8>,
     out: Glb<f32>,
+    scales: Glb<U32x2>,
     positions: Glb<u32>,
     token_sequences: Glb<u32>,
     sequences: Glb<U32x2>,
@@ -210,6 +212,18 @@ fn plain(
         block += 1;
     }
     let factor = state::normaliser(max, sum, super::sink(sinks, head));
+    let results = Results { out: out.cast(), scales, head_dim: head_dim_v, flags };
+    if !results.are_plain() {
+        let mut first = 0;
+        while first < head_dim_v / 4 {
+            let there = first + lane < head_dim_v / 4;
+            let c = if there { first + lane } else { first + lane % 8 };
+            let F32x4(v) = sums.cast::<F32x4>().ld(c);
+            results.store(row as usize, c, v.map(|v| math::mul(v, factor)), there);
+            first += 32;
+        }
+        return;
+    }
     let out = out.offset(row as usize * head_dim_v as usize);
     let mut d = lane;
     while d < head_dim_v {
@@ -222,7 +236,7 @@ kernels! {
     in "flash_plain";
     pub(super) ENTRIES: threads(128, 4);
     fn (
-        q: Glb<f32>, k: Glb<u8>, v: Glb<u8>, out: Glb<f32>,
+        q: Glb<f32>, k: Glb<u8>, v: Glb<u8>, out: Glb<f32>, scales: Glb<U32x2>,
         positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>, pages: Glb<u32>,
         sinks: Glb<f32>, slopes: Glb<f32>,
         n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,

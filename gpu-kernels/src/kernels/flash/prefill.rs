@@ -268,6 +268,13 @@ impl<
             first = Self::next_run(&x, first);
         }
 
+        if !x.results().are_plain() {
+            let place = |row: u32| {
+                let (group, tile) = (x.n_head / x.n_head_kv, Self::tile(&x));
+                [(tile.first + row) / group, thread::block_idx_y() * group + (tile.first + row) % group]
+            };
+            return Self::store_results(&x, &total, Self::tile(&x).n, place);
+        }
         // Out they go. Nothing of before is needed for it, so nothing stays in registers.
         let (thread, span) = (math::fresh(thread::thread_idx_x()), Self::tile(&x));
         let (lane, row_group, sharer) =
