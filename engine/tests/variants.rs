@@ -294,12 +294,6 @@ impl Tiny {
 
 const BACKENDS: [&str; 3] = ["reference", "cpu", "cuda"];
 
-/// Those that can run a model: the GPU has no kernel for factors of experts.
-fn backends_for(model: &Tiny) -> impl Iterator<Item = &'static str> {
-    let factors = model.tensors.keys().any(|name| name.contains("_exps.scale"));
-    BACKENDS.into_iter().filter(move |name| !factors || *name != "cuda")
-}
-
 #[test]
 fn fused_matrices_are_their_parts() {
     for arch in ["llama", "qwen2", "gemma", "phi3", "bert"] {
@@ -328,20 +322,12 @@ fn factors_of_matrices_count() {
     let rounded = biased.into_iter().map(|model| (model, 1e-12));
     for (model, bound) in exact.chain(rounded) {
         let scaled = model.clone().scaled();
-        for backend in backends_for(&scaled) {
+        for backend in BACKENDS {
             let (want, got) = (model.outputs(backend), scaled.outputs(backend));
             let err = nmse(&got, &want);
             assert!(err <= bound, "{} on {backend}: nmse {err:.1e}", model.arch);
         }
     }
-}
-
-/// What has no kernel reaches the user, with a way out.
-#[test]
-fn factors_of_experts_need_the_cpu() {
-    let scaled = Tiny::new("llama").mixture().scaled();
-    let message = scaled.run("cuda", FormatId::F32).unwrap_err().to_string();
-    assert!(message.contains("factors of experts") && message.contains("--device cpu"), "{message}");
 }
 
 /// One head of 64, which fills a tile of attention.
@@ -460,7 +446,7 @@ fn unusual_keys_match_llama_cpp() {
             .collect();
         // llama.cpp's GELU is a table of f16.
         let bound = if model.arch.starts_with("gemma") { 1e-5 } else { 1e-8 };
-        for backend in backends_for(&model) {
+        for backend in BACKENDS {
             let got = model.outputs(backend);
             let err = nmse(&got[got.len() - VOCAB..], &want);
             assert!(err <= bound, "{name} on {backend}: nmse {err:.1e}, allowed {bound:.0e}");

@@ -381,6 +381,16 @@ pub enum Action {
         cols: usize,
         out: Value,
     },
+    /// `n` (token, slot) pairs.
+    ScaleExperts {
+        x: Place,
+        factors: Place,
+        ids: Place,
+        n: usize,
+        cols: usize,
+        n_expert: usize,
+        out: Value,
+    },
     /// Index of each row's largest element, the first of equal ones.
     Argmax {
         x: Place,
@@ -566,6 +576,11 @@ impl Action {
                 place(*x, f);
                 place(*gate, f);
             }
+            Action::ScaleExperts { x, factors, ids, .. } => {
+                place(*x, f);
+                place(*factors, f);
+                place(*ids, f);
+            }
         }
     }
 
@@ -622,7 +637,8 @@ impl Action {
             | Action::Scale { out, .. }
             | Action::Softcap { out, .. }
             | Action::MoeCombine { out, .. }
-            | Action::RowGate { out, .. } => f(*out),
+            | Action::RowGate { out, .. }
+            | Action::ScaleExperts { out, .. } => f(*out),
         }
     }
 
@@ -655,7 +671,8 @@ impl Action {
             Action::Unary { x, out, .. }
             | Action::Scale { x, out, .. }
             | Action::Softcap { x, out, .. }
-            | Action::RowGate { x, out, .. } => pair(*x, *out),
+            | Action::RowGate { x, out, .. }
+            | Action::ScaleExperts { x, out, .. } => pair(*x, *out),
             Action::Gate(Gate { gate, out: Some(out), .. }) => pair(*gate, *out),
             _ => Vec::new(),
         }
@@ -684,6 +701,7 @@ impl Action {
             Action::MoeRoute { .. } => "moe_route",
             Action::MoeCombine { .. } => "moe_combine",
             Action::RowGate { .. } => "row_gate",
+            Action::ScaleExperts { .. } => "scale_experts",
             Action::Argmax { .. } => "argmax",
         }
     }
