@@ -466,14 +466,19 @@ fn what_would_be_left_out_is_refused() {
     assert!(message.contains("blk.1.attn_sinks.weight: no tensor of this architecture"), "{message}");
 
     let message = refused(Tiny::new("llama").mixture().with("expert_group_count", Kv::U32(2)));
-    assert!(message.contains("llama.expert_group_count is 2"), "{message}");
+    assert!(message.contains("llama.expert_group_count is 2, expected one group"), "{message}");
+    let one_group = Tiny::new("llama").mixture().with("expert_group_count", Kv::U32(1));
+    assert!(one_group.with("expert_used_count", Kv::Ints(vec![2; N_LAYER])).load().is_ok());
 
     let message = refused(Tiny::new("llama").mixture().with("expert_used_count", Kv::Ints(vec![1, 2, 1])));
     assert!(message.contains("llama.expert_used_count is 1 and 2"), "{message}");
 
-    let windows = Tiny::new("gemma3").with("attention.sliding_window", Kv::U32(6));
-    let message = refused(windows.with("rope.dimension_count_swa", Kv::U32(8)));
-    assert!(message.contains("gemma3.rope.dimension_count_swa is 8, expected 16"), "{message}");
+    let windows = || Tiny::new("gemma3").with("attention.sliding_window", Kv::U32(6));
+    for key in ["rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa"] {
+        let message = refused(windows().with(key, Kv::U32(8)));
+        assert!(message.contains(&format!("gemma3.{key} is 8, expected 16")), "{message}");
+        assert!(windows().with(key, Kv::U32(16)).load().is_ok(), "{key}");
+    }
 
     let mut factors = Tiny::new("llama").mixture();
     factors.vector("blk.1.ffn_up_exps.scale", N_EXPERT + 1, 1.0);
