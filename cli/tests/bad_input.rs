@@ -100,7 +100,7 @@ fn flags_that_make_no_sense() {
         (&["run", MODEL, "x", "-n", "-7"], "--predict"),
         (&["run", MODEL, "x", "--device", "tpu"], "--device"),
         (&["run", MODEL, "x", "-ctk", "q2_k"], "--cache-type-k"),
-        (&["run", MODEL, "x", "-ctv", "iq4_nl"], "--cache-type-v"),
+        (&["run", MODEL, "x", "-ctv", "iq4_xs"], "--cache-type-v"),
         (&["run", MODEL, "x", "-ngl", "some"], "--gpu-layers"),
         (&["run", MODEL, "x", "-ot", "ffn"], "REGEX=DEVICE"),
         (&["run", MODEL, "x", "-ot", "ffn=tpu"], "'tpu' is no device"),

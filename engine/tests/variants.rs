@@ -14,6 +14,7 @@ use engine::backends::cuda::{Cuda, emulator};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::hparams::Pooling;
+use engine::kv_cache::KV_FORMATS;
 use engine::weights::ByteSource;
 use engine::{Batch, Context, ContextParams, EngineError, Model};
 use quant::FormatId;
@@ -367,6 +368,37 @@ fn large_channels_survive_a_cache_in_blocks() {
         let want = run(FormatId::F32);
         let err = nmse(&run(FormatId::Q4_0), &want);
         assert!(err <= LARGE_Q4_0, "{backend}: nmse {err:.1e}");
+    }
+}
+
+/// Every format of the cache, on every backend that has it; the others say which they have.
+#[test]
+fn caches_of_every_format() {
+    let model = one_head("llama");
+    let exact = model.outputs("reference");
+    for cache in KV_FORMATS {
+        let want = model.run("reference", *cache).unwrap();
+        let err = nmse(&want, &exact);
+        let info = quant::info(*cache);
+        let bound = if info.bytes < info.elems { 0.1 } else { 3e-4 };
+        assert!(err <= bound, "{cache}: nmse {err:.1e}");
+        for backend in ["cpu", "cuda"] {
+            match model.run(backend, *cache) {
+                Ok(got) => {
+                    let err = nmse(&got, &want);
+                    // A value that rounds to another code.
+                    assert!(err <= 1e-3, "{cache} on {backend}: nmse {err:.1e}");
+                    assert!(backend == "cpu" || *cache != FormatId::IQ4_NL);
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    assert!(backend == "cuda" && *cache == FormatId::IQ4_NL, "{backend}: {message}");
+                    let says =
+                        ["keys is IQ4_NL, expected one of F32, ", "Q5_1 on a GPU; --device cpu has more"];
+                    assert!(says.iter().all(|text| message.contains(text)), "{message}");
+                }
+            }
+        }
     }
 }
 
