@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -16,6 +17,7 @@ use quant::FormatId;
 use regex_lite::Regex;
 
 use crate::quantize::file_type::FileType;
+use crate::{exit, ui};
 
 /// Run GGUF models.
 #[derive(Debug, Parser)]
@@ -663,19 +665,20 @@ pub fn command() -> clap::Command {
         .mut_subcommands(move |verb| verb.mut_args(with_env))
 }
 
-/// The command line of this process. Help goes to stdout; what does not fit the grammar is one line on stderr and exit
-/// status 2.
-pub fn parse() -> Cli {
+/// The command line of this process, or the status to exit with. Help goes to stdout; what does not fit the grammar is
+/// one line on stderr and status 2.
+pub fn parse() -> Result<Cli, ExitCode> {
     let matches = command().try_get_matches_from(expand(std::env::args_os()));
-    matches.and_then(|m| Cli::from_arg_matches(&m)).unwrap_or_else(|e| {
+    matches.and_then(|m| Cli::from_arg_matches(&m)).map_err(|e| {
         if !e.use_stderr() {
-            e.exit();
+            // clap would say nothing of a stdout that takes no help.
+            return exit::code(ui::out(e.to_string()));
         }
         // clap's first paragraph says what is wrong; the others repeat the usage.
         let text = e.to_string();
         let lines = text.lines().take_while(|l| !l.is_empty()).map(str::trim).collect::<Vec<_>>();
-        crate::ui::error(&format!("{}; see --help", lines.join(" ").trim_start_matches("error: ")));
-        std::process::exit(2)
+        ui::error(&format!("{}; see --help", lines.join(" ").trim_start_matches("error: ")));
+        ExitCode::from(2)
     })
 }
 

@@ -156,6 +156,9 @@ impl Compute {
             GpuLayers::All => n_layer + 1,
             GpuLayers::Last(n) => n.min(n_layer + 1),
         };
+        if n > 0 {
+            Cuda::takes_kv(&params.kv_layout(model)?)?;
+        }
         let names = gpus.iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>().join(", ");
         let free_text = free.iter().map(|&free| ui::bytes(free)).collect::<Vec<_>>().join(" + ");
         let ranges = needs.spread(n, &free);

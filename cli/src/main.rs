@@ -28,7 +28,10 @@ use args::Verb;
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let cli = args::parse();
+    let cli = match args::parse() {
+        Ok(cli) => cli,
+        Err(status) => return status,
+    };
     ui::set_verbose(cli.verbose);
     let result = match cli.verb {
         Verb::Run(args) => cmd::run::run(&args, started),

@@ -1,6 +1,6 @@
 //! An answer as its reader sees it: text as it comes, and what is said of it afterwards.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 use anyhow::Result;
 use engine::Tokenizer;
@@ -44,9 +44,7 @@ impl<'t> Printer<'t> {
         }
         let harmless = |c: char| !c.is_control() || c == '\n' || c == '\t';
         let shown: String = new.chars().filter(|&c| !self.escape || harmless(c)).collect();
-        let mut stdout = std::io::stdout().lock();
-        stdout.write_all(shown.as_bytes())?;
-        Ok(stdout.flush()?)
+        ui::out(shown)
     }
 }
 

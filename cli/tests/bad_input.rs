@@ -100,7 +100,7 @@ fn flags_that_make_no_sense() {
         (&["run", MODEL, "x", "-n", "-7"], "--predict"),
         (&["run", MODEL, "x", "--device", "tpu"], "--device"),
         (&["run", MODEL, "x", "-ctk", "q2_k"], "--cache-type-k"),
-        (&["run", MODEL, "x", "-ctv", "iq4_nl"], "--cache-type-v"),
+        (&["run", MODEL, "x", "-ctv", "iq4_xs"], "--cache-type-v"),
         (&["run", MODEL, "x", "-ngl", "some"], "--gpu-layers"),
         (&["run", MODEL, "x", "-ot", "ffn"], "REGEX=DEVICE"),
         (&["run", MODEL, "x", "-ot", "ffn=tpu"], "'tpu' is no device"),
@@ -202,6 +202,55 @@ fn missing_parts_of_a_split_set_are_named() {
     let first = folder.path("m-00001-of-00002.gguf");
     std::fs::copy(MODEL, &first).unwrap();
     fails(&["run", &first, "hi"], 1, "m-00002-of-00002.gguf");
+}
+
+/// Every verb that writes to stdout.
+#[cfg(target_os = "linux")]
+const WRITERS: [&[&str]; 16] = [
+    &["--help"],
+    &["bench", "--help"],
+    &["--version"],
+    &["version"],
+    &["completions", "bash"],
+    &["doctor", "--json"],
+    &["inspect", MODEL],
+    &["inspect", MODEL, "--json"],
+    &["tokenize", MODEL, "-p", "as a", "--json"],
+    &["detokenize", MODEL, "40,41"],
+    &["run", MODEL, "--raw", "-p", "as a", "-n", "2"],
+    &["run", MODEL, "--raw", "-p", "as a", "-n", "2", "--json"],
+    &["logits", MODEL, "--tokens", "1,2", "--out", "-"],
+    &["bench", MODEL, "-p", "1", "-n", "0", "-r", "1"],
+    &["bench", MODEL, "-p", "1", "-n", "0", "-r", "1", "-o", "csv"],
+    &["bench", MODEL, "-p", "1", "-n", "0", "-r", "1", "-o", "json"],
+];
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_stdout_is_said() {
+    for args in WRITERS {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = runik().args(args).stdout(full).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        let last = said.lines().last();
+        assert_eq!(last, Some("runik: error: stdout: No space left on device (os error 28)"), "{args:?}");
+        assert_eq!(said.matches("error:").count(), 1, "{args:?}: {said}");
+    }
+}
+
+/// As behind `head`: whoever stopped reading need not be told.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_closed_stdout_ends_quietly() {
+    for args in WRITERS {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = runik().args(args).stdout(writer).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(!said.contains("error"), "{args:?}: {said}");
+    }
 }
 
 /// No GPU is said, not hidden.

@@ -294,6 +294,9 @@ impl Hparams {
 
     /// Sets the sliding window on all but every `pattern`-th layer (llama.cpp's default), or as the file's
     /// `sliding_window_pattern` says: a number, or flags of the layers.
+    ///
+    /// Sizes that differ in layers with a window (`*_swa`) are an error: of our architectures none has them. (llama.cpp
+    /// reads those keys for all, but builds our architectures' layers all alike, with the sizes of the first.)
     pub fn set_window(&mut self, keys: &Keys<'_>, window: u32, pattern: u32) -> Result<(), EngineError> {
         for (swa, full) in [
             ("rope.dimension_count_swa", self.rope.n_dims),
@@ -334,6 +337,10 @@ impl Hparams {
 
     /// Reads the mixture's keys; leaves it at `None` if the file has no experts. The width of an expert is the file's
     /// `expert_feed_forward_length`, else (old files) the dense width divided among the experts of a token.
+    ///
+    /// Experts in groups, and layers that differ in the experts of a token, are errors: other architectures have them
+    /// (deepseek2's; nemotron_h_moe), and no converter writes them for ours. (llama.cpp routes by groups whatever the
+    /// architecture, but builds our layers all with the first one's number of experts.)
     pub fn read_moe(&mut self, keys: &Keys<'_>) -> Result<(), EngineError> {
         let n_expert = keys.opt_u32("expert_count")?.unwrap_or(0);
         if n_expert == 0 {
@@ -341,7 +348,11 @@ impl Hparams {
         }
         let n_expert = in_range(&keys.key("expert_count"), n_expert, 4096)?;
         if let Some(groups) = keys.opt_u32("expert_group_count")?.filter(|n| *n > 1) {
-            return Err(bad(&keys.key("expert_group_count"), groups, "experts without groups"));
+            return Err(bad(
+                &keys.key("expert_group_count"),
+                groups,
+                "one group: experts of this architecture are chosen among all",
+            ));
         }
         let used_key = "expert_used_count";
         let n_used = keys

@@ -4,6 +4,7 @@
 //! in order of position and its result depends on nothing else in the cache. Memory layout per layer and part:
 //! `[page][kv head][position in page][head_dim]`, rows of `head_dim` in the cache's format.
 
+use alloc::format;
 use alloc::vec::Vec;
 
 use quant::FormatId;
@@ -25,7 +26,27 @@ pub const KV_FORMATS: &[FormatId] = &[
     FormatId::Q4_1,
     FormatId::Q5_0,
     FormatId::Q5_1,
+    FormatId::IQ4_NL,
 ];
+
+/// Whether the formats of keys and values are among those that somebody, `whose`, can do.
+pub fn check_formats(
+    [type_k, type_v]: [FormatId; 2],
+    formats: &[FormatId],
+    whose: &str,
+) -> Result<(), EngineError> {
+    for (name, format) in [("cache type of keys", type_k), ("cache type of values", type_v)] {
+        if !formats.contains(&format) {
+            let names: Vec<_> = formats.iter().map(|f| f.name()).collect();
+            return Err(EngineError::BadParam {
+                name,
+                got: format!("{format}"),
+                expected: format!("one of {}{whose}", names.join(", ")),
+            });
+        }
+    }
+    Ok(())
+}
 
 /// One layer's heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,22 +80,15 @@ impl KvLayout {
         type_k: FormatId,
         type_v: FormatId,
     ) -> Result<KvLayout, EngineError> {
+        check_formats([type_k, type_v], KV_FORMATS, "")?;
         for (name, format, head_dim) in
             [("cache type of keys", type_k, hp.head_dim_k), ("cache type of values", type_v, hp.head_dim_v)]
         {
-            if !KV_FORMATS.contains(&format) {
-                let names: Vec<_> = KV_FORMATS.iter().map(|f| f.name()).collect();
-                return Err(EngineError::BadParam {
-                    name,
-                    got: alloc::format!("{format}"),
-                    expected: alloc::format!("one of {}", names.join(", ")),
-                });
-            }
             if quant::row::row_bytes(format, head_dim).is_err() {
                 return Err(EngineError::BadParam {
                     name,
-                    got: alloc::format!("{format}"),
-                    expected: alloc::format!(
+                    got: format!("{format}"),
+                    expected: format!(
                         "a format whose block of {} divides the head dimension {head_dim}",
                         quant::info(format).elems
                     ),

@@ -317,9 +317,15 @@ fn experts_bound(format: FormatId) -> f64 {
 
 #[test]
 fn experts() {
+    let gatings = [(false, true), (true, false), (false, false)];
     for format in [FormatId::F32, FormatId::F16, FormatId::Q4_K, FormatId::MXFP4] {
-        for &n in BATCHES {
-            for (softmax_after, normalise) in [(false, true), (true, false), (false, false)] {
+        // The emulator takes minutes for the rest.
+        let (batches, gatings) = match format {
+            FormatId::F32 => (&BATCHES[..3], &gatings[..]),
+            _ => (&BATCHES[..4], &gatings[..1]),
+        };
+        for &n in batches {
+            for &(softmax_after, normalise) in gatings {
                 check(experts_bound(format), || {
                     let mut c = Case::new(format!("experts {format} {softmax_after} {normalise}"), n);
                     let x = c.x(256);
@@ -337,11 +343,31 @@ fn experts() {
                     let down = c.weight(format, &[6, 40, 256]);
                     let y = c.g.matmul_id(h, down, None, ids);
                     let y = c.g.moe_combine(y, weights);
-                    let gate = c.x(1);
+                    let gate = c.weight(FormatId::F32, &[1, 256]);
+                    let gate = c.g.matmul(x, gate, None);
                     let y = c.g.row_gate(y, gate);
                     (c, y)
                 });
             }
+        }
+    }
+}
+
+/// One product of floats each: the same bits everywhere.
+#[test]
+fn factors_of_experts() {
+    for &n in BATCHES {
+        for (n_used, cols) in [(1, 4), (3, 36), (2, 260)] {
+            check_with(0.0, 0.0, || {
+                let mut c = Case::new(format!("scale_experts {n_used}x{cols}"), n);
+                let (logits, x) = (c.x(8), c.x(n_used * cols));
+                let params = MoeRouteParams { n_used, softmax_after: true, normalise: false, scale: 1.0 };
+                let (ids, _) = c.g.moe_route(logits, params);
+                let x = c.g.reshape(x, &[n, n_used, cols]);
+                let factors = c.weight(FormatId::F32, &[8, 1]);
+                let y = c.g.scale_experts(x, factors, ids);
+                (c, y)
+            });
         }
     }
 }

@@ -14,6 +14,7 @@ use engine::backends::cuda::{Cuda, emulator};
 use engine::backends::reference::Reference;
 use engine::executor::Serial;
 use engine::hparams::Pooling;
+use engine::kv_cache::KV_FORMATS;
 use engine::weights::ByteSource;
 use engine::{Batch, Context, ContextParams, EngineError, Model};
 use quant::FormatId;
@@ -294,12 +295,6 @@ impl Tiny {
 
 const BACKENDS: [&str; 3] = ["reference", "cpu", "cuda"];
 
-/// Those that can run a model: the GPU has no kernel for factors of experts.
-fn backends_for(model: &Tiny) -> impl Iterator<Item = &'static str> {
-    let factors = model.tensors.keys().any(|name| name.contains("_exps.scale"));
-    BACKENDS.into_iter().filter(move |name| !factors || *name != "cuda")
-}
-
 #[test]
 fn fused_matrices_are_their_parts() {
     for arch in ["llama", "qwen2", "gemma", "phi3", "bert"] {
@@ -328,20 +323,12 @@ fn factors_of_matrices_count() {
     let rounded = biased.into_iter().map(|model| (model, 1e-12));
     for (model, bound) in exact.chain(rounded) {
         let scaled = model.clone().scaled();
-        for backend in backends_for(&scaled) {
+        for backend in BACKENDS {
             let (want, got) = (model.outputs(backend), scaled.outputs(backend));
             let err = nmse(&got, &want);
             assert!(err <= bound, "{} on {backend}: nmse {err:.1e}", model.arch);
         }
     }
-}
-
-/// What has no kernel reaches the user, with a way out.
-#[test]
-fn factors_of_experts_need_the_cpu() {
-    let scaled = Tiny::new("llama").mixture().scaled();
-    let message = scaled.run("cuda", FormatId::F32).unwrap_err().to_string();
-    assert!(message.contains("factors of experts") && message.contains("--device cpu"), "{message}");
 }
 
 /// One head of 64, which fills a tile of attention.
@@ -381,6 +368,37 @@ fn large_channels_survive_a_cache_in_blocks() {
         let want = run(FormatId::F32);
         let err = nmse(&run(FormatId::Q4_0), &want);
         assert!(err <= LARGE_Q4_0, "{backend}: nmse {err:.1e}");
+    }
+}
+
+/// Every format of the cache, on every backend that has it; the others say which they have.
+#[test]
+fn caches_of_every_format() {
+    let model = one_head("llama");
+    let exact = model.outputs("reference");
+    for cache in KV_FORMATS {
+        let want = model.run("reference", *cache).unwrap();
+        let err = nmse(&want, &exact);
+        let info = quant::info(*cache);
+        let bound = if info.bytes < info.elems { 0.1 } else { 3e-4 };
+        assert!(err <= bound, "{cache}: nmse {err:.1e}");
+        for backend in ["cpu", "cuda"] {
+            match model.run(backend, *cache) {
+                Ok(got) => {
+                    let err = nmse(&got, &want);
+                    // A value that rounds to another code.
+                    assert!(err <= 1e-3, "{cache} on {backend}: nmse {err:.1e}");
+                    assert!(backend == "cpu" || *cache != FormatId::IQ4_NL);
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    assert!(backend == "cuda" && *cache == FormatId::IQ4_NL, "{backend}: {message}");
+                    let says =
+                        ["keys is IQ4_NL, expected one of F32, ", "Q5_1 on a GPU; --device cpu has more"];
+                    assert!(says.iter().all(|text| message.contains(text)), "{message}");
+                }
+            }
+        }
     }
 }
 
@@ -460,7 +478,7 @@ fn unusual_keys_match_llama_cpp() {
             .collect();
         // llama.cpp's GELU is a table of f16.
         let bound = if model.arch.starts_with("gemma") { 1e-5 } else { 1e-8 };
-        for backend in backends_for(&model) {
+        for backend in BACKENDS {
             let got = model.outputs(backend);
             let err = nmse(&got[got.len() - VOCAB..], &want);
             assert!(err <= bound, "{name} on {backend}: nmse {err:.1e}, allowed {bound:.0e}");
@@ -480,14 +498,19 @@ fn what_would_be_left_out_is_refused() {
     assert!(message.contains("blk.1.attn_sinks.weight: no tensor of this architecture"), "{message}");
 
     let message = refused(Tiny::new("llama").mixture().with("expert_group_count", Kv::U32(2)));
-    assert!(message.contains("llama.expert_group_count is 2"), "{message}");
+    assert!(message.contains("llama.expert_group_count is 2, expected one group"), "{message}");
+    let one_group = Tiny::new("llama").mixture().with("expert_group_count", Kv::U32(1));
+    assert!(one_group.with("expert_used_count", Kv::Ints(vec![2; N_LAYER])).load().is_ok());
 
     let message = refused(Tiny::new("llama").mixture().with("expert_used_count", Kv::Ints(vec![1, 2, 1])));
     assert!(message.contains("llama.expert_used_count is 1 and 2"), "{message}");
 
-    let windows = Tiny::new("gemma3").with("attention.sliding_window", Kv::U32(6));
-    let message = refused(windows.with("rope.dimension_count_swa", Kv::U32(8)));
-    assert!(message.contains("gemma3.rope.dimension_count_swa is 8, expected 16"), "{message}");
+    let windows = || Tiny::new("gemma3").with("attention.sliding_window", Kv::U32(6));
+    for key in ["rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa"] {
+        let message = refused(windows().with(key, Kv::U32(8)));
+        assert!(message.contains(&format!("gemma3.{key} is 8, expected 16")), "{message}");
+        assert!(windows().with(key, Kv::U32(16)).load().is_ok(), "{key}");
+    }
 
     let mut factors = Tiny::new("llama").mixture();
     factors.vector("blk.1.ffn_up_exps.scale", N_EXPERT + 1, 1.0);

@@ -185,6 +185,11 @@ pub trait BlockFormat: Pod + 'static {
     /// Lengths are checked by [`crate::row::encode`]; a format with `ENCODE == Encode::No` is never called.
     fn encode_row(src: &[f32], importance: Importance<'_>, out: &mut [Self]);
 
+    /// The same for values that are made anew all the time, such as a KV cache's: without a search that takes long.
+    fn encode_row_fast(src: &[f32], out: &mut [Self]) {
+        Self::encode_row(src, None, out);
+    }
+
     /// The block's weights in f32: bit-equal to ggml's `to_float`.
     ///
     /// `out.len() == ELEMS`.

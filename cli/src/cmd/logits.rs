@@ -1,8 +1,8 @@
 //! `logits`: what the model says at every position of a sequence, for comparison with other engines.
 
-use std::io::{BufWriter, Write};
+use std::io::Write;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engine::Batch;
 
 use crate::args::LogitsArgs;
@@ -19,18 +19,14 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let mut batch = Batch::default();
     batch.extend(0, &args.tokens, true);
     let rows = loaded.context.decode(&batch)?;
-    let write = |out: &mut dyn Write| -> Result<()> {
-        for row in 0..rows {
-            let bytes: Vec<u8> = loaded.context.output(row).iter().flat_map(|v| v.to_le_bytes()).collect();
-            out.write_all(&bytes)?;
-        }
-        Ok(out.flush()?)
-    };
+    let bytes = |row| loaded.context.output(row).iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     if args.out.as_os_str() == "-" {
-        write(&mut std::io::stdout().lock())?;
+        (0..rows).try_for_each(|row| ui::out(bytes(row)))?;
     } else {
         let temporary = Temporary::beside(&args.out)?;
-        write(&mut BufWriter::new(&temporary.file))?;
+        let mut file = &temporary.file;
+        let written = (0..rows).try_for_each(|row| file.write_all(&bytes(row)));
+        written.with_context(|| args.out.display().to_string())?;
         temporary.rename()?;
     }
     ui::detail(format!("{rows} positions of {} logits", loaded.context.output_cols()));

@@ -1,13 +1,15 @@
 //! The terminal: what is said on stderr, what goes to stdout, progress bars, Ctrl-C.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::exit::NoReader;
 
 static VERBOSE: AtomicBool = AtomicBool::new(false);
 
@@ -43,11 +45,13 @@ fn one_line(message: &str) -> String {
     message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Writes data to stdout.
+/// Writes data to stdout, at once.
 pub fn out(data: impl AsRef<[u8]>) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(data.as_ref())?;
-    Ok(stdout.flush()?)
+    stdout.write_all(data.as_ref()).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+        ErrorKind::BrokenPipe => NoReader.into(),
+        _ => anyhow::Error::new(error).context("stdout"),
+    })
 }
 
 /// Writes a value to stdout as one line of JSON.

@@ -44,7 +44,7 @@ impl KvBytes {
         let format = self.layout.format(part);
         for (head, x) in x.chunks_exact(self.layout.head_dim(il, part)).enumerate() {
             let range = self.row(il, part, cell, head);
-            quant::row::encode(format, x, None, &mut self.parts[il][part as usize][range])
+            quant::row::encode_one_group(format, x, &mut self.parts[il][part as usize][range])
                 .expect("checked by KvLayout");
         }
     }

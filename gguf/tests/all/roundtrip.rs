@@ -6,6 +6,7 @@ use quant::FormatId;
 
 use crate::allocation::parse_bounded;
 use crate::drain::{drain, rewrite};
+use crate::times;
 
 /// A value that owns what it holds.
 #[derive(Clone, Debug)]
@@ -94,7 +95,7 @@ fn same(a: &Value<'_>, b: &Value<'_>) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(times(512, 4) as u32))]
 
     #[test]
     fn any_file(

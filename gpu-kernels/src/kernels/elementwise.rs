@@ -2,11 +2,12 @@
 //!
 //! * `binary`: `y = op(a, b)`; element i of `a` meets element `i / inner % period` of `b`: the same shape (inner 1,
 //!   period n), one row for all rows (inner 1, period of a row), or one value per row (inner of a row, period the number
-//!   of rows). `unary`: `y = f(a)`, f a `Function` with its parameters.
+//!   of rows). With `ids` i32 [n / inner] a row's value is `b[ids[row]]` of the period's. `unary`: `y = f(a)`, f a
+//!   `Function` with its parameters.
 //! * Shapes: n elements, dense, 16-byte aligned. Where inner or period is not 1 or n, all of n, inner (if not 1) and period
-//!   (if inner is 1) are multiples of 4. `y` may be `a` or, where the shapes agree, `b`.
+//!   (if inner is 1) are multiples of 4. `y` may be `a` or, where the shapes agree, `b`. Ids need an inner that is not 1.
 //! * Geometry: 256 threads per CTA, a float4 per thread; the last thread takes what is left of n.
-//! * Bytes: 8n, and 4 · period for `b`. FLOPs: n.
+//! * Bytes: 8n, 4 · period for `b`, 4 per id. FLOPs: n.
 //! * Tolerance: `binary` is exact but for `MulSigmoid`, one rounding, the same as the reference's. `unary` and
 //!   `MulSigmoid`: NMSE 1e-12, from `ex2.approx` and `rcp.approx`.
 
@@ -66,7 +67,17 @@ mod gpu {
     }
 
     #[inline(always)]
-    fn same(a: Glb<F32x4>, b: Glb<F32x4>, y: Glb<F32x4>, n: u32, period: u32, _inner4: u32, op: u32) {
+    #[allow(clippy::too_many_arguments)] // the entry's
+    fn same(
+        a: Glb<F32x4>,
+        b: Glb<F32x4>,
+        _ids: Glb<u32>,
+        y: Glb<F32x4>,
+        n: u32,
+        period: u32,
+        _inner4: u32,
+        op: u32,
+    ) {
         let i = thread::index_1d();
         if i < n / 4 {
             // A period that is no multiple of 4 is n: nothing repeats.
@@ -84,10 +95,22 @@ mod gpu {
     }
 
     #[inline(always)]
-    fn inner(a: Glb<F32x4>, b: Glb<F32x4>, y: Glb<F32x4>, n: u32, period: u32, inner4: u32, op: u32) {
+    #[allow(clippy::too_many_arguments)] // the entry's
+    fn inner(
+        a: Glb<F32x4>,
+        b: Glb<F32x4>,
+        ids: Glb<u32>,
+        y: Glb<F32x4>,
+        n: u32,
+        period: u32,
+        inner4: u32,
+        op: u32,
+    ) {
         let i = thread::index_1d();
         if i < n / 4 {
-            let (F32x4(mut v), w) = (a.ld(i), b.cast::<f32>().ld(i / inner4 % period));
+            let row = i / inner4;
+            let at = if ids.is_null() { row % period } else { ids.ld_nc(row) };
+            let (F32x4(mut v), w) = (a.ld(i), b.cast::<f32>().ld(at));
             unroll!(J in 0..4 {
                 v[J] = combine(op, v[J], w);
             });
@@ -111,7 +134,7 @@ mod gpu {
     kernels! {
         in "elementwise";
         pub(super) BINARY: threads(256);
-        fn (a: Glb<F32x4>, b: Glb<F32x4>, y: Glb<F32x4>, n: u32, period: u32, inner4: u32, op: u32);
+        fn (a: Glb<F32x4>, b: Glb<F32x4>, ids: Glb<u32>, y: Glb<F32x4>, n: u32, period: u32, inner4: u32, op: u32);
         "binary_f32" => same;
         "binary_inner_f32" => inner;
     }
@@ -153,6 +176,7 @@ mod host {
         pub op: BinaryOp,
         pub a: DevicePtr,
         pub b: DevicePtr,
+        pub ids: DevicePtr,
         pub y: DevicePtr,
         pub n: usize,
         pub inner: usize,
@@ -164,12 +188,13 @@ mod host {
         let check = Check(Elementwise::NAME);
         let n = check.size("n", args.n)?;
         let (period, inner) = (check.size("period", args.period)?, check.size("inner", args.inner)?);
-        check.multiple(
-            "n",
-            args.n,
-            args.inner.saturating_mul(args.period),
-            "a multiple of inner * period",
-        )?;
+        if args.ids == DevicePtr::NULL {
+            let all = args.inner.saturating_mul(args.period);
+            check.multiple("n", args.n, all, "a multiple of inner * period")?;
+        } else {
+            check.multiple("n", args.n, args.inner, "a multiple of inner")?;
+            check.multiple("inner", args.inner, 4, "a multiple of 4, with ids")?;
+        }
         let entry = if args.inner == 1 {
             if args.period != args.n {
                 check.multiple("period", args.period, 4, "a multiple of 4, or n")?;
@@ -182,7 +207,8 @@ mod host {
         for (what, at) in [("a", args.a), ("b", args.b), ("y", args.y)] {
             check.aligned(what, at, 16)?;
         }
-        let params = Params::new().with(args.a).with(args.b).with(args.y);
+        check.aligned("ids", args.ids, 4)?;
+        let params = Params::new().with(args.a).with(args.b).with(args.ids).with(args.y);
         Ok(flat(entry, n, params.with(n).with(period).with(inner / 4).with(args.op as u32)))
     }
 
@@ -222,12 +248,15 @@ mod host {
     #[derive(Clone, Copy, Debug)]
     #[allow(missing_docs)] // the contract's names
     pub enum Case {
-        Binary { op: BinaryOp, n: usize, inner: usize, period: usize },
+        Binary { op: BinaryOp, n: usize, inner: usize, period: usize, chosen: bool },
         Unary { function: Function, n: usize, a: f32, b: f32 },
     }
 
     const fn binary(op: BinaryOp, n: usize, inner: usize, period: usize) -> Case {
-        Case::Binary { op, n, inner, period }
+        Case::Binary { op, n, inner, period, chosen: false }
+    }
+    const fn chosen(op: BinaryOp, n: usize, inner: usize, period: usize) -> Case {
+        Case::Binary { op, n, inner, period, chosen: true }
     }
     const fn unary(function: Function, n: usize) -> Case {
         Case::Unary { function, n, a: 0.0, b: 0.0 }
@@ -247,6 +276,8 @@ mod host {
             binary(BinaryOp::Mul, 3 * 260, 260, 3),
             binary(BinaryOp::MulSigmoid, 5 * 1024, 1024, 5),
             binary(BinaryOp::Sub, 2 * 3 * 8, 8, 3),
+            chosen(BinaryOp::Mul, 7 * 260, 260, 3),
+            chosen(BinaryOp::Mul, 2 * 4, 4, 9),
             unary(Function::Silu, 1023),
             unary(Function::Gelu, 1025),
             unary(Function::GeluErf, 1024),
@@ -282,23 +313,29 @@ mod host {
 
         fn problem(case: &Case, random: &mut Random) -> Problem {
             match *case {
-                Case::Binary { op, n, inner, period } => {
+                Case::Binary { op, n, inner, period, chosen } => {
                     let (a, b) = (random.values(n), random.values(period));
+                    let ids: Option<Vec<u32>> =
+                        chosen.then(|| (0..n / inner).map(|_| random.below(period as u64) as u32).collect());
+                    let at = |row: usize| ids.as_ref().map_or(row % period, |ids| ids[row] as usize);
                     let y: Vec<f32> =
-                        a.iter().enumerate().map(|(i, &a)| op.reference(a, b[i / inner % period])).collect();
+                        a.iter().enumerate().map(|(i, &a)| op.reference(a, b[at(i / inner)])).collect();
                     let expected = match op {
                         BinaryOp::MulSigmoid => Expected::F32(y.into_iter().map(f64::from).collect()),
                         _ => Expected::Exact(bytes_of(&y)),
                     };
+                    let mut buffers = vec![
+                        Buffer::Input(bytes_of(&a)),
+                        Buffer::Input(bytes_of(&b)),
+                        Buffer::Output(expected),
+                    ];
+                    buffers.extend(ids.map(|ids| Buffer::Input(bytes_of(&ids))));
                     Problem {
-                        buffers: vec![
-                            Buffer::Input(bytes_of(&a)),
-                            Buffer::Input(bytes_of(&b)),
-                            Buffer::Output(expected),
-                        ],
+                        buffers,
                         launches: Box::new(move |at| {
                             let (a, b, y) = (at[0], at[1], at[2]);
-                            Ok(vec![launch_binary(&BinaryArgs { op, a, b, y, n, inner, period })?])
+                            let ids = at.get(3).copied().unwrap_or(DevicePtr::NULL);
+                            Ok(vec![launch_binary(&BinaryArgs { op, a, b, ids, y, n, inner, period })?])
                         }),
                     }
                 }
@@ -320,7 +357,9 @@ mod host {
 
         fn bytes(case: &Case) -> u64 {
             match *case {
-                Case::Binary { n, period, .. } => (8 * n + 4 * period) as u64,
+                Case::Binary { n, inner, period, chosen, .. } => {
+                    (8 * n + 4 * period + if chosen { 4 * n / inner } else { 0 }) as u64
+                }
                 Case::Unary { n, .. } => 8 * n as u64,
             }
         }

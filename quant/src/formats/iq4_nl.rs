@@ -82,27 +82,36 @@ pub(super) fn weights(x: &[f32], columns: Option<&[f32]>, sigma2: f32) -> [f32; 
     }
 }
 
-/// The scale, of either sign, that loses least: the search of `codebook::fit` without a codebook. Zero for a
-/// sub-block of zeros.
-pub(super) fn fit_scale(x: &[f32], weight: &[f32; 32]) -> f32 {
+/// The largest weight by magnitude; zero for a sub-block of zeros.
+fn extreme(x: &[f32]) -> f32 {
     let (mut amax, mut extreme) = (0.0f32, 0.0f32);
     for &v in x {
         if v.abs() > amax {
             (amax, extreme) = (v.abs(), v);
         }
     }
-    if amax < ZERO_MAX {
+    if amax < ZERO_MAX { 0.0 } else { extreme }
+}
+
+/// Weighted sums Σ q·x and Σ q² with `x` rounded at an inverse scale: their ratio is the scale that then loses least.
+fn sums(x: &[f32], weight: &[f32; 32], inverse: f32) -> (f32, f32) {
+    let q: [f32; 32] = core::array::from_fn(|i| nearest_value(inverse * x[i]));
+    let (mut sum_qx, mut sum_q2) = (0.0f32, 0.0f32);
+    for i in 0..32 {
+        sum_qx += weight[i] * q[i] * x[i];
+        sum_q2 += weight[i] * q[i] * q[i];
+    }
+    (sum_qx, sum_q2)
+}
+
+/// The scale, of either sign, that loses least: the search of `codebook::fit` without a codebook. Zero for a
+/// sub-block of zeros.
+pub(super) fn fit_scale(x: &[f32], weight: &[f32; 32]) -> f32 {
+    let extreme = extreme(x);
+    if extreme == 0.0 {
         return 0.0;
     }
-    let sums = |inverse: f32| {
-        let q: [f32; 32] = core::array::from_fn(|i| nearest_value(inverse * x[i]));
-        let (mut sum_qx, mut sum_q2) = (0.0f32, 0.0f32);
-        for i in 0..32 {
-            sum_qx += weight[i] * q[i] * x[i];
-            sum_q2 += weight[i] * q[i] * q[i];
-        }
-        (sum_qx, sum_q2)
-    };
+    let sums = |inverse| sums(x, weight, inverse);
     let first = IQ4[0] as f32;
     let (sum_qx, sum_q2) = sums(1.0 / (-extreme / first));
     let mut scale = if sum_q2 > 0.0 { sum_qx / sum_q2 } else { 0.0 };
@@ -145,6 +154,18 @@ impl BlockFormat for Block {
             let scale = fit_scale(x, &weights(x, columns, 2.0 * sum_of_squares(x) / 32.0));
             block.d = f32_to_f16(scale).to_le_bytes();
             pack(x, scale, &mut block.qs);
+        }
+    }
+
+    /// As ggml's `quantize_row_iq4_nl_ref`: the largest weight gets the largest value, then the scale is fitted.
+    fn encode_row_fast(src: &[f32], out: &mut [Self]) {
+        for (x, block) in src.chunks_exact(32).zip(out) {
+            let start = extreme(x) / IQ4[0] as f32;
+            let inverse = if start == 0.0 { 0.0 } else { 1.0 / start };
+            let (sum_qx, sum_q2) = sums(x, &weights(x, None, 0.0), inverse);
+            let scale = if start != 0.0 && sum_q2 > 0.0 { sum_qx / sum_q2 } else { 0.0 };
+            block.d = f32_to_f16(scale).to_le_bytes();
+            pack(x, start, &mut block.qs);
         }
     }
 }

@@ -8,6 +8,7 @@ use core::hint::black_box;
 use engine::Executor;
 use gpu_kernels::driver::{Driver, DriverError, MemKind, StreamId};
 use gpu_kernels::kernels::elementwise::{BinaryArgs, BinaryOp, launch_binary};
+use gpu_kernels::launch::DevicePtr;
 use gpu_kernels::modules::{FindModule, Modules};
 use uk_kernel::clock;
 use uk_kernel::devices::Devices;
@@ -37,7 +38,8 @@ pub fn gpu(machine: &Machine, devices: &mut Devices) -> Result<(), DriverError> 
     driver.fill(y, 0, size, stream)?;
     let rest = 4 * LAUNCH_ELEMS as u64;
     driver.copy(y.offset(rest), a.offset(rest), size - rest, stream)?;
-    let args = BinaryArgs { op: BinaryOp::Add, a, b: y, y, n: LAUNCH_ELEMS, period: LAUNCH_ELEMS, inner: 1 };
+    let (n, ids) = (LAUNCH_ELEMS, DevicePtr::NULL);
+    let args = BinaryArgs { op: BinaryOp::Add, a, b: y, ids, y, n, period: n, inner: 1 };
     let launch = launch_binary(&args).map_err(|_| DriverError::Unsupported { op: "selftest" })?;
     for _ in 0..LAUNCHES {
         driver.launch(module, &launch, stream)?;

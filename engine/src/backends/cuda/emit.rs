@@ -339,6 +339,7 @@ impl Emit<'_> {
                     op,
                     a: self.place(*a),
                     b: self.place(*b),
+                    ids: DevicePtr::NULL,
                     y: self.value(*out),
                     n: *n,
                     inner: 1,
@@ -379,11 +380,24 @@ impl Emit<'_> {
                 op: BinaryOp::MulSigmoid,
                 a: self.place(*x),
                 b: self.place(*gate),
+                ids: DevicePtr::NULL,
                 y: self.value(*out),
                 n: n * cols,
                 inner: *cols,
                 period: *n,
             })),
+            Action::ScaleExperts { x, factors, ids, n, cols, n_expert, out } => {
+                one(elementwise::launch_binary(&BinaryArgs {
+                    op: BinaryOp::Mul,
+                    a: self.place(*x),
+                    b: self.place(*factors),
+                    ids: self.place(*ids),
+                    y: self.value(*out),
+                    n: n * cols,
+                    inner: *cols,
+                    period: *n_expert,
+                }))
+            }
             Action::Argmax { x, n, cols, out, scratch } => {
                 let launches = argmax::launch(&argmax::Args {
                     x: self.place(*x),

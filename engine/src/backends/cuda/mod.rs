@@ -30,6 +30,7 @@ use core::cell::RefCell;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use gpu_kernels::driver::{DeviceInfo, DriverError, GraphId, MemKind, ModuleId, StreamId};
+use gpu_kernels::kernels::flash;
 use gpu_kernels::launch::{DevicePtr, Launch};
 use gpu_kernels::modules::{FindModule, Missing, Modules};
 use gpu_kernels::ptx;
@@ -53,7 +54,7 @@ use crate::backend::{Backend, BackendInfo, PlanId, Step};
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::graph::{Graph, Node};
-use crate::kv_cache::KvLayout;
+use crate::kv_cache::{self, KvLayout};
 use crate::op::KvPart;
 use crate::plan::{Plan, Slot};
 use crate::sampler::Sampler;
@@ -324,6 +325,12 @@ impl Cuda {
         Ok(self.modules.keep(kernels, &*self.device)?)
     }
 
+    /// Whether the kernels know the formats of a cache.
+    pub fn takes_kv(layout: &KvLayout) -> Result<(), EngineError> {
+        let formats = [layout.type_k, layout.type_v];
+        kv_cache::check_formats(formats, &flash::KV_FORMATS, " on a GPU; --device cpu has more")
+    }
+
     /// Bytes of device memory that the weights take.
     pub fn weight_bytes(&self) -> usize {
         self.weights.bytes()
@@ -443,6 +450,9 @@ impl Backend for Cuda {
     }
 
     fn create_kv(&mut self, layout: &KvLayout) -> Result<(), EngineError> {
+        if layout.total_bytes() > 0 {
+            Cuda::takes_kv(layout)?;
+        }
         self.kv = None;
         self.kv_generation += 1;
         let memory = Memory::new(&self.device, MemKind::Device, layout.total_bytes())?;

@@ -417,6 +417,16 @@ pub enum Action {
         cols: usize,
         out: Value,
     },
+    /// `n` (token, slot) pairs.
+    ScaleExperts {
+        x: Place,
+        factors: Place,
+        ids: Place,
+        n: usize,
+        cols: usize,
+        n_expert: usize,
+        out: Value,
+    },
     /// Index of each row's largest element, the first of equal ones.
     Argmax {
         x: Place,
@@ -622,6 +632,11 @@ impl Action {
                 place(*x, f);
                 place(*gate, f);
             }
+            Action::ScaleExperts { x, factors, ids, .. } => {
+                place(*x, f);
+                place(*factors, f);
+                place(*ids, f);
+            }
         }
     }
 
@@ -686,7 +701,8 @@ impl Action {
             | Action::Scale { out, .. }
             | Action::Softcap { out, .. }
             | Action::MoeCombine { out, .. }
-            | Action::RowGate { out, .. } => f(*out),
+            | Action::RowGate { out, .. }
+            | Action::ScaleExperts { out, .. } => f(*out),
         }
     }
 
@@ -720,7 +736,8 @@ impl Action {
             | Action::Unary { x, out, .. }
             | Action::Scale { x, out, .. }
             | Action::Softcap { x, out, .. }
-            | Action::RowGate { x, out, .. } => pair(*x, *out),
+            | Action::RowGate { x, out, .. }
+            | Action::ScaleExperts { x, out, .. } => pair(*x, *out),
             Action::Gate(Gate { gate, out: Some(out), .. }) => pair(*gate, *out),
             _ => Vec::new(),
         }
@@ -750,6 +767,7 @@ impl Action {
             Action::MoeRoute { .. } => "moe_route",
             Action::MoeCombine { .. } => "moe_combine",
             Action::RowGate { .. } => "row_gate",
+            Action::ScaleExperts { .. } => "scale_experts",
             Action::Argmax { .. } => "argmax",
         }
     }

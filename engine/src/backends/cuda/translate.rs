@@ -424,8 +424,11 @@ impl<'a> Translator<'a> {
                 let (x, out) = (self.place(*x), self.value(out()));
                 self.push(Action::Argmax { x, n, cols, out, scratch });
             }
-            Op::ScaleExperts { .. } => {
-                return Err("factors of experts have no kernel; --device cpu has them".into());
+            Op::ScaleExperts { x, factors, ids } => {
+                let (n, cols, n_expert) = (shape(*x).rows(), shape(*x).cols(), shape(*factors).elems());
+                let (x, factors, ids) = (self.place(*x), self.vector(*factors)?, self.place(*ids));
+                let out = self.value(out());
+                self.push(Action::ScaleExperts { x, factors, ids, n, cols, n_expert, out });
             }
             Op::RowGate { x, gate } => {
                 let (n, cols) = (shape(*x).rows(), shape(*x).cols());
