@@ -801,10 +801,10 @@ mod tests {
         }
     }
 
-    /// Results in super-blocks, which may span heads, and results that others read remain floats.
+    /// Results whose groups span heads, and results that others read, remain floats.
     #[test]
     fn attention_ends_in_floats_where_it_must() {
-        for (format, tapped) in [(FormatId::Q4_K, false), (FormatId::Q4_0, true)] {
+        for (head_dim, tapped) in [(16, false), (64, true)] {
             let mut b = GraphBuilder::new(true);
             let q = {
                 let (ids, table) = (b.input(Input::Tokens, 1), b.weight(0, FormatId::Q8_0, &[50, 256], 0));
@@ -812,10 +812,10 @@ mod tests {
             };
             let params = AttentionParams {
                 il: 0,
-                n_head: 4,
-                n_head_kv: 4,
-                head_dim_k: 64,
-                head_dim_v: 64,
+                n_head: 256 / head_dim,
+                n_head_kv: 256 / head_dim,
+                head_dim_k: head_dim,
+                head_dim_v: head_dim,
                 scale: 0.125,
                 softcap: 0.0,
                 window: 0,
@@ -825,13 +825,13 @@ mod tests {
             if tapped {
                 b.tap("attention", Some(0), y);
             }
-            let w = b.weight(1, format, &[256, 256], 0);
+            let w = b.weight(1, FormatId::Q4_K, &[256, 256], 0);
             let y = b.matmul(y, w, None);
             b.output(Output::Logits, y);
             let (mut program, _) = translate(&b.finish(), &Anywhere, &DeviceInfo::default()).unwrap();
             RuleSet::only("attention_quantise").unwrap().apply(&mut program);
             let names: Vec<_> = program.actions.iter().map(Action::name).collect();
-            assert_eq!(names, ["get_rows", "attention", "quantise", "product"], "{format}");
+            assert_eq!(names, ["get_rows", "attention", "quantise", "product"], "heads of {head_dim}");
         }
     }
 
