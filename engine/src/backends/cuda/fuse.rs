@@ -757,6 +757,25 @@ mod tests {
         assert_eq!(one.len(), 5 + 3, "{one:?}");
     }
 
+    /// One token's products ask for what is read next; those of a batch have time for their own.
+    #[test]
+    fn products_of_one_token_name_the_next_weights() {
+        for n in [1, 4] {
+            let (mut program, _) = translate(&decode_step(n, 2), &Anywhere, &DeviceInfo::default()).unwrap();
+            RuleSet::ALL.apply(&mut program);
+            let products = program.actions.iter().filter_map(|action| match action {
+                Action::Product(product) => Some(product),
+                _ => None,
+            });
+            let products: Vec<&Product> = products.collect();
+            assert_eq!(products.len(), 2 * 4 + 1);
+            for pair in products.windows(2) {
+                assert_eq!(pair[0].ahead, (n == 1).then_some(pair[1].parts[0].w), "{n} tokens");
+            }
+            assert_eq!(products[8].ahead, None);
+        }
+    }
+
     /// A cache of rotated keys and values costs no launch: the store and attention rotate on the way.
     #[test]
     fn a_layer_over_a_rotated_cache_has_no_launch_more() {
