@@ -127,7 +127,7 @@ impl Ahead {
         check.aligned("weights ahead", self.at, 16)?;
         check.multiple("bytes ahead", self.n_bytes, 16, "a multiple of 16")?;
         // No launch asks for so many.
-        Ok(Spare::weights(self.at, u32::try_from(self.n_bytes).unwrap_or(u32::MAX & !15)))
+        Ok(Spare::weights(self.at, u32::try_from(self.n_bytes).unwrap_or(!15)))
     }
 }
 
