@@ -130,6 +130,8 @@ mod results;
 mod state;
 #[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
 mod store;
+#[cfg(not(target_arch = "nvptx64"))]
+mod tables;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use append::*;
