@@ -597,7 +597,8 @@ fn both_ways(case: &Case, random: &mut Random) -> Problem {
                     mixture: None,
                 };
                 let after = After::Norm { weight, q: codes, scales: unscaled, squares };
-                launches.push(launch_with(&product, Besides { after, ..Besides::default() })?);
+                let ahead = Ahead { at: at[0], n_bytes: tile::matrix_bytes(format, rows[0], k) };
+                launches.push(launch_with(&product, Besides { after, ahead, ..Besides::default() })?);
                 launches.push(norm(h)?);
                 taken = (codes, unscaled, Before::Factor { squares, eps: EPS });
             }
