@@ -66,13 +66,40 @@ impl Case {
         for (x, out) in values.chunks_exact(cols).zip(bytes.chunks_exact_mut(row_bytes)) {
             quant::row::encode(format, x, Some(&importance), out).unwrap();
         }
-        self.weights.push(CaseWeight { name, format, shape: shape.to_vec(), bytes });
-        self.g.weight(self.weights.len() as u32 - 1, format, shape, 0)
+        self.push(CaseWeight { name, format, shape: shape.to_vec(), bytes })
+    }
+
+    fn push(&mut self, weight: CaseWeight) -> TensorId {
+        let id = self.g.weight(self.weights.len() as u32, weight.format, &weight.shape, 0);
+        self.weights.push(weight);
+        id
     }
 
     /// An activation [n, cols] with values of its own.
     pub fn x(&mut self, cols: usize) -> TensorId {
-        let table = self.weight(FormatId::F32, &[self.n, cols]);
+        let values = self.values(self.n * cols);
+        self.activation(cols, &values)
+    }
+
+    /// An activation [n, cols] that no rounding changes: whole multiples of one power of two, the largest of every group
+    /// of 32 is 127 of it, and no group's sum is beyond what f16 counts (31 · 60 + 127).
+    pub fn codes(&mut self, cols: usize) -> TensorId {
+        let mut values = self.values(self.n * cols);
+        for (i, group) in values.chunks_mut(32).enumerate() {
+            for x in group.iter_mut() {
+                *x = (*x * 20.0).round_ties_even().clamp(-60.0, 60.0) / 64.0;
+            }
+            group[i * 7 % group.len()] = if i % 2 == 0 { 127.0 } else { -127.0 } / 64.0;
+        }
+        self.activation(cols, &values)
+    }
+
+    /// An activation [n, cols] of these values.
+    fn activation(&mut self, cols: usize, values: &[f32]) -> TensorId {
+        let shape = vec![self.n, cols];
+        let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let name = format!("w{}", self.weights.len());
+        let table = self.push(CaseWeight { name, format: FormatId::F32, shape, bytes });
         let rows = self.g.input(Input::OutputRows, self.n);
         self.g.get_rows(table, rows)
     }

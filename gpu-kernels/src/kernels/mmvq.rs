@@ -362,7 +362,7 @@ pub(super) mod gpu {
     }
 
     /// The sums over a span, of which `n` groups are there: of the lane's row of each of `TILES` row tiles, and of
-    /// `AT_ONCE` columns from column `first` of the stage on. `SIDE_BY_SIDE`: groups may overlap, in more registers.
+    /// `AT_ONCE` columns from column `first` of the stage on. `SIDE_BY_SIDE`: four groups may overlap, in more registers.
     #[inline(always)]
     #[track_caller]
     pub(crate) fn span_sums<
@@ -380,11 +380,12 @@ pub(super) mod gpu {
         const { assert!(SPAN_GROUPS == 8) };
         let groups = SPAN_GROUPS as u32;
         // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
-        // way keeps it to one; other warps hide the latency.
-        let groups_left = if SIDE_BY_SIDE { groups } else { math::opaque(groups) };
+        // way keeps it to one, or to four; other warps hide the latency.
+        let groups_left = math::opaque(groups);
         let mut acc = [[0.0f32; AT_ONCE]; TILES];
         unroll!(G in 0..8 {
-            if (G as u32) < groups_left {
+            let first_of_lot = if SIDE_BY_SIDE { G as u32 / 4 * 4 } else { G as u32 };
+            if (SIDE_BY_SIDE && first_of_lot == 0) || first_of_lot < groups_left {
                 let weights: [Group; TILES] = core::array::from_fn(|t| {
                     block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
                 });

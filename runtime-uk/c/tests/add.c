@@ -21,8 +21,8 @@ int main(int argc, char **argv) {
     void *db = cuda_uk_malloc(&ctx, sizeof b), *dy = cuda_uk_malloc(&ctx, sizeof y);
     if (!da.ptr || !db || !dy) return fail(&ctx, "malloc");
     if (cuda_uk_memcpy_htod(&ctx, da.ptr, a, sizeof a) || cuda_uk_memcpy_htod(&ctx, db, b, sizeof b)) return fail(&ctx, "htod");
-    /* binary_f32(a, b, y, n, period, inner / 4, operation): operation 0 adds. */
-    struct { void *a, *b, *y; unsigned n, period, inner, op; } params = {da.ptr, db, dy, N, N, 0, 0};
+    /* binary_f32(a, b, ids, y, n, period, inner / 4, operation): no ids, operation 0 adds. */
+    struct { void *a, *b, *ids, *y; unsigned n, period, inner, op; } params = {da.ptr, db, NULL, dy, N, N, 0, 0};
     unsigned grid[3] = {(N + 1023) / 1024, 1, 1};
     if (cuda_uk_launch(&ctx, "binary_f32", grid, 256, 0, &params, sizeof params)) return fail(&ctx, "launch");
     if (cuda_uk_synchronize(&ctx)) return fail(&ctx, "synchronize");

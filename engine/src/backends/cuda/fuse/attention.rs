@@ -1,5 +1,7 @@
 //! Rules about attention: what comes before it (rotations, the cache) and after it.
 
+use alloc::vec::Vec;
+
 use gpu_kernels::kernels::flash;
 
 use super::{only_reader, quantise_at_writer, writer};
