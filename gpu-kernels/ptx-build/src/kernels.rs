@@ -100,14 +100,23 @@ impl<'a> Kernels<'a> {
     /// The modules of these kernels for these tiers, tier by tier, several at a time. A kernel that a tier does not have
     /// gives none.
     pub fn build(&self, names: &[String], tiers: &[Tier]) -> Result<Vec<Module>, PtxError> {
-        let jobs: Vec<(&Tier, &String)> =
-            tiers.iter().flat_map(|tier| names.iter().map(move |name| (tier, name))).collect();
-        let mut modules = in_parallel(&jobs, |&(tier, name)| self.module(name, tier))?;
+        let jobs = |tiers: &[Tier]| -> Vec<(Tier, &String)> {
+            tiers.iter().flat_map(|tier| names.iter().map(|name| (*tier, name))).collect()
+        };
+        // What several tiers have is compiled once, before any of them asks for it.
+        let mut compiled: Vec<Tier> = tiers.iter().map(|tier| *tier.compiled()).collect();
+        compiled.sort_by_key(|tier| tier.sm);
+        compiled.dedup();
+        in_parallel(&jobs(&compiled), |(tier, name)| self.text(name, tier).map(drop))?;
+        let mut modules = in_parallel(&jobs(tiers), |(tier, name)| {
+            Module::finish(*tier, name, &self.text(name, tier.compiled())?)
+        })?;
         modules.retain(|module| !module.kernels.is_empty());
         Ok(modules)
     }
 
-    fn module(&self, name: &str, tier: &Tier) -> Result<Module, PtxError> {
+    /// What the compiler makes of a kernel for a tier that is compiled; from the build folder if nothing has changed.
+    fn text(&self, name: &str, tier: &Tier) -> Result<String, PtxError> {
         let folder = self.build_dir.join(tier.name);
         std::fs::create_dir_all(&folder).map_err(PtxError::path("create", &folder))?;
         let (raw, inputs) = (folder.join(format!("{name}.s")), folder.join(format!("{name}.inputs")));
@@ -117,11 +126,10 @@ impl<'a> Kernels<'a> {
         let fresh =
             std::fs::read_to_string(&inputs).is_ok_and(|text| cache::holds(&self.root, digest, &text));
         let kept = if fresh { std::fs::read_to_string(&raw).ok() } else { None };
-        let text = match kept {
-            Some(text) => text,
-            None => self.compile(name, tier, &flags, digest, &raw, &inputs)?,
-        };
-        Module::finish(*tier, name, &text)
+        match kept {
+            Some(text) => Ok(text),
+            None => self.compile(name, tier, &flags, digest, &raw, &inputs),
+        }
     }
 
     /// Flags that decide what comes out.

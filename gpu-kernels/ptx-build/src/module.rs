@@ -1,6 +1,6 @@
 //! The finishing touches on a kernel file's PTX, and the rules it must keep.
 //!
-//! Finishing: rustc emits no launch bounds, so kernels carry them as a comment `// @launch .maxntid 256,1,1`, which is
+//! Finishing: the header says which tier it is for; rustc emits no launch bounds, so kernels carry them as a comment `// @launch .maxntid 256,1,1`, which is
 //! moved to the entry's header; rustc cannot align a parameter beyond 16 bytes, so `// @param_align INDEX ALIGN` raises
 //! it in the text; comments that mark inline assembly go. Registers and labels are numbered anew in the order in which
 //! they appear, and parameters lose the entry's name: LLVM's numbers depend on the whole file, and equal code with equal
@@ -60,7 +60,7 @@ impl Module {
         let raw = without_functions(raw);
         let mut parts = split_at_entries(&raw).into_iter();
         let mut ptx = String::with_capacity(raw.len());
-        push_code(&mut ptx, parts.next().unwrap_or_default());
+        push_code(&mut ptx, &with_header_of(tier, parts.next().unwrap_or_default()));
         let mut tables = ptx.lines().filter_map(table_name);
         if let Some(table) = tables.find(|table| !table.starts_with(CONSTANT)) {
             return Err(lint(
@@ -219,6 +219,17 @@ fn rename(entry: &str, name: &str) -> String {
     text
 }
 
+/// Declarations with the PTX version and the target of a tier, which may have the code of another one.
+fn with_header_of(tier: Tier, declarations: &str) -> String {
+    let (major, minor) = tier.ptx["ptx".len()..].split_at(1);
+    let line = |line: &str| match line.split_whitespace().next() {
+        Some(".version") => format!(".version {major}.{minor}\n"),
+        Some(".target") => format!(".target {}\n", tier.name),
+        _ => format!("{line}\n"),
+    };
+    declarations.lines().map(line).collect()
+}
+
 /// Appends lines that are code.
 fn push_code(out: &mut String, text: &str) {
     for line in text.lines() {
@@ -241,6 +252,14 @@ mod tests {
 
     fn finish(text: &str) -> Result<Module, PtxError> {
         Module::finish(TIERS[0], "k", &format!("// made by LLVM\n.version 6.3\n{text}"))
+    }
+
+    #[test]
+    fn the_header_is_the_tier_s_own() {
+        let tier = *Tier::named("sm_89").unwrap();
+        let module =
+            Module::finish(tier, "k", &format!(".version 7.4\n.target sm_80\n{}", entry("k", ""))).unwrap();
+        assert!(module.ptx.starts_with(".version 8.4\n.target sm_89\n"), "{}", module.ptx);
     }
 
     #[test]

@@ -11,20 +11,23 @@ pub struct Tier {
     pub ptx: &'static str,
     /// Runs on this architecture only, not on later ones (the `a` targets).
     pub exact: bool,
+    /// The tier whose code it has, under a header of its own: itself, or an older one where no kernel asks for more.
+    pub code_of: &'static str,
 }
 
-/// All tiers, oldest first. What each adds for kernels: 61 dp4a; 70 independent lanes; 75 int8 and f16 mma, ldmatrix;
-/// 80 cp.async, bf16 and larger mma shapes; 89 fp8; 90a wgmma and TMA.
+/// All tiers, oldest first. What each adds for kernels: 61 dp4a; 75 int8 and f16 mma, ldmatrix; 80 cp.async, bf16 and
+/// larger mma shapes; 90a wgmma and TMA. 70 (independent lanes) and 89 (fp8) add nothing that a kernel uses; LLVM gave both
+/// the code of the tier before.
 ///
 /// `shfl.sync`, `barrier` and `activemask` need PTX 6.2, so 6.3 is the floor everywhere.
 pub const TIERS: &[Tier] = &[
-    Tier { name: "sm_50", sm: 50, ptx: "ptx63", exact: false },
-    Tier { name: "sm_61", sm: 61, ptx: "ptx63", exact: false },
-    Tier { name: "sm_70", sm: 70, ptx: "ptx63", exact: false },
-    Tier { name: "sm_75", sm: 75, ptx: "ptx65", exact: false },
-    Tier { name: "sm_80", sm: 80, ptx: "ptx74", exact: false },
-    Tier { name: "sm_89", sm: 89, ptx: "ptx84", exact: false },
-    Tier { name: "sm_90a", sm: 90, ptx: "ptx84", exact: true },
+    Tier { name: "sm_50", sm: 50, ptx: "ptx63", exact: false, code_of: "sm_50" },
+    Tier { name: "sm_61", sm: 61, ptx: "ptx63", exact: false, code_of: "sm_61" },
+    Tier { name: "sm_70", sm: 70, ptx: "ptx63", exact: false, code_of: "sm_61" },
+    Tier { name: "sm_75", sm: 75, ptx: "ptx65", exact: false, code_of: "sm_75" },
+    Tier { name: "sm_80", sm: 80, ptx: "ptx74", exact: false, code_of: "sm_80" },
+    Tier { name: "sm_89", sm: 89, ptx: "ptx84", exact: false, code_of: "sm_80" },
+    Tier { name: "sm_90a", sm: 90, ptx: "ptx84", exact: true, code_of: "sm_90a" },
 ];
 
 impl Tier {
@@ -33,15 +36,25 @@ impl Tier {
         TIERS.iter().find(|tier| tier.name == name)
     }
 
+    /// The tier whose code this one has.
+    pub(crate) fn compiled(&self) -> &'static Tier {
+        Tier::named(self.code_of).expect("a tier of the table")
+    }
+
+    /// The tiers that are compiled: only those can be told apart in the source.
+    fn all_compiled() -> impl Iterator<Item = &'static Tier> {
+        TIERS.iter().filter(|tier| tier.code_of == tier.name)
+    }
+
     /// Names of the `cfg`s that gate code by architecture: `sm_ge_80` holds from sm_80 on. rustc's own
     /// `target_feature` would do, but is empty for processors that it does not list.
     pub fn all_cfgs() -> impl Iterator<Item = String> {
-        TIERS.iter().map(|tier| format!("sm_ge_{}", tier.sm)).chain(["sm_90a".into()])
+        Tier::all_compiled().map(|tier| format!("sm_ge_{}", tier.sm)).chain(["sm_90a".into()])
     }
 
-    /// The `cfg`s that hold for this tier.
+    /// The `cfg`s that hold for this tier, which is compiled.
     pub(crate) fn cfgs(&self) -> impl Iterator<Item = String> {
-        let older = TIERS.iter().filter(|tier| tier.sm <= self.sm);
+        let older = Tier::all_compiled().filter(|tier| tier.sm <= self.sm);
         older.map(|tier| format!("sm_ge_{}", tier.sm)).chain(self.exact.then(|| self.name.to_string()))
     }
 }
@@ -60,6 +73,11 @@ mod tests {
         );
         for tier in TIERS {
             assert!(tier.cfgs().all(|cfg| Tier::all_cfgs().any(|known| known == cfg)));
+            // What a tier is given runs on it.
+            let compiled = tier.compiled();
+            assert!(
+                compiled.code_of == compiled.name && compiled.sm <= tier.sm && compiled.exact == tier.exact
+            );
         }
     }
 }

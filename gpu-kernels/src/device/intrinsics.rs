@@ -35,7 +35,7 @@ unsafe extern "unadjusted" {
     pub(crate) fn shfl_down(mask: u32, value: u32, delta: u32, clamp: u32) -> u32;
     #[link_name = "llvm.nvvm.vote.ballot.sync"]
     pub(crate) fn ballot(mask: u32, predicate: bool) -> u32;
-    #[cfg(sm_ge_70)]
+    #[cfg(sm_ge_75)]
     #[link_name = "llvm.nvvm.match.any.sync.i32"]
     pub(crate) fn match_any(mask: u32, value: u32) -> u32;
     #[cfg(sm_ge_80)]

@@ -26,7 +26,7 @@ fn probe(memory: Glb<u32>, x: u32) {
     value = value.wrapping_add(warp::sum_i32(value as i32) as u32);
     value ^= math::prmt(value, x, 0x5140) ^ math::dp4a(value, x, 1) as u32;
     value ^= math::fmin(f32::from_bits(value), math::rcp(f32::from_bits(x))).to_bits();
-    #[cfg(sm_ge_70)]
+    #[cfg(sm_ge_75)]
     {
         value ^= warp::match_any(value);
     }

@@ -90,7 +90,7 @@ twin! {
 }
 
 /// The lanes whose `value` equals this lane's (`match.any.sync`).
-#[cfg(any(not(target_arch = "nvptx64"), sm_ge_70))]
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_75))]
 #[inline(always)]
 #[track_caller]
 pub fn match_any(value: u32) -> u32 {
