@@ -12,19 +12,20 @@ use crate::hparams::Hparams;
 use crate::models::Build;
 use crate::tensor::TensorId;
 
-/// Fewest neighbours that are rotated together; heads that they do not divide are cached as they are.
-const MIN: usize = 64;
+/// Neighbours that values are rotated by, and the fewest that keys are: of values, fewer leave less error. Heads that they do
+/// not divide are cached as they are.
+pub const WIDTH_V: usize = 64;
 /// Most of them.
 const MAX: usize = 512;
 
 /// Neighbours that keys are rotated by: the most that divide a head.
 fn width_k(hp: &Hparams) -> Option<usize> {
-    [MAX, MAX / 2, MAX / 4, MIN].into_iter().find(|width| hp.head_dim_k.is_multiple_of(*width))
+    [MAX, MAX / 2, MAX / 4, WIDTH_V].into_iter().find(|width| hp.head_dim_k.is_multiple_of(*width))
 }
 
-/// Neighbours that values are rotated by: the fewest, which leave less error.
+/// Neighbours that values are rotated by.
 fn width_v(hp: &Hparams) -> Option<usize> {
-    hp.head_dim_v.is_multiple_of(MIN).then_some(MIN)
+    hp.head_dim_v.is_multiple_of(WIDTH_V).then_some(WIDTH_V)
 }
 
 /// Whether keys or values of a cache of this format are rotated.

@@ -1,4 +1,5 @@
 //! Conformance cases, and random graphs: weights with values, a graph over them, and how it is run.
+#![allow(dead_code)] // each test binary uses its part
 
 use std::sync::Arc;
 
@@ -165,7 +166,9 @@ pub fn run(backend: &mut dyn Backend, graph: Graph, n: usize, kv: &Option<KvLayo
     got
 }
 
+/// Normalised mean squared error, Σ(a−b)² / Σb²; of zeros the mean squared error itself.
 pub fn nmse(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
     let err: f64 = got.iter().zip(want).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum();
     let norm: f64 = want.iter().map(|b| (*b as f64).powi(2)).sum();
     if norm == 0.0 { err } else { err / norm }

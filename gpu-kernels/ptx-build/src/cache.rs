@@ -1,8 +1,8 @@
 //! What a compiled module was made of, so that an unchanged one is not compiled again.
 //!
 //! A module depends on the compiler and its flags, on the crates below, and on the files that rustc read. Of the other
-//! kernels' files only those count that are named, by whatever chain, from a file that counts: their entries are not
-//! part of the module. So a kernel file must not implement a trait of the device layer for a type of the device layer:
+//! kernels' files and folders only those count that are named, by whatever chain, from a file that counts: their entries
+//! are not part of the module. So a kernel file must not implement a trait of the device layer for a type of the device layer:
 //! another kernel could use that without naming the file.
 
 use std::collections::BTreeSet;
@@ -44,15 +44,23 @@ pub(crate) fn holds(root: &Path, flags: u64, record: &str) -> bool {
     })
 }
 
-/// The files of one kernel's module, given all that rustc read (its dep-info).
+/// The file or folder of the kernels' directory that a path belongs to, as sources name it; `None` for the directory's
+/// own `mod.rs` and for paths elsewhere.
+pub(crate) fn owner(kernels_dir: &Path, path: &Path) -> Option<String> {
+    let first = path.strip_prefix(kernels_dir).ok()?.components().next()?;
+    let stem = Path::new(&first).file_stem()?.to_string_lossy().into_owned();
+    (stem != "mod").then_some(stem)
+}
+
+/// The files of a module whose entries are declared in the file or folder `kernel`, given all that rustc read (its
+/// dep-info).
 pub(crate) fn inputs(dep_info: &str, kernels_dir: &Path, kernel: &str) -> Result<Vec<PathBuf>, PtxError> {
     let line = dep_info.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
     // A blank within a path is escaped.
     let escaped = line.split_once(": ").map_or("", |(_, files)| files).replace("\\ ", "\0");
     let all = escaped.split_whitespace().map(|path| PathBuf::from(path.replace('\0', " ")));
-    let is_kernel = |path: &Path| path.parent() == Some(kernels_dir) && !path.ends_with("mod.rs");
-    let (kernels, mut files): (Vec<PathBuf>, Vec<PathBuf>) = all.partition(|path| is_kernel(path));
-    let stem = |path: &Path| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let owner = |path: &Path| owner(kernels_dir, path);
+    let (kernels, mut files): (Vec<PathBuf>, Vec<PathBuf>) = all.partition(|path| owner(path).is_some());
 
     let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(PtxError::path("read", path));
     let mut named: BTreeSet<String> = BTreeSet::from([kernel.to_string()]);
@@ -61,7 +69,8 @@ pub(crate) fn inputs(dep_info: &str, kernels_dir: &Path, kernel: &str) -> Result
     }
     let mut rest = kernels;
     loop {
-        let (now, later): (Vec<_>, Vec<_>) = rest.into_iter().partition(|path| named.contains(&stem(path)));
+        let is_named = |path: &PathBuf| owner(path).is_some_and(|owner| named.contains(&owner));
+        let (now, later): (Vec<_>, Vec<_>) = rest.into_iter().partition(is_named);
         if now.is_empty() {
             break;
         }
@@ -99,7 +108,7 @@ mod tests {
     impl Sources {
         fn new(name: &str, files: &[(&str, &str)]) -> Sources {
             let root = std::env::temp_dir().join(format!("ptx-build-{name}-{}", std::process::id()));
-            std::fs::create_dir_all(root.join("kernels")).unwrap();
+            std::fs::create_dir_all(root.join("kernels/folder")).unwrap();
             for (path, text) in files {
                 std::fs::write(root.join(path), text).unwrap();
             }
@@ -117,11 +126,13 @@ mod tests {
     fn inputs_follow_names_through_other_kernels() {
         let files = [
             ("lib.rs", "mod kernels;"),
-            ("kernels/mod.rs", "pub mod a;\npub mod b;\nmod c;\npub(crate) mod d;"),
+            ("kernels/mod.rs", "pub mod a;\npub mod b;\nmod c;\npub(crate) mod d;\npub mod folder;"),
             ("kernels/a.rs", "use super::b::Thing;"),
             ("kernels/b.rs", "// not d\nuse crate::kernels::{c, e};"),
             ("kernels/c.rs", ""),
             ("kernels/d.rs", "use super::a;"),
+            ("kernels/folder/mod.rs", "mod part;"),
+            ("kernels/folder/part.rs", "use crate::kernels::c;"),
         ];
         let sources = Sources::new("inputs", &files);
         let paths: Vec<String> =
@@ -133,6 +144,9 @@ mod tests {
         };
         assert_eq!(inputs("a"), ["kernels/a.rs", "kernels/b.rs", "kernels/c.rs", "kernels/mod.rs", "lib.rs"]);
         assert_eq!(inputs("c"), ["kernels/c.rs", "kernels/mod.rs", "lib.rs"]);
+        let folder =
+            ["kernels/c.rs", "kernels/folder/mod.rs", "kernels/folder/part.rs", "kernels/mod.rs", "lib.rs"];
+        assert_eq!(inputs("folder"), folder);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! `kernels!` asks for): thousands of entries in one compile would take minutes after each edit. Unchanged modules are
 //! not compiled again.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -37,6 +38,8 @@ pub struct Kernels<'a> {
     /// Digest of those.
     externs_digest: u64,
     names: Vec<String>,
+    /// The file or folder that declares each, as [`cache::owner`] has it.
+    owners: BTreeMap<String, String>,
 }
 
 /// The module of the canaries and probes of `device/`: compiled and checked, never embedded.
@@ -88,8 +91,11 @@ impl<'a> Kernels<'a> {
             contents.push(std::fs::read(path).map_err(PtxError::path("read", path))?);
         }
         let root = root.to_path_buf();
-        let names = names(&root.join(KERNELS_DIR))?;
-        Ok(Kernels { compiler, root, build_dir, externs, externs_digest: cache::digest(contents), names })
+        let mut owners = BTreeMap::new();
+        add_names(&root.join(KERNELS_DIR), &root.join(KERNELS_DIR), &mut owners)?;
+        let names = owners.keys().cloned().chain([CHECKS.into()]).collect();
+        let externs_digest = cache::digest(contents);
+        Ok(Kernels { compiler, root, build_dir, externs, externs_digest, names, owners })
     }
 
     /// Names of the kernels, sorted, and [`CHECKS`] at the end.
@@ -100,17 +106,21 @@ impl<'a> Kernels<'a> {
     /// The modules of these kernels for these tiers, tier by tier, several at a time. A kernel that a tier does not have
     /// gives none.
     pub fn build(&self, names: &[String], tiers: &[Tier]) -> Result<Vec<Module>, PtxError> {
-        let jobs = |tiers: &[Tier]| -> Vec<(Tier, &String)> {
-            tiers.iter().flat_map(|tier| names.iter().map(|name| (*tier, name))).collect()
+        let jobs = |tiers: &[&Tier]| -> Vec<(Tier, &String)> {
+            tiers.iter().flat_map(|tier| names.iter().map(|name| (**tier, name))).collect()
         };
-        // What several tiers have is compiled once, before any of them asks for it.
-        let mut compiled: Vec<Tier> = tiers.iter().map(|tier| *tier.compiled()).collect();
+        // What several tiers have is compiled once.
+        let mut compiled: Vec<&Tier> = tiers.iter().map(Tier::compiled).collect();
         compiled.sort_by_key(|tier| tier.sm);
         compiled.dedup();
-        in_parallel(&jobs(&compiled), |(tier, name)| self.text(name, tier).map(drop))?;
-        let mut modules = in_parallel(&jobs(tiers), |(tier, name)| {
-            Module::finish(*tier, name, &self.text(name, tier.compiled())?)
-        })?;
+        let compiled = jobs(&compiled);
+        let texts = in_parallel(&compiled, |(tier, name)| self.text(name, tier))?;
+        let texts: BTreeMap<(&str, &String), String> =
+            compiled.iter().map(|(tier, name)| (tier.name, *name)).zip(texts).collect();
+        let finish = |(tier, name): &(Tier, &String)| {
+            Module::finish(*tier, name, &texts[&(tier.compiled().name, *name)])
+        };
+        let mut modules = in_parallel(&jobs(&tiers.iter().collect::<Vec<_>>()), finish)?;
         modules.retain(|module| !module.kernels.is_empty());
         Ok(modules)
     }
@@ -177,7 +187,8 @@ impl<'a> Kernels<'a> {
         run(&mut command, &format!("compile {name} for {}", tier.name))?;
         let read = |path: &Path| std::fs::read_to_string(path).map_err(PtxError::path("read", path));
         let text = read(&asm)?;
-        let files = cache::inputs(&read(&dep_info)?, &self.root.join(KERNELS_DIR), name)?;
+        let owner = self.owners.get(name).map_or(name, String::as_str);
+        let files = cache::inputs(&read(&dep_info)?, &self.root.join(KERNELS_DIR), owner)?;
         let record = cache::record(&self.root, digest, &files)?;
         // The old record goes first and the new one comes last: a record never stands beside another's text.
         match std::fs::remove_file(inputs) {
@@ -220,24 +231,17 @@ pub fn in_parallel<J: Sync, T: Send>(
 /// How a kernel's source states its name, which its entries' `in` repeats.
 const NAME: &str = "const NAME: &'static str = \"";
 
-/// Names of the kernels that the sources declare, and [`CHECKS`].
-fn names(kernels_dir: &Path) -> Result<Vec<String>, PtxError> {
-    let mut names = Vec::new();
-    add_names(kernels_dir, &mut names)?;
-    names.sort();
-    names.push(CHECKS.into());
-    Ok(names)
-}
-
-fn add_names(path: &Path, names: &mut Vec<String>) -> Result<(), PtxError> {
+/// Adds the kernels that the sources at a path declare, and what file or folder each belongs to.
+fn add_names(dir: &Path, path: &Path, owners: &mut BTreeMap<String, String>) -> Result<(), PtxError> {
     if path.is_dir() {
         for entry in std::fs::read_dir(path).map_err(PtxError::path("list", path))? {
-            add_names(&entry.map_err(PtxError::path("list", path))?.path(), names)?;
+            add_names(dir, &entry.map_err(PtxError::path("list", path))?.path(), owners)?;
         }
         return Ok(());
     }
     let source = std::fs::read_to_string(path).map_err(PtxError::path("read", path))?;
-    names.extend(source.split(NAME).skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_string())));
+    let names = source.split(NAME).skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_string()));
+    owners.extend(names.filter_map(|name| Some((name, cache::owner(dir, path)?))));
     Ok(())
 }
 

@@ -1,8 +1,8 @@
 //! From the kernel crate's source to PTX, without NVIDIA's toolkit.
 //!
 //! [`Compiler::find`] looks for a rustc that can make device code, [`Kernels::build`] compiles `gpu-kernels` once per
-//! kernel file and [`Tier`] and finishes the text ([`module`]), [`ptxas`] assembles it for tests and reports. Callers: the build script
-//! of `gpu-kernels` (embeds the text) and xtask (checks it).
+//! kernel file and [`Tier`] and finishes the text ([`module`]), [`ptxas`] assembles it for tests and reports. Callers:
+//! the build script of `gpu-kernels` (embeds the text) and xtask (checks it).
 //!
 //! No `core` for the device is ever code-generated: kernels take only generic and inline code from other crates, and
 //! for that metadata with every function's MIR is enough. It is made once per compiler, below the target folder.

@@ -1,10 +1,10 @@
 //! The finishing touches on a kernel file's PTX, and the rules it must keep.
 //!
-//! Finishing: the header says which tier it is for; rustc emits no launch bounds, so kernels carry them as a comment `// @launch .maxntid 256,1,1`, which is
-//! moved to the entry's header; rustc cannot align a parameter beyond 16 bytes, so `// @param_align INDEX ALIGN` raises
-//! it in the text; comments that mark inline assembly go. Registers and labels are numbered anew in the order in which
-//! they appear, and parameters lose the entry's name: LLVM's numbers depend on the whole file, and equal code with equal
-//! names is small once packed (`ptx-pack`).
+//! Finishing: the header says which tier it is for; rustc emits no launch bounds, so kernels carry them as a comment
+//! `// @launch .maxntid 256,1,1`, which is moved to the entry's header; rustc cannot align a parameter beyond 16 bytes,
+//! so `// @param_align INDEX ALIGN` raises it in the text; comments that mark inline assembly go. Registers and labels
+//! are numbered anew in the order in which they appear, and parameters lose the entry's name: LLVM's numbers depend on
+//! the whole file, and equal code with equal names is small once packed (`ptx-pack`).
 //!
 //! Rules: no call (of code that was not inlined), no local memory, no variable but constant tables, from sm_90 on a wait
 //! for earlier launches in every entry, and each canary kernel (`device/canary.rs`) holds exactly one barrier: LLVM or

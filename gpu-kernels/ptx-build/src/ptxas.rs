@@ -58,36 +58,42 @@ pub struct Resources {
     pub instructions: usize,
 }
 
-/// Assembles a module's entries below `build_dir`, each by itself as a driver gets it; a kernel with a stack or spills is an error. A module that was
-/// assembled before is not assembled again.
+/// Assembles a module's entries below `build_dir`, each by itself as a driver gets it. An entry with more spills than its
+/// tier may have, or with anything else on a stack, is an error. A module that was assembled before is not assembled again.
 pub fn assemble(ptxas: &Ptxas, module: &Module, build_dir: &Path) -> Result<Vec<Resources>, PtxError> {
     let folder = build_dir.join(module.tier.name);
     std::fs::create_dir_all(&folder).map_err(PtxError::path("create", &folder))?;
     let kept = folder.join(format!("{}.resources", module.name));
-    let digest = format!("{:016x}\n", cache::digest([module.ptx.as_str(), ptxas.version.as_str(), RULES]));
-    if let Ok(text) = std::fs::read_to_string(&kept)
-        && let Some(rows) = text.strip_prefix(&digest).and_then(from_lines)
-    {
-        return Ok(rows);
-    }
-    let rows = module.entries().into_iter().map(|entry| assemble_entry(ptxas, module.tier, &entry, &folder));
-    let mut rows = rows.collect::<Result<Vec<_>, _>>()?;
-    rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
+    let digest = format!("{:016x}\n", cache::digest([module.ptx.as_str(), ptxas.version.as_str(), LAYOUT]));
+    let record = std::fs::read_to_string(&kept).ok();
+    let rows = match record.and_then(|text| from_lines(text.strip_prefix(&digest)?)) {
+        Some(rows) => rows,
+        None => {
+            let entries = module.entries();
+            let rows = entries.into_iter().map(|entry| assemble_entry(ptxas, module.tier, &entry, &folder));
+            let mut rows = rows.collect::<Result<Vec<_>, _>>()?;
+            rows.sort_by(|a, b| a.kernel.cmp(&b.kernel));
+            std::fs::write(&kept, digest + &to_lines(&rows)).map_err(PtxError::path("write", &kept))?;
+            rows
+        }
+    };
+    check(module.tier, &rows)?;
+    Ok(rows)
+}
+
+/// The rules; all entries that break one are named.
+fn check(tier: Tier, rows: &[Resources]) -> Result<(), PtxError> {
     let mut spilling = rows
         .iter()
         // A stack is counted in eights, and what is never read back counts once.
         .filter(|row| {
             let spilled = row.spill_bytes.next_multiple_of(8);
-            row.stack_bytes > spilled || row.spill_bytes > most_spilled(module.tier)
+            row.stack_bytes > spilled || row.spill_bytes > most_spilled(tier)
         });
-    if let Some(first) = spilling.next() {
-        let others: String = spilling.map(|row| format!(", {} too", row.kernel)).collect();
-        let what =
-            format!("{} bytes of stack, {} bytes spilled{others}", first.stack_bytes, first.spill_bytes);
-        return Err(PtxError::Lint { tier: module.tier.name.into(), kernel: first.kernel.clone(), what });
-    }
-    std::fs::write(&kept, digest + &to_lines(&rows)).map_err(PtxError::path("write", &kept))?;
-    Ok(rows)
+    let Some(first) = spilling.next() else { return Ok(()) };
+    let others: String = spilling.map(|row| format!(", {} too", row.kernel)).collect();
+    let what = format!("{} bytes of stack, {} bytes spilled{others}", first.stack_bytes, first.spill_bytes);
+    Err(PtxError::Lint { tier: tier.name.into(), kernel: first.kernel.clone(), what })
 }
 
 fn assemble_entry(
@@ -123,7 +129,7 @@ fn assemble_entry(
 }
 
 /// What a kept record holds, so that an older one is not read.
-const RULES: &str = "spills are kept";
+const LAYOUT: &str = "spills are kept";
 
 /// Rows as they are kept.
 fn to_lines(rows: &[Resources]) -> String {

@@ -164,7 +164,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn scatter(
         x: Glb<f32>,
         keys: Glb<u32>,

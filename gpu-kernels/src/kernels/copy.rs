@@ -146,7 +146,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     pub(super) fn strided<C: Convert>(
         src: Glb<C::From>,
         dst: Glb<C::To>,

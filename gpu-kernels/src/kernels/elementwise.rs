@@ -67,7 +67,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn same(
         a: Glb<F32x4>,
         b: Glb<F32x4>,
@@ -95,7 +94,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn inner(
         a: Glb<F32x4>,
         b: Glb<F32x4>,

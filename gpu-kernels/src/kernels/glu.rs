@@ -53,7 +53,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn glu<T: Output>(
         gate: Glb<F32x4>,
         up: Glb<F32x4>,

@@ -2,12 +2,12 @@
 //! the queries in the same launch. Keys (with their queries) and values may go through [`hadamard`](super::hadamard) before
 //! they are stored.
 //!
-//! * Shapes: `k` [n_tokens, n_head_kv · head_dim_k], `v` [n_tokens, n_head_kv · head_dim_v] f32; `cells` `[n_tokens]` u32, page ·
-//!   64 + position in page, each once; [`NO_CELL`] for a token that is not stored. The cache's parts are
+//! * Shapes: `k` [n_tokens, n_head_kv · head_dim_k], `v` [n_tokens, n_head_kv · head_dim_v] f32; `cells` `[n_tokens]`
+//!   u32, page · 64 + position in page, each once; [`NO_CELL`] for a token that is not stored. The cache's parts are
 //!   `[page][kv head][64 positions][head_dim]` in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 or Q5_1. Head dimensions are
-//!   multiples of 8, and of the format's block. With rope: `table` as `rope` writes it, `q` and `q_out` [n_tokens, n_head,
-//!   head_dim_k], n_rot a multiple of 8; `q_out` may be `q` unless keys go through `hadamard`. Widths of the latter divide
-//!   the head, a multiple of 32. 16-byte aligned; nothing else overlaps.
+//!   multiples of 8, and of the format's block. With rope: `table` as `rope` writes it, `q` and `q_out` [n_tokens,
+//!   n_head, head_dim_k], n_rot a multiple of 8; `q_out` may be `q` unless keys go through `hadamard`. Widths of the
+//!   latter divide the head, a multiple of 32. 16-byte aligned; nothing else overlaps.
 //! * Geometry: 256 threads; tokens along the grid's second dimension; along the third keys, values and, with rope, queries.
 //!   Eight lanes take 32 elements of a head, a float4 each; queries as in `rope`, or if they go through `hadamard` a float4
 //!   per lane as well.
@@ -173,7 +173,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn kv_store(
         k: Glb<f32>,
         v: Glb<f32>,

@@ -59,7 +59,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn layer_norm<T: Output>(
         x: Glb<F32x4>,
         weight: Glb<F32x4>,

@@ -638,7 +638,7 @@ macro_rules! entries {
             )*
         }
 
-        /// Entries of a format for up to `n_cols` columns; those of one by form: plain, gated, from f32.
+        /// Entries of a format for up to `n_cols` columns; those of one column by form: plain, gated, from f32.
         #[cfg(not(target_arch = "nvptx64"))]
         fn entry(format: quant::FormatId, n_cols: usize) -> Option<EntryShape> {
             let (names, of_column, scale_elems, book) = match format {
@@ -702,6 +702,8 @@ macro_rules! entries {
             host::Case { rows: &[2, 2], k: 256 * 90, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::IQ2_XXS) },
             // More spans than fit the partial sums at a time.
             host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, ..host::Case::of(quant::FormatId::Q4_1) },
+            // A codebook leaves room for the sums of six warps, not eight.
+            host::Case { rows: &[40], k: 256 * 20, n_cols: 8, ..host::Case::of(quant::FormatId::IQ2_XS) },
             host::Case { rows: &[40, 8, 33], k: 288, extras: true, ..host::Case::of(quant::FormatId::Q5_0) },
             host::Case { rows: &[70, 10], k: 512, n_cols: 4, extras: true, ..host::Case::of(quant::FormatId::Q4_0) },
             host::Case { rows: &[45, 45], k: 1024, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::Q4_K) },

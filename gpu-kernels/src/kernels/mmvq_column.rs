@@ -1,16 +1,16 @@
 //! `mmvq` of one column, what decoding one sequence consists of: contract, launcher and cases are `mmvq`'s.
 //!
-//! * Activations of the CTA's spans are staged in shared memory once, by all its warps: as `quantise_act` wrote them; as the
-//!   product before wrote them, scales multiplied by the factor of a norm, which each warp has from the groups' sums of
-//!   squares; or from f32, normed by `rms_norm`'s operations if there is a norm's weight, and quantised. All to the same
-//!   bits. Each CTA does that anew: it costs a read of the row from L2, a launch of its own costs more.
+//! * Activations of the CTA's spans are staged in shared memory once, by all its warps: as `quantise_act` wrote them;
+//!   as the product before wrote them, scales multiplied by the factor of a norm, which each warp has from the groups'
+//!   sums of squares; or from f32, normed by `rms_norm`'s operations if there is a norm's weight, and quantised. All to
+//!   the same bits. Each CTA does that anew: it costs a read of the row from L2, a launch of its own costs more.
 //! * Lane = row, a warp works on one span at a time; gate and up alternate. Partial sums lie in shared memory; the first
 //!   warp adds them in order and ends the rows.
 //! * Spans that do not fit shared memory at once are worked on in windows; f32 must fit.
 //!
 //! Done for speed: (1) before the kernel waits for earlier launches, each warp's first span is on its way to registers
-//! (to L2 where those are too few), its second and the norm's weights to L2; (2) between two spans a warp waits for nothing but its weights; (3) the
-//! residual is on its way while the partial sums are added.
+//! (to L2 where those are too few), its second and the norm's weights to L2; (2) between two spans a warp waits for
+//! nothing but its weights; (3) the residual is on its way while the partial sums are added.
 
 use bytemuck::Zeroable;
 use quant::BlockFormat;
@@ -34,7 +34,6 @@ const fn starts_in_registers<F: Tiled>(short: bool) -> bool {
 /// few warps, for which groups overlap in up to 255 registers. `FLOATS`: activations are f32. `GATED`: of gate and up;
 /// from f32 the arguments say.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // the entry's
 pub(super) fn mmvq_column<
     F: BlockFormat + Tiled,
     const SHORT: bool,

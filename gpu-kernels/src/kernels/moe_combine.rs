@@ -18,7 +18,6 @@ mod gpu {
     use crate::device::{F32x4, Glb, math, thread};
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn combine(
         x: Glb<F32x4>,
         weights: Glb<f32>,

@@ -34,7 +34,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn route<const PER_LANE: usize>(
         logits: Glb<f32>,
         ids: Glb<i32>,

@@ -11,6 +11,11 @@
 /// Most matrices in a launch.
 pub const MAX_PARTS: usize = 3;
 
+/// A gate's function, in the low byte of its kind; 0 is no gate.
+const SILU: u32 = 1;
+const GELU: u32 = 2;
+const SWIGLU_OAI: u32 = 3;
+
 /// Mark in a gate's kind, above its low byte: the result is written quantised, as Q8_0 or as Q8_1.
 pub(super) const AS_Q8_0: u32 = 1;
 pub(super) const AS_Q8_1: u32 = 2;
@@ -38,6 +43,7 @@ pub use host::*;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod device {
+    use super::{GELU, SILU};
     use crate::device::math::{self, fma};
     use crate::device::{Glb, U32x2, thread};
     use crate::kernels::quantise_act::gpu::{GroupKind, warp_group};
@@ -139,8 +145,8 @@ mod device {
             // The very operations of the kernel `glu`, so that a fused step gives the bits of separate ones. `mul`: the
             // residual's addition does not fuse with it.
             match self.kind & 0xff {
-                1 => math::mul(gate * math::sigmoid(gate), up),
-                2 => {
+                SILU => math::mul(gate * math::sigmoid(gate), up),
+                GELU => {
                     // 0.5 · (1 + tanh u) is sigmoid(2u), u = √(2/π) · x · (1 + 0.044715 x²).
                     let twice_u = 1.595_769_2 * gate * fma(0.044_715 * gate, gate, 1.0);
                     math::mul(gate * math::sigmoid(twice_u), up)
@@ -243,7 +249,7 @@ mod host {
 
     use quant::FormatId;
 
-    use super::{AS_Q8_0, AS_Q8_1, Glu, MAX_PARTS};
+    use super::{AS_Q8_0, AS_Q8_1, GELU, Glu, MAX_PARTS, SILU, SWIGLU_OAI};
     use crate::kernels::quantise_act::Kind;
     use crate::launch::{Check, DevicePtr, LaunchError, Params};
 
@@ -383,10 +389,10 @@ mod host {
     /// [`with_gate`] with a mark for how the result is written.
     pub(crate) fn with_quantising_gate(params: Params, glu: Option<Glu>, mark: u32) -> Params {
         let (kind, alpha, limit) = match glu {
-            None => (0u32, 0.0, 0.0),
-            Some(Glu::Silu) => (1, 0.0, 0.0),
-            Some(Glu::Gelu) => (2, 0.0, 0.0),
-            Some(Glu::SwigluOai { alpha, limit }) => (3, alpha, limit),
+            None => (0, 0.0, 0.0),
+            Some(Glu::Silu) => (SILU, 0.0, 0.0),
+            Some(Glu::Gelu) => (GELU, 0.0, 0.0),
+            Some(Glu::SwigluOai { alpha, limit }) => (SWIGLU_OAI, alpha, limit),
         };
         params.with(kind | mark << 8).with(alpha).with(limit)
     }

@@ -8,7 +8,7 @@
 //!   read with full-width coalesced loads: `q` [n_cols, k] bytes, 16-byte aligned; `scales` [n_cols, k / 32] of
 //!   [`ActScale`]. Nothing overlaps.
 //! * Geometry: 256 threads per CTA, a warp per 256 values, lane l takes the float4s l and l + 32 of them. Other kernels
-//!   that end in quantised activations hold their values the same way and call `gpu::span`.
+//!   that end in quantised activations call `gpu::span`, `gpu::warp_group` or `gpu::float4`, by how lanes hold a group.
 //! * Bytes: 5.25 per element. FLOPs: 4 per element.
 //! * Tolerance: exact.
 

@@ -73,7 +73,6 @@ pub(crate) mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn table(
         positions: Glb<i32>,
         frequencies: Glb<F32x2>,

@@ -68,7 +68,6 @@ mod gpu {
 
     /// Sorts a tile and stores its first k elements: packed, for the next launch, or taken apart, for the caller.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     #[track_caller]
     fn keep(
         load: impl Fn(u32) -> u64,
@@ -108,7 +107,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn of_floats(
         x: Glb<f32>,
         packed: Glb<u64>,
@@ -129,7 +127,6 @@ mod gpu {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)] // the entry's
     fn of_packed(
         x: Glb<u64>,
         packed: Glb<u64>,

@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use gpu_kernels::driver::DeviceInfo;
 use gpu_kernels::launch::DevicePtr;
 use gpu_kernels::modules::{Missing, Modules};
 
@@ -65,7 +66,9 @@ impl Ahead {
         let mut found: Vec<(&'static str, usize)> = Vec::new();
         for (i, (graph, positions)) in steps.iter().enumerate() {
             // A step that cannot be lowered is reported when it is prepared, not here.
-            for entry in self.entries_of(graph, positions, kv).unwrap_or_default() {
+            let class = SizeClass::of_positions(positions);
+            let entries = entries_of(graph, self.rules, class, &self.device.info(), kv);
+            for entry in entries.unwrap_or_default() {
                 match found.iter_mut().find(|(name, _)| *name == entry) {
                     Some((_, of_steps)) => *of_steps |= 1 << i,
                     None => found.push((entry, 1 << i)),
@@ -75,34 +78,34 @@ impl Ahead {
         found.sort_by_key(|(_, of_steps)| core::cmp::Reverse(of_steps.count_ones()));
         found.into_iter().map(|(entry, _)| entry).collect()
     }
+}
 
-    fn entries_of(
-        &self,
-        graph: &Graph,
-        positions: &Range<usize>,
-        kv: &KvLayout,
-    ) -> Result<Vec<&'static str>, String> {
-        let info = self.device.info();
-        let class = SizeClass::of_positions(positions);
-        let lowered = Lowered::new(graph, &Anywhere, self.rules, class, &info).map_err(|(_, why)| why)?;
-        // Which kernel it is depends on no address, only on their alignment.
-        let somewhere = DevicePtr(1 << 20);
-        let parts = alloc::vec![[somewhere; 2]; kv.layers.len()];
-        let emit = Emit {
-            arena: somewhere,
-            slots: &lowered.places.slots,
-            inputs: InputAddresses { block: somewhere, layout: InputLayout::default() },
-            kv: Some(KvAddresses { layout: kv, parts: &parts }),
-            class,
-            device: &info,
-            prompt: translate::runs_apart(graph, &info),
-        };
-        let mut entries = Vec::new();
-        for action in &lowered.program.actions {
-            entries.extend(emit.launches(action)?.iter().map(|launch| launch.entry));
-        }
-        Ok(entries)
+/// The kernels of a step's launches, in their order. An error says which node or action has none.
+pub(super) fn entries_of(
+    graph: &Graph,
+    rules: RuleSet,
+    class: SizeClass,
+    device: &DeviceInfo,
+    kv: &KvLayout,
+) -> Result<Vec<&'static str>, String> {
+    let lowered = Lowered::new(graph, &Anywhere, rules, class, device).map_err(|(_, why)| why)?;
+    // Which kernel it is depends on no address, only on their alignment.
+    let somewhere = DevicePtr(1 << 20);
+    let parts = alloc::vec![[somewhere; 2]; kv.layers.len()];
+    let emit = Emit {
+        arena: somewhere,
+        slots: &lowered.places.slots,
+        inputs: InputAddresses { block: somewhere, layout: InputLayout::default() },
+        kv: Some(KvAddresses { layout: kv, parts: &parts }),
+        class,
+        device,
+        prompt: translate::runs_apart(graph, device),
+    };
+    let mut entries = Vec::new();
+    for action in &lowered.program.actions {
+        entries.extend(emit.launches(action)?.iter().map(|launch| launch.entry));
     }
+    Ok(entries)
 }
 
 #[cfg(all(test, feature = "emu"))]

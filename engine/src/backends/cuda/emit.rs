@@ -29,20 +29,23 @@ use super::program::{
 };
 use crate::backend::Step;
 use crate::kv_cache::{self, KvLayer, KvLayout};
+use crate::layers::rotation;
 use crate::op::{self, Binary, RopeMode, Unary};
 use crate::plan::Slot;
 
 /// Most tokens whose products with block formats go to the matrix × vector kernel.
 pub const MMVQ_MAX_COLS: usize = mmvq::MAX_COLS;
 /// Most tokens whose activations products with F16 and BF16 weights round on the way.
-pub const MMVF_MAX_PLAIN_COLS: usize = 8;
+pub const MMVF_MAX_PLAIN_COLS: usize = mmvf::MAX_PLAIN_COLS;
 
 /// Positions in a span of the cache: what attention sums before it adds anything else.
 pub const KV_SPAN: usize = flash::SPAN;
 // The kernels take pages as the engine makes them.
 const _: () = assert!(flash::PAGE == kv_cache::PAGE);
+// Attention rotates results as the engine's layers rotate values.
+const _: () = assert!(flash::ROTATED_WIDTH as usize == rotation::WIDTH_V);
 /// Tokens of one sequence from which on attention works on tiles of them.
-const PREFILL_TOKENS: usize = 16;
+const PREFILL_TOKENS: usize = flash::ROWS;
 
 /// Most tokens that a sequence has in a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

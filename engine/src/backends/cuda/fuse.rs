@@ -72,7 +72,7 @@ fn writer(program: &Program, value: Value) -> Option<usize> {
     })
 }
 
-/// The only action after `from` that reads a value, if it alone does and does not outlive the step.
+/// The action that reads a value, if it is the only one and the value does not outlive the step.
 fn only_reader(program: &Program, value: Value) -> Option<usize> {
     if program.n_reads(value) != 1 {
         return None;
@@ -261,8 +261,8 @@ fn gate_quantise(program: &mut Program) {
     });
 }
 
-/// `h = f(x·w0ᵀ) · x·w1ᵀ; q = quantise(h)` becomes one action where the product is of block formats and its kernel's CTAs
-/// end 32 rows, which are a group.
+/// `h = f(x·w0ᵀ) · x·w1ᵀ; q = quantise(h)` becomes one action where the product is of block formats and its kernel's
+/// CTAs end 32 rows, which are a group.
 fn product_quantise(program: &mut Program) {
     let device = program.device.clone();
     quantise_at_writer(program, |action, h, acts, floats_too| match action {
@@ -342,8 +342,9 @@ fn row_norm(action: &Action) -> Option<RowNorm> {
     Some(RowNorm { x, weight, eps, cols, acts })
 }
 
-/// `h = x·wᵀ; a = quantise(norm(h)); y = a·vᵀ` becomes two actions where there is one token and only plain products read `a`:
-/// the first leaves what the norm takes, the second multiplies by the row's factor, and no launch stands between.
+/// `h = x·wᵀ; a = quantise(norm(h)); y = a·vᵀ` becomes two actions where there is one token and only plain products
+/// read `a`: the first leaves what the norm takes, the second multiplies by the row's factor, and no launch stands
+/// between.
 fn product_norm(program: &mut Program) {
     let mut at = 0;
     while at < program.actions.len() {

@@ -48,7 +48,7 @@ pub struct Needs {
     /// Per layer: weights that products of prompts copy to a GPU, if the layer is on the host and if it is not. Empty without
     /// op offload.
     pub brought: Vec<[usize; 2]>,
-    /// The arena of the largest step.
+    /// The arena of the step that takes the most.
     pub activations: usize,
 }
 
@@ -116,11 +116,17 @@ impl Needs {
         }
         needs.layer_kv =
             (0..n_layer).map(|il| kv.part_bytes(il, KvPart::K) + kv.part_bytes(il, KvPart::V)).collect();
+        // Steps of few tokens share spans among CTAs, each of which has a result for every span.
+        let n_head_kv = kv.layers.iter().map(|layer| layer.n_head_kv.max(1)).min().unwrap_or(1);
+        let n_split = (device.n_sm as usize / n_head_kv).clamp(1, params.n_ubatch);
+        let split = model.graph(params.n_ctx, params.step(n_split, n_split));
         let max_spans = params.n_ctx.div_ceil(emit::KV_SPAN).next_power_of_two();
-        let class = SizeClass { max_spans, most_tokens: MostTokens::Tile };
-        let lowered = Lowered::new(&graph, &Anywhere, RuleSet::ALL, class, device);
-        let lowered = lowered.map_err(|(i, why)| super::unsupported(&graph, i, why))?;
-        needs.activations = lowered.places.arena_bytes;
+        for (graph, most_tokens) in [(&graph, MostTokens::Tile), (&split, MostTokens::Some)] {
+            let class = SizeClass { max_spans, most_tokens };
+            let lowered = Lowered::new(graph, &Anywhere, RuleSet::ALL, class, device);
+            let lowered = lowered.map_err(|(i, why)| super::unsupported(graph, i, why))?;
+            needs.activations = needs.activations.max(lowered.places.arena_bytes);
+        }
         Ok(needs)
     }
 

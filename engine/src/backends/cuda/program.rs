@@ -133,7 +133,7 @@ pub struct Product {
     pub k: usize,
     /// `f(parts[0]) · parts[1]` is what is written, to `parts[0].out`.
     pub glu: Option<Glu>,
-    /// With a gate and one token: where the result goes quantised, instead of `parts[0].out`.
+    /// With a gate, of one token or a batch of more than eight: where the result goes quantised, instead of `parts[0].out`.
     pub acts: Option<Acts>,
     /// With one part, one token and no gate: what a norm of the result with this weight takes, beside `parts[0].out`.
     pub norm: Option<(Place, Unscaled)>,
@@ -272,7 +272,8 @@ pub struct Store {
 pub struct Attention {
     /// f32 [n, n_head · head_dim_k]
     pub q: Place,
-    /// Keys, values and queries that `q` and the cache come from, if that is not an action of its own. One token.
+    /// Keys, values and queries that `q` and the cache come from, if that is not an action of its own. One token a
+    /// sequence.
     pub store: Option<Store>,
     /// f32 `[n_head]`
     pub sinks: Option<Place>,

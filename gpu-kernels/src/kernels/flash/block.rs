@@ -392,7 +392,6 @@ impl<
     /// of the tile's where it does not exist.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    #[allow(clippy::too_many_arguments)] // a tile, its rows, a block, a place
     pub(super) fn block(
         x: &Inputs,
         q: &[FragmentA; KS],

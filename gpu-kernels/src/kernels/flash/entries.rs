@@ -6,7 +6,6 @@ use crate::device::{F32x2, Glb, U32x2};
 
 /// Entry of a tile.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // a kernel's
 fn attend<
     C: Class,
     const STAGES: usize,

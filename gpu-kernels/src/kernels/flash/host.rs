@@ -114,8 +114,8 @@ macro_rules! hopper_tiles {
 }
 for_each_hopper!(hopper_tiles);
 
-/// What keeps prompts from having an entry of their own on Hopper: none holds the head, a CTA has too little memory, the
-/// cache is not F16, heads have slopes. Otherwise the entry and its tile.
+/// The entry for prompts on Hopper and its tile; `None` if none holds the head, a CTA has too little memory, the cache is
+/// not F16 or heads have slopes.
 fn hopper(cache: &Cache, has_slopes: bool, smem_per_cta_bytes: u32) -> Option<(&'static str, HopperTile)> {
     if has_slopes || [cache.type_k, cache.type_v] != [FormatId::F16; 2] {
         return None;
@@ -289,210 +289,259 @@ pub fn appends(args: &Args, n_rot: usize) -> bool {
 
 /// Attention of a step's tokens over a layer's cache.
 pub fn launch(args: &Args) -> Result<Launches, LaunchError> {
-    let kernel = Flash::NAME;
-    let check = Check(kernel);
-    let Args { cache, step, .. } = *args;
-    let shape = |what, expected, got: usize| LaunchError::Shape { kernel, what, expected, got: got as u64 };
-    let n_tokens = check.size("n_tokens", step.n_tokens)?;
-    let (n_head, n_head_kv) = (check.size("n_head", args.n_head)?, check.size("n_head_kv", cache.n_head_kv)?);
-    check.multiple("n_head", args.n_head, cache.n_head_kv, "a multiple of n_head_kv")?;
-    check.grid("n_head_kv", cache.n_head_kv)?;
-    let group = args.n_head / cache.n_head_kv;
-    check.size("n_tokens * n_head", step.n_tokens.saturating_mul(args.n_head))?;
-    let window = if args.window == 0 { 0 } else { check.size("window", args.window)? };
-    // Scores are compared before they are scaled.
-    if args.scale.is_nan() || args.scale <= 0.0 {
-        return Err(shape("scale", "above 0", args.scale.to_bits() as usize));
+    let checked = Checked::new(args)?;
+    match args.geometry {
+        Geometry::Plain => Ok(Launches { attention: checked.plain(), merge: None }),
+        Geometry::Prompt => Ok(Launches { attention: checked.prompt()?, merge: None }),
+        Geometry::Decode | Geometry::Prefill | Geometry::Split { .. } => checked.tiled(),
     }
-    let mut row_bytes = [0; 2];
-    let parts =
-        [("head_dim_k", cache.type_k, cache.head_dim_k), ("head_dim_v", cache.type_v, cache.head_dim_v)];
-    for (i, (what, format, head_dim)) in parts.into_iter().enumerate() {
-        if !KV_FORMATS.contains(&format) {
-            return Err(LaunchError::Format { kernel, format });
+}
+
+/// Arguments that some geometry takes, and what every launch of them is given.
+struct Checked<'a> {
+    args: &'a Args,
+    n_tokens: u32,
+    n_head: u32,
+    n_head_kv: u32,
+    /// Query heads of a key's head.
+    group: usize,
+    /// Scales of quantised results.
+    scales: DevicePtr,
+    /// Positions, the tokens' sequences, sequences, pages, sinks, slopes.
+    addresses: [DevicePtr; 6],
+    /// Tokens, heads, those of keys, dimensions, bytes of a row of the cache and formats, of keys and of values.
+    sizes: [u32; 9],
+    flags: u32,
+    window: u32,
+    /// What scores are multiplied by.
+    scale: f32,
+}
+
+impl<'a> Checked<'a> {
+    fn new(args: &'a Args) -> Result<Checked<'a>, LaunchError> {
+        let check = Check(Flash::NAME);
+        let Args { cache, step, .. } = *args;
+        let n_tokens = check.size("n_tokens", step.n_tokens)?;
+        let n_head = check.size("n_head", args.n_head)?;
+        let n_head_kv = check.size("n_head_kv", cache.n_head_kv)?;
+        check.multiple("n_head", args.n_head, cache.n_head_kv, "a multiple of n_head_kv")?;
+        check.grid("n_head_kv", cache.n_head_kv)?;
+        check.size("n_tokens * n_head", step.n_tokens.saturating_mul(args.n_head))?;
+        let window = if args.window == 0 { 0 } else { check.size("window", args.window)? };
+        // Scores are compared before they are scaled.
+        if args.scale.is_nan() || args.scale <= 0.0 {
+            return Err(check.shape("scale", "above 0", args.scale.to_bits() as usize));
         }
-        check.multiple(what, head_dim, 8, "a multiple of 8")?;
-        let row = quant::row::row_bytes(format, head_dim);
-        let row = row.map_err(|_| shape(what, "a multiple of the format's block", head_dim))?;
-        row_bytes[i] = check.size(what, row)?;
-    }
-    if args.acts.is_some() {
-        check.multiple("head_dim_v", cache.head_dim_v, 32, "a multiple of 32 where results are quantised")?;
-    }
-    if args.rotated {
-        let width = ROTATED_WIDTH as usize;
-        check.multiple(
-            "head_dim_v",
-            cache.head_dim_v,
-            width,
-            "a multiple of 64 where results are rotated",
-        )?;
-    }
-    if args.geometry == Geometry::Prompt && (args.rotated || args.acts.is_some()) {
-        return Err(shape("results of Geometry::Prompt", "floats as they are", 1));
-    }
-    let scales = args.acts.map_or(DevicePtr::NULL, |(_, scales)| scales);
-    for (what, at, align) in [
-        ("k", cache.k, 16),
-        ("v", cache.v, 16),
-        ("q", args.q, 16),
-        ("out", args.out, 16),
-        ("scales", scales, 16),
-        ("scratch", args.scratch, 16),
-        ("sequences", step.sequences, 8),
-        ("positions", step.positions, 4),
-        ("token_sequences", step.token_sequences, 4),
-        ("pages", step.pages, 4),
-        ("sinks", args.sinks, 4),
-        ("slopes", args.slopes, 4),
-    ] {
-        check.aligned(what, at, align)?;
+        let [bytes_k, bytes_v] = row_bytes(&cache)?;
+        check_results(args)?;
+        let scales = args.acts.map_or(DevicePtr::NULL, |(_, scales)| scales);
+        for (what, at, align) in [
+            ("k", cache.k, 16),
+            ("v", cache.v, 16),
+            ("q", args.q, 16),
+            ("out", args.out, 16),
+            ("scales", scales, 16),
+            ("scratch", args.scratch, 16),
+            ("sequences", step.sequences, 8),
+            ("positions", step.positions, 4),
+            ("token_sequences", step.token_sequences, 4),
+            ("pages", step.pages, 4),
+            ("sinks", args.sinks, 4),
+            ("slopes", args.slopes, 4),
+        ] {
+            check.aligned(what, at, align)?;
+        }
+        if matches!(args.geometry, Geometry::Split { .. }) && args.scratch == DevicePtr::NULL {
+            return Err(check.shape("scratch of Geometry::Split", "an address", 0));
+        }
+        if args.append.is_some() && !appends(args, cache.head_dim_k) {
+            let expected = "one that decodes: see `appends`";
+            return Err(check.shape("tokens of a launch that appends", expected, step.n_tokens));
+        }
+
+        let transform = args.softcap != 0.0 || args.slopes != DevicePtr::NULL;
+        let scale = match (transform, args.softcap != 0.0) {
+            (false, _) => args.scale * core::f32::consts::LOG2_E,
+            (true, false) => args.scale,
+            (true, true) => args.scale / args.softcap,
+        };
+        let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+        let neox = args.append.is_some_and(|append| append.mode == Mode::Neox);
+        let offset_values = args.acts.is_some_and(|(kind, _)| kind == Kind::Q8_1);
+        let flags = flag(args.causal, CAUSAL)
+            | flag(transform, TRANSFORM)
+            | flag(neox, NEOX)
+            | flag(offset_values, OFFSET_VALUES)
+            | flag(args.rotated, ROTATED);
+        let [dim_k, dim_v] = [cache.head_dim_k as u32, cache.head_dim_v as u32];
+        let [type_k, type_v] = [cache.type_k as u32, cache.type_v as u32];
+        Ok(Checked {
+            args,
+            n_tokens,
+            n_head,
+            n_head_kv,
+            group: args.n_head / cache.n_head_kv,
+            scales,
+            addresses: [
+                step.positions,
+                step.token_sequences,
+                step.sequences,
+                step.pages,
+                args.sinks,
+                args.slopes,
+            ],
+            sizes: [n_tokens, n_head, n_head_kv, dim_k, dim_v, bytes_k, bytes_v, type_k, type_v],
+            flags,
+            window,
+            scale,
+        })
     }
 
-    let transform = args.softcap != 0.0 || args.slopes != DevicePtr::NULL;
-    let scale = match (transform, args.softcap != 0.0) {
-        (false, _) => args.scale * core::f32::consts::LOG2_E,
-        (true, false) => args.scale,
-        (true, true) => args.scale / args.softcap,
-    };
-    if args.append.is_some() && !appends(args, cache.head_dim_k) {
-        return Err(shape(
-            "tokens of a launch that appends",
-            "one that decodes: see `appends`",
-            step.n_tokens,
-        ));
-    }
-    let dims = [cache.head_dim_k, cache.head_dim_v];
-    if dims[0] > 576 || dims[1] > MAX_DIM_V as usize {
-        return Err(shape("head_dim", "at most (576, 512)", dims[0].max(dims[1])));
-    }
-    let flag = |on: bool, bit: u32| if on { bit } else { 0 };
-    let neox = args.append.is_some_and(|append| append.mode == Mode::Neox);
-    let offset_values = args.acts.is_some_and(|(kind, _)| kind == Kind::Q8_1);
-    let flags = flag(args.causal, CAUSAL)
-        | flag(transform, TRANSFORM)
-        | flag(neox, NEOX)
-        | flag(offset_values, OFFSET_VALUES)
-        | flag(args.rotated, ROTATED);
-    let addresses =
-        [step.positions, step.token_sequences, step.sequences, step.pages, args.sinks, args.slopes];
-    let sizes = [
-        n_tokens,
-        n_head,
-        n_head_kv,
-        dims[0] as u32,
-        dims[1] as u32,
-        row_bytes[0],
-        row_bytes[1],
-        cache.type_k as u32,
-        cache.type_v as u32,
-    ];
-    if args.geometry == Geometry::Plain {
+    /// One warp a row.
+    fn plain(&self) -> Launch {
+        let Checked { args, scales, .. } = *self;
         // Its scores are natural logarithms throughout.
         let scale = if args.softcap != 0.0 { args.scale / args.softcap } else { args.scale };
-        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(scales);
-        let params = addresses.iter().fold(params, |params, &at| params.with(at));
-        let params = sizes.iter().fold(params, |params, &size| params.with(size));
-        let attention = Launch {
+        let (k, v) = (args.cache.k, args.cache.v);
+        let params = Params::new().with(args.q).with(k).with(v).with(args.out).with(scales);
+        let params = self.addresses.iter().fold(params, |params, &at| params.with(at));
+        let params = self.sizes.iter().fold(params, |params, &size| params.with(size));
+        Launch {
             entry: "flash_plain",
-            grid: [(n_tokens * n_head).div_ceil(PLAIN_WARPS), 1, 1],
+            grid: [(self.n_tokens * self.n_head).div_ceil(PLAIN_WARPS), 1, 1],
             cta: 32 * PLAIN_WARPS,
             cluster: 1,
             smem_bytes: 4 * PLAIN_WARPS * MAX_DIM_V,
-            params: params.with(flags).with(window).with(scale).with(args.softcap),
-        };
-        return Ok(Launches { attention, merge: None });
+            params: params.with(self.flags).with(self.window).with(scale).with(args.softcap),
+        }
     }
-    if args.geometry == Geometry::Prompt {
+
+    /// Prompts on Hopper.
+    fn prompt(&self) -> Result<Launch, LaunchError> {
+        let (check, args) = (Check(Flash::NAME), self.args);
         let has_slopes = args.slopes != DevicePtr::NULL;
-        let (entry, tile) = hopper(&cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
-            shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", dims[0].max(dims[1]))
+        let (entry, tile) = hopper(&args.cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
+            let got = args.cache.head_dim_k.max(args.cache.head_dim_v);
+            check.shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", got)
         })?;
-        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out);
-        let params = addresses[..5].iter().fold(params, |params, &at| params.with(at));
-        let params = sizes[..5].iter().fold(params, |params, &size| params.with(size));
-        let attention = Launch {
+        let params = Params::new().with(args.q).with(args.cache.k).with(args.cache.v).with(args.out);
+        let params = self.addresses[..5].iter().fold(params, |params, &at| params.with(at));
+        let params = self.sizes[..5].iter().fold(params, |params, &size| params.with(size));
+        let tiles = (args.step.n_tokens * self.group).div_ceil(HOPPER_ROWS as usize);
+        Ok(Launch {
             entry,
-            grid: [
-                check.size("tiles", (step.n_tokens * group).div_ceil(HOPPER_ROWS as usize))?,
-                n_head_kv,
-                1,
-            ],
+            grid: [check.size("tiles", tiles)?, self.n_head_kv, 1],
             cta: HOPPER_THREADS,
             cluster: 1,
             smem_bytes: tile.bytes,
-            params: params.with(flags).with(window).with(scale).with(args.softcap),
+            params: params.with(self.flags).with(self.window).with(self.scale).with(args.softcap),
+        })
+    }
+
+    /// Tiles of rows on tensor cores, and the merge of what is split.
+    fn tiled(&self) -> Result<Launches, LaunchError> {
+        let (check, args, cache) = (Check(Flash::NAME), self.args, &self.args.cache);
+        let n_tokens = args.step.n_tokens;
+        let variant = variant(args).ok_or_else(|| {
+            let got = args.smem_per_cta_bytes as usize;
+            check.shape("shared memory per CTA", "enough for the head's smallest tile", got)
+        })?;
+        let tile = variant.tile;
+        let tiles = self.group.div_ceil(tile.rows());
+        let (mut n_spans, mut shares) = (0, 1);
+        if let Geometry::Split { n_spans: room, n_sm } = args.geometry {
+            n_spans = check.size("n_spans", room)?;
+            // As many CTAs as the device runs at a time, if there are spans for them: all start together and end together.
+            let at_a_time = n_sm.saturating_mul(variant.ctas_per_sm(args.smem_per_cta_bytes)) as usize;
+            shares = (at_a_time / (n_tokens * cache.n_head_kv * tiles)).clamp(1, room);
+        }
+        let grid = if tile.per_token() {
+            let tiles = check.grid("n_head_kv * tiles", cache.n_head_kv * tiles)?;
+            [self.n_tokens, tiles, check.grid("shares", shares)?]
+        } else {
+            [check.size("tiles", (n_tokens * self.group).div_ceil(tile.rows()))?, self.n_head_kv, 1]
         };
-        return Ok(Launches { attention, merge: None });
+        let appended = args
+            .append
+            .map_or([DevicePtr::NULL; 4], |append| [append.k, append.v, append.cells, append.angles]);
+        let aligned = [("append.k", 8), ("append.v", 8), ("cells", 4), ("angles", 16)];
+        for ((what, align), at) in aligned.into_iter().zip(appended) {
+            check.aligned(what, at, align)?;
+        }
+        let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(self.scales);
+        let params = params.with(args.scratch);
+        let params = self.addresses.iter().fold(params, |params, &at| params.with(at));
+        let params = self.sizes.iter().fold(params, |params, &size| params.with(size));
+        let params = params.with(self.flags).with(self.window).with(self.scale).with(args.softcap);
+        let attention = Launch {
+            entry: variant.entry,
+            grid,
+            cta: 32 * (tile.sharers * tile.row_groups) as u32,
+            cluster: 1,
+            smem_bytes: tile.smem_bytes(),
+            params: appended.iter().fold(params.with(n_spans), |params, &at| params.with(at)),
+        };
+        Ok(Launches { attention, merge: (n_spans > 0).then(|| self.merge(n_spans)) })
     }
-    let variant = variant(args).ok_or_else(|| {
-        shape(
-            "shared memory per CTA",
-            "enough for the head's smallest tile",
-            args.smem_per_cta_bytes as usize,
-        )
-    })?;
-    let tile = variant.tile;
-    let tiles = group.div_ceil(tile.rows());
-    let (mut n_spans, mut shares) = (0, 1);
-    if let Geometry::Split { n_spans: room, n_sm } = args.geometry {
-        n_spans = check.size("n_spans", room)?;
-        // As many CTAs as the device runs at a time, if there are spans for them: all start together and end together.
-        let at_a_time = n_sm.saturating_mul(variant.ctas_per_sm(args.smem_per_cta_bytes)) as usize;
-        shares = (at_a_time / (step.n_tokens * cache.n_head_kv * tiles)).clamp(1, room);
+
+    /// What makes one result of those of `n_spans` spans.
+    fn merge(&self, n_spans: u32) -> Launch {
+        let (args, step, dim_v) = (self.args, &self.args.step, self.args.cache.head_dim_v as u32);
+        let (entry, columns) = if args.rotated {
+            ("flash_merge_rotated", ROTATED_COLUMNS)
+        } else {
+            ("flash_merge", MERGE_COLUMNS)
+        };
+        let params = Params::new().with(args.scratch).with(args.out).with(self.scales);
+        let params = params.with(step.positions).with(step.token_sequences).with(step.sequences);
+        let params = params.with(args.sinks).with(self.n_head).with(dim_v);
+        Launch {
+            entry,
+            grid: [self.n_tokens * self.n_head, dim_v.div_ceil(columns), 1],
+            cta: MERGE_THREADS,
+            cluster: 1,
+            // Per span weights and values; per warp a maximum.
+            smem_bytes: MERGE_THREADS * (16 + 4 * columns) + MERGE_THREADS / 8,
+            params: params.with(self.flags).with(self.window).with(n_spans),
+        }
     }
-    let grid = if tile.per_token() {
-        [n_tokens, check.grid("n_head_kv * tiles", cache.n_head_kv * tiles)?, check.grid("shares", shares)?]
-    } else {
-        [check.size("tiles", (step.n_tokens * group).div_ceil(tile.rows()))?, n_head_kv, 1]
+}
+
+/// Most dimensions of a key.
+const MAX_DIM_K: usize = 576;
+
+/// Bytes of a row of the cache, of keys and of values; an error if no kernel has those.
+fn row_bytes(cache: &Cache) -> Result<[u32; 2], LaunchError> {
+    let check = Check(Flash::NAME);
+    let of = |what, format, head_dim, most| {
+        if !KV_FORMATS.contains(&format) {
+            return Err(LaunchError::Format { kernel: Flash::NAME, format });
+        }
+        check.multiple(what, head_dim, 8, "a multiple of 8")?;
+        if head_dim > most {
+            return Err(check.shape(what, "at most 576 for keys and 512 for values", head_dim));
+        }
+        let row = quant::row::row_bytes(format, head_dim);
+        check.size(what, row.map_err(|_| check.shape(what, "a multiple of the format's block", head_dim))?)
     };
-    let appended =
-        args.append.map_or([DevicePtr::NULL; 4], |append| [append.k, append.v, append.cells, append.angles]);
-    for (what, at, align) in [
-        ("append.k", appended[0], 8),
-        ("append.v", appended[1], 8),
-        ("cells", appended[2], 4),
-        ("angles", appended[3], 16),
-    ] {
-        check.aligned(what, at, align)?;
+    Ok([
+        of("head_dim_k", cache.type_k, cache.head_dim_k, MAX_DIM_K)?,
+        of("head_dim_v", cache.type_v, cache.head_dim_v, MAX_DIM_V as usize)?,
+    ])
+}
+
+/// Whether the kernels end results in this form.
+fn check_results(args: &Args) -> Result<(), LaunchError> {
+    let (check, dim_v) = (Check(Flash::NAME), args.cache.head_dim_v);
+    if args.acts.is_some() {
+        check.multiple("head_dim_v", dim_v, 32, "a multiple of 32 where results are quantised")?;
     }
-    let params = Params::new().with(args.q).with(cache.k).with(cache.v).with(args.out).with(scales);
-    let params = params.with(args.scratch);
-    let params = addresses.iter().fold(params, |params, &at| params.with(at));
-    let params = sizes.iter().fold(params, |params, &size| params.with(size));
-    let attention = Launch {
-        entry: variant.entry,
-        grid,
-        cta: 32 * (tile.sharers * tile.row_groups) as u32,
-        cluster: 1,
-        smem_bytes: tile.smem_bytes(),
-        params: appended.iter().fold(
-            params.with(flags).with(window).with(scale).with(args.softcap).with(n_spans),
-            |params, &at| params.with(at),
-        ),
-    };
-    let (entry, columns) =
-        if args.rotated { ("flash_merge_rotated", ROTATED_COLUMNS) } else { ("flash_merge", MERGE_COLUMNS) };
-    let merge = (n_spans > 0).then(|| Launch {
-        entry,
-        grid: [n_tokens * n_head, cache.head_dim_v.div_ceil(columns as usize) as u32, 1],
-        cta: MERGE_THREADS,
-        cluster: 1,
-        // Per span weights and values; per warp a maximum.
-        smem_bytes: MERGE_THREADS * (16 + 4 * columns) + MERGE_THREADS / 8,
-        params: Params::new()
-            .with(args.scratch)
-            .with(args.out)
-            .with(scales)
-            .with(step.positions)
-            .with(step.token_sequences)
-            .with(step.sequences)
-            .with(args.sinks)
-            .with(n_head)
-            .with(cache.head_dim_v as u32)
-            .with(flags)
-            .with(window)
-            .with(n_spans),
-    });
-    Ok(Launches { attention, merge })
+    if args.rotated {
+        let width = ROTATED_WIDTH as usize;
+        check.multiple("head_dim_v", dim_v, width, "a multiple of 64 where results are rotated")?;
+    }
+    if args.geometry == Geometry::Prompt && (args.rotated || args.acts.is_some()) {
+        return Err(check.shape("results of Geometry::Prompt", "floats as they are", 1));
+    }
+    Ok(())
 }

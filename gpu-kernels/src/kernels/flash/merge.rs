@@ -1,9 +1,9 @@
 //! The second launch of a split decode: a row's spans out of `scratch`, merged in order as one CTA would have.
 //!
-//! A CTA has one token and head and 32 dimensions, or 64 where they are rotated: a chain of two operations per span cannot
-//! be cut, so there are many CTAs with a short one each. Values of up to 128 spans at a time are copied to shared memory, all at once, while the
-//! weights are computed: maxima only grow, so they are a scan, and a scan of maxima is exact. Then the first warps
-//! walk the chain, a column per lane.
+//! A CTA has one token and head and 32 dimensions, or 64 where they are rotated: a chain of two operations per span
+//! cannot be cut, so there are many CTAs with a short one each. Values of up to 128 spans at a time are copied to
+//! shared memory, all at once, while the weights are computed: maxima only grow, so they are a scan, and a scan of
+//! maxima is exact. Then the first warps walk the chain, a column per lane.
 
 use super::results::Results;
 use super::{CAUSAL, NO_SEQUENCE, SPAN, state};
@@ -15,7 +15,6 @@ const THREADS: u32 = super::MERGE_THREADS;
 const BATCH: u32 = 8;
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // a kernel's
 fn merge<const COLUMNS: u32>(
     scratch: Glb<F32x2>,
     out: Glb<f32>,

@@ -8,17 +8,17 @@
 //! * Shapes: `q` [n_tokens, n_head · head_dim_k], `out` [n_tokens, n_head · head_dim_v] f32; `k`, `v`: the layer's part of the
 //!   cache, `[page][kv head][64 positions][head_dim]` in the cache's format; `positions`, `token_sequences` `[n_tokens]` u32;
 //!   `sequences` of (first page, positions) u32 pairs; `pages` u32; `sinks`, `slopes` `[n_head]` f32 or absent. Head
-//!   dimensions are multiples of 8, at most 256, or (576, 512). Arrays are 16-byte aligned. Nothing overlaps. Everything
+//!   dimensions are multiples of 8, at most (576, 512). Arrays are 16-byte aligned. Nothing overlaps. Everything
 //!   that changes from step to step is in device memory, so a captured launch can be replayed.
 //! * Entries: `flash_{decode,prefill}_{dim}_{class}`. `dim` 64, 128, 256, 576 holds the head (the rest is zeros). Class
 //!   `f16`: F16 cache, copied asynchronously. `wide`: F16 and block formats in any pair, widened to f16 on
 //!   the way into shared memory. `split`: any pair with F32 or BF16 in it; all operands (q, k, v, p) are kept as a sum of two
 //!   bf16, 16 bits of mantissa over f32's range, and multiplied as three products.
-//! * Geometry: rows of a tile are (token, head of a KV head's group), 16 to a fragment. Prefill: 8 warps with 16 rows each (head
-//!   256: two warps share 16 rows, 4 warps where shared memory is short), grid [tiles, kv heads], long rows first.
-//!   Decode, and prefill of head 576, whose groups fill tiles: 4 warps share 16 rows of one token, grid
-//!   [tokens, kv heads · ⌈group/16⌉, shares]. Warps that share rows split a block's scores by position and the output by
-//!   dimension.
+//! * Geometry: rows of a tile are (token, head of a KV head's group), 16 to a fragment. Prefill: 8 warps with 16 rows
+//!   each (head 256: two warps share 16 rows, 4 warps where shared memory is short), grid [tiles, kv heads], long rows
+//!   first. Decode, and prefill of head 576, whose groups fill tiles: 4 warps (class `split` with head 256: 2) share 16
+//!   rows of one token, grid [tokens, kv heads · ⌈group/16⌉, shares]. Warps that share rows split a block's scores by
+//!   position and the output by dimension.
 //! * Prompts on Hopper have a kernel of their own, with bits of its own: `hopper.rs`.
 //! * Decode splits a token's spans over CTAs where there are few tokens (`split`): each takes an equal share of the spans
 //!   that the token sees, whose number it reads on the device, and writes every span's state into `scratch`; a second
@@ -28,14 +28,15 @@
 //!   Not [`Geometry::Prompt`], whose readers take no such activations. See `results.rs`.
 //! * Results may be rotated by [`hadamard`](super::hadamard) before that, by 64 neighbours each; head_dim_v is a multiple.
 //!   Not [`Geometry::Prompt`], whose values are f16, which are cached as they are.
-//! * A decode of one token a sequence can do what `kv_store` does with a rotation, and does it to the same bits: see `append.rs`.
+//! * A decode of one token a sequence can do what `kv_store` does with a rotation, and does it to the same bits: see
+//!   `append.rs`.
 //! * Order of sums, the same in every other kernel and geometry: positions are cut into spans of 256. Within a span, online
-//!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans are merged in order. A
-//!   block or span that a row does not see changes no bit of it. So a row depends on shapes, formats and its own positions
-//!   alone: decode and prefill agree bit for bit.
+//!   softmax over blocks of 64 positions (head 256 and 576, and class `split`: 32; `split` with head 256: 16) in order; spans
+//!   are merged in order. A block or span that a row does not see changes no bit of it. So a row depends on shapes, formats
+//!   and its own positions alone: decode and prefill agree bit for bit.
 //! * Bytes: decode reads the cache once per KV head. FLOPs: 4 · head_dim per row and position.
-//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. Class `split` is good to 1e-9, which its own
-//!   cases demand.
+//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. Class `split`
+//!   is good to 1e-9, which its own cases demand.
 //!
 //! Done for speed: (1) the row sum l is a product with a column of ones, so it needs neither unpacking nor shuffles,
 //! (2) rescaling is skipped where no row's maximum moved, (3) masks are applied only in blocks that some row does not see
@@ -147,7 +148,7 @@ pub const SPAN: usize = 256;
 /// Entry of `token_sequences` for a token that is not there.
 pub const NO_SEQUENCE: u32 = u32::MAX;
 /// Rows of a fragment.
-const ROWS: usize = 16;
+pub const ROWS: usize = 16;
 
 /// Columns of the table of a tile's rows.
 const TABLE_COLUMNS: usize = 5;

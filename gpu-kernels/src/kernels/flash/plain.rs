@@ -111,7 +111,6 @@ macro_rules! with_row {
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // the entry's
 fn plain(
     q: Glb<f32>,
     k: Glb<u8>,

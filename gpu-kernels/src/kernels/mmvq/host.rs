@@ -258,19 +258,26 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
         };
     }
     let outputs_bytes = 4 * rows_per_cta * n_cols as u32;
-    let (window, smem_bytes) = if n_cols == 1 {
+    let (n_warps, window, smem_bytes) = if n_cols == 1 {
         // Activations of the window's spans, and partial sums of its items.
         let span_bytes = stage_bytes + per_span * outputs_bytes;
         let fixed = book_bytes + COLUMN_FIXED_BYTES;
         let spans = n_spans.min((SMEM_BYTES - fixed) / span_bytes);
-        (spans * per_span, fixed + spans * span_bytes)
+        if args.scales == DevicePtr::NULL && spans < n_spans {
+            return Err(check.shape("k", "short enough for one window where q is f32", args.k));
+        }
+        (n_warps, spans * per_span, fixed + spans * span_bytes)
     } else {
-        let fixed = book_bytes + n_warps * stage_bytes + 2 * outputs_bytes;
-        // Whole rounds of the warps, and gate and up together.
-        let fits = (SMEM_BYTES - fixed) / outputs_bytes;
-        let step = n_warps.next_multiple_of(2);
-        let window = if fits >= n_items { n_items } else { (fits / step * step).max(2) };
-        (window, fixed + window * outputs_bytes)
+        // Whole rounds of the warps, and gate and up together; no more warps than have room for a round.
+        let fixed = |n_warps: u32| book_bytes + n_warps * stage_bytes + 2 * outputs_bytes;
+        let fits = |n_warps: u32| SMEM_BYTES.saturating_sub(fixed(n_warps)) / outputs_bytes;
+        let round = |n_warps: u32| n_warps.next_multiple_of(2);
+        let n_warps = (1..=n_warps).rev().find(|&n| fits(n) >= round(n).min(n_items));
+        let n_warps =
+            n_warps.ok_or_else(|| check.shape("n_cols", "few enough for shared memory", args.n_cols))?;
+        let fits = fits(n_warps);
+        let window = if fits >= n_items { n_items } else { fits / round(n_warps) * round(n_warps) };
+        (n_warps, window, fixed(n_warps) + window * outputs_bytes)
     };
     let params = params.with(args.q).with(args.scales).with(ids);
     let params = with_quantising_gate(params, args.glu, mark).with(k / 32).with(columns as u32);
@@ -387,8 +394,6 @@ impl Visitor for Weights<'_> {
     }
 }
 
-/// Shapes to time: a down, an up, an attention and an output projection of an 8B model, at one and at eight columns;
-/// gate and up in one launch; experts of a mixture.
 /// Added to the mean square in cases.
 const EPS: f32 = 1e-5;
 
@@ -397,6 +402,8 @@ const fn gated(n_cols: usize) -> Case {
     Case { rows: &[14336, 14336], k: 4096, n_cols, glu: Some(Glu::Silu), ..Case::of(FormatId::Q4_0) }
 }
 
+/// Shapes to time: a down, an up, an attention and an output projection of an 8B model, at one and at eight columns;
+/// gate and up in one launch; experts of a mixture.
 const BENCH: &[Case] = &[
     bench(FormatId::Q4_0, 4096, 14336, 1),
     bench(FormatId::Q4_0, 4096, 14336, 2),
@@ -416,6 +423,8 @@ const BENCH: &[Case] = &[
     bench(FormatId::Q4_K, 4096, 14336, 2),
     bench(FormatId::Q4_K, 4096, 14336, 4),
     bench(FormatId::Q4_K, 4096, 14336, 8),
+    bench(FormatId::Q5_0, 4096, 14336, 1),
+    bench(FormatId::Q5_1, 4096, 14336, 1),
     bench(FormatId::Q5_K, 4096, 14336, 1),
     bench(FormatId::Q6_K, 4096, 14336, 1),
     bench(FormatId::Q6_K, 4096, 14336, 2),
@@ -424,6 +433,7 @@ const BENCH: &[Case] = &[
     bench(FormatId::Q6_K, 128_256, 4096, 1),
     bench(FormatId::MXFP4, 4096, 14336, 1),
     bench(FormatId::IQ1_S, 4096, 14336, 1),
+    bench(FormatId::IQ1_M, 4096, 14336, 1),
     bench(FormatId::IQ2_XXS, 4096, 14336, 1),
     bench(FormatId::IQ2_XXS, 4096, 14336, 8),
     bench(FormatId::IQ2_XS, 4096, 14336, 1),

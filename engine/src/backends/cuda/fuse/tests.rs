@@ -1,7 +1,9 @@
 use super::*;
-use crate::backends::cuda::emit::MostTokens;
+use crate::backends::cuda::ahead::entries_of;
+use crate::backends::cuda::emit::{MostTokens, SizeClass};
 use crate::backends::cuda::translate::{Anywhere, translate};
 use crate::graph::{Graph, GraphBuilder, Output};
+use crate::kv_cache::{KvLayer, KvLayout};
 use crate::op::{AttentionParams, Glu, RopeMode, RopeParams, Unary};
 use crate::plan;
 use crate::tensor::Input;
@@ -161,13 +163,38 @@ fn merged_step(n: usize, n_layers: usize) -> Vec<&'static str> {
     program.actions.iter().map(Action::name).collect()
 }
 
+/// Kernels that a step of one token launches on an H100: this many layers, over a cache of so many spans.
+fn launched_step(n_layers: usize, cache: FormatId, rotated: bool, max_spans: usize) -> Vec<&'static str> {
+    let device = DeviceInfo {
+        sm: 90,
+        n_sm: 132,
+        smem_per_cta_bytes: 227 << 10,
+        smem_per_sm_bytes: 228 << 10,
+        ..DeviceInfo::default()
+    };
+    let layer = KvLayer { n_head_kv: 2, head_dim_k: 64, head_dim_v: 64 };
+    let kv = KvLayout { n_pages: 1, type_k: cache, type_v: cache, layers: alloc::vec![layer; n_layers] };
+    let class = SizeClass { max_spans, most_tokens: MostTokens::One };
+    entries_of(&step(1, n_layers, rotated), RuleSet::ALL, class, &device, &kv).unwrap()
+}
+
 /// Each launch of a decode step costs a microsecond or more that no other hides.
 #[test]
 fn a_layer_of_a_decode_step_is_five_launches() {
-    let (one, two) = (merged_step(1, 1), merged_step(1, 2));
-    assert_eq!(two.len() - one.len(), 5, "{two:?}");
+    let layer = |cache, rotated, max_spans| {
+        let launched = |n_layers| launched_step(n_layers, cache, rotated, max_spans);
+        launched(2).len() - launched(1).len()
+    };
     // Embedding, angles; product of the logits. The first norm is within a product, the others between two.
-    assert_eq!(one.len(), 5 + 3, "{one:?}");
+    assert_eq!(launched_step(1, FormatId::F16, false, 1).len(), 5 + 3);
+    assert_eq!(layer(FormatId::F16, false, 1), 5);
+    // Where the spans are shared by several CTAs, a merge.
+    assert_eq!(layer(FormatId::F16, false, 4), 6);
+    // Attention appends to caches of F16 only. Rotation of keys, values and results costs no launch.
+    for rotated in [false, true] {
+        assert_eq!(layer(FormatId::Q4_0, rotated, 1), 6, "rotated: {rotated}");
+        assert_eq!(layer(FormatId::Q4_0, rotated, 4), 7, "rotated: {rotated}");
+    }
 }
 
 /// One token's products ask for what is read next; those of a batch have time for their own.
@@ -189,9 +216,9 @@ fn products_of_one_token_name_the_next_weights() {
     }
 }
 
-/// A cache of rotated keys and values costs no launch: the store and attention rotate on the way.
+/// A cache of rotated keys and values costs no action, in batches too: the store and attention rotate on the way.
 #[test]
-fn a_layer_over_a_rotated_cache_has_no_launch_more() {
+fn a_layer_over_a_rotated_cache_has_no_action_more() {
     for n in [1, 4, 16] {
         for most_tokens in [MostTokens::One, MostTokens::Some] {
             let names = |rotated| {
