@@ -334,6 +334,13 @@ fn split_sets() {
     ok(&["quantize", &first, &whole, "F32"]);
     assert_eq!(logits(&whole), expected);
     ok(&["quantize", &first, &kept, "F32", "--keep-split"]);
+    // The parts' names would be the input's.
+    let before = std::fs::read(&first).unwrap();
+    let own = first.replace("-00001-of-00002", "");
+    let refused = run(&["quantize", &first, &own, "F16", "--keep-split"]);
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && stderr.contains("same file"), "{stderr}");
+    assert!(std::fs::read(&first).unwrap() == before);
     assert_eq!(logits(&folder.path("kept-00001-of-00002.gguf")), expected);
 }
 

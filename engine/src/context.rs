@@ -441,8 +441,10 @@ impl Context {
     pub fn embed(&mut self, tokens: &[u32], pooling: Pooling) -> Result<Vec<f32>, EngineError> {
         assert!(self.params.embeddings, "a context for embeddings");
         self.truncate(0, 0);
-        let mut batch = Batch::default();
-        batch.extend(0, tokens, true);
+        let mut batch = Batch::prompt(0, tokens);
+        if pooling != Pooling::Last {
+            batch.tokens.iter_mut().for_each(|token| token.output = true);
+        }
         let n = self.decode(&batch)?;
         self.truncate(0, 0);
         let cols = self.output_cols();

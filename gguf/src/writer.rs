@@ -25,6 +25,8 @@ pub struct Writer {
     alignment: u32,
     /// Key, and type and value as bytes.
     kvs: Vec<(String, Vec<u8>)>,
+    /// The keys of `kvs`: a file may have a million.
+    keys: BTreeSet<String>,
     /// Entries of the tensor list, as bytes.
     tensors: Vec<Vec<u8>>,
     names: BTreeSet<String>,
@@ -53,6 +55,7 @@ impl Writer {
             endian,
             alignment: DEFAULT_ALIGNMENT,
             kvs: Vec::new(),
+            keys: BTreeSet::new(),
             tensors: Vec::new(),
             names: BTreeSet::new(),
             data_bytes: 0,
@@ -70,7 +73,7 @@ impl Writer {
 
     /// Appends a value. A key that is there already is an error; see [`Self::set`].
     pub fn kv<'v>(&mut self, key: &str, value: impl Into<Value<'v>>) -> Result<(), GgufError> {
-        if self.kvs.iter().any(|(have, _)| have == key) {
+        if self.keys.contains(key) {
             return Err(GgufError::DuplicateKey { key: key.into(), offset: 0 });
         }
         self.set(key, value)
@@ -99,7 +102,9 @@ impl Writer {
         let mut bytes = Vec::new();
         (value.value_type() as u32).encode(self.endian, &mut bytes);
         value.encode(self.endian, &mut bytes)?;
-        self.kvs.retain(|(have, _)| have != key);
+        if !self.keys.insert(key.into()) {
+            self.kvs.retain(|(have, _)| have != key);
+        }
         self.kvs.push((key.into(), bytes));
         Ok(())
     }
@@ -112,9 +117,11 @@ impl Writer {
             }
             self.alignment = DEFAULT_ALIGNMENT;
         }
-        let before = self.kvs.len();
-        self.kvs.retain(|(have, _)| have != key);
-        self.kvs.len() != before
+        let was_there = self.keys.remove(key);
+        if was_there {
+            self.kvs.retain(|(have, _)| have != key);
+        }
+        was_there
     }
 
     /// Appends a tensor: `ne` is innermost first, as in [`TensorInfo::ne`]. Returns the bytes its data will have.

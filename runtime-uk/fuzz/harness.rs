@@ -15,7 +15,7 @@ use uk_broker::{Limits, serve};
 pub fn broker(bytes: &[u8]) {
     let driver = Emulator::new(Options::default());
     // Little, so that a guest that asks for much is refused, not served slowly.
-    let limits = Limits { memory_bytes: 1 << 20, allocations: 16, handles: 16 };
+    let limits = Limits { memory_bytes: 1 << 20, host_bytes: 1 << 20, allocations: 16, handles: 16 };
     let metrics = Metrics::default();
     // What it says of the guest is its own matter; that it comes back is what counts.
     let _ = serve(bytes, io::sink(), &driver, None, limits, &metrics);

@@ -188,8 +188,11 @@ impl Format {
             plain.push_str(rest);
             let stripped = without_bos(&plain, tokenizer);
             if stripped == text {
+                // What was taken for the token may be the start of a message.
                 let shift = plain.len() - stripped.len();
-                return Ok(Some(ranges.into_iter().map(|r| r.start - shift..r.end - shift).collect()));
+                let in_stripped =
+                    |r: std::ops::Range<usize>| r.start.saturating_sub(shift)..r.end.saturating_sub(shift);
+                return Ok(Some(ranges.into_iter().map(in_stripped).collect()));
             }
         }
         Ok(None)

@@ -13,6 +13,7 @@
 //! What llama.cpp's engine refuses (`//`, `**`, `raw`, `|sum` …) renders here as Jinja says.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -319,9 +320,12 @@ fn float(value: f64) -> String {
 const ASCII_SPACE: &[char] = &[' ', '\t', '\n', '\r', '\x0b', '\x0c'];
 
 fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a str {
-    let given: Vec<char> = chars.map_or_else(|| ASCII_SPACE.to_vec(), |c| c.chars().collect());
-    let text = if left { text.trim_start_matches(&given[..]) } else { text };
-    if right { text.trim_end_matches(&given[..]) } else { text }
+    // A set: a template may give as many as it likes.
+    let given: HashSet<char> =
+        chars.map_or_else(|| ASCII_SPACE.iter().copied().collect(), |c| c.chars().collect());
+    let is_given = |c: char| given.contains(&c);
+    let text = if left { text.trim_start_matches(is_given) } else { text };
+    if right { text.trim_end_matches(is_given) } else { text }
 }
 
 /// Methods of Python's types: our own where llama.cpp differs, the rest minijinja-contrib's.
@@ -465,16 +469,13 @@ fn dictsort(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
 }
 
 /// Python's `textwrap`-like indent: the first line only with `first`, blank lines only with `blank`.
-fn indent(
-    value: &str,
-    width: Option<Value>,
-    first: Option<bool>,
-    blank: Option<bool>,
-    kwargs: Kwargs,
-) -> Result<String, Error> {
-    let width = width.or(kwargs.get("width")?);
-    let first = first.or(kwargs.get("first")?).unwrap_or(false);
-    let blank = blank.or(kwargs.get("blank")?).unwrap_or(false);
+fn indent(state: &State<'_, '_>, value: &str, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+    let named = |name, at: usize| -> Result<Option<Value>, Error> {
+        Ok(args.get(at).cloned().or(kwargs.get::<Option<Value>>(name)?))
+    };
+    let width = named("width", 0)?;
+    let first = named("first", 1)?.is_some_and(|v| v.is_true());
+    let blank = named("blank", 2)?.is_some_and(|v| v.is_true());
     kwargs.assert_all_used()?;
     let prefix = match width {
         None => "    ".to_owned(),
@@ -490,6 +491,7 @@ fn indent(
             out.push('\n');
         }
         if if i == 0 { first } else { !line.is_empty() || blank } {
+            charge(state, prefix.len())?;
             out.push_str(&prefix);
         }
         out.push_str(line);
@@ -633,6 +635,20 @@ impl Json {
         }
     }
 
+    /// What stands before part `i` of a list or mapping.
+    fn before_part(
+        &self,
+        state: &State<'_, '_>,
+        i: usize,
+        level: usize,
+        out: &mut String,
+    ) -> Result<(), Error> {
+        let before = out.len();
+        out.push_str(if i > 0 { &self.item } else { "" });
+        self.newline(level, out);
+        charge(state, out.len() - before)
+    }
+
     fn write(
         &self,
         state: &State<'_, '_>,
@@ -653,8 +669,7 @@ impl Json {
                 let items: Vec<Value> = value.try_iter()?.collect();
                 out.push('[');
                 for (i, item) in items.iter().enumerate() {
-                    out.push_str(if i > 0 { &self.item } else { "" });
-                    self.newline(level + 1, out);
+                    self.before_part(state, i, level + 1, out)?;
                     self.write(state, item, level + 1, out)?;
                 }
                 if !items.is_empty() {
@@ -671,10 +686,11 @@ impl Json {
                 }
                 out.push('{');
                 for (i, key) in keys.iter().enumerate() {
-                    out.push_str(if i > 0 { &self.item } else { "" });
-                    self.newline(level + 1, out);
+                    self.before_part(state, i, level + 1, out)?;
+                    let before = out.len();
                     self.text(&key.to_string(), out);
                     out.push_str(&self.key);
+                    charge(state, out.len() - before)?;
                     self.write(state, &value.get_item(key)?, level + 1, out)?;
                 }
                 if !keys.is_empty() {

@@ -134,6 +134,10 @@ fn hostile_templates_end() {
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for",
         "{{ range(10000000000) }}",
+        // Little that is repeated often.
+        "{{ range(90000)|tojson(separators=['x'*10000000, ':']) }}",
+        "{{ dict(a=1, b=2)|items|list|tojson(separators=[',', 'x'*1000000000]) }}",
+        "{{ ('\n'*1000000)|indent('x'*1000000, true, true) }}",
         // What holds itself.
         "{% set a = [] %}{{ a.append(a) }}{{ a }}",
         "{% set a = [] %}{{ a.append([a]) }}{{ a|string }}",
@@ -175,6 +179,7 @@ fn hostile_templates_end() {
         ),
         ("{% set ns = namespace(x=1) -%} {%- set ns.x = '%}' -%} {{ ns.x }}", "%}"),
         ("{% set a, b = 1, [2] %}{{ a }}{{ b }}", "12"),
+        ("{{ ('x'*1000000)|trim('y'*1000000 ~ 'x')|length }}", "0"),
     ] {
         assert_eq!(render(source, Blocks::Trimmed, &vars).unwrap(), expected, "{source}");
     }
@@ -247,6 +252,30 @@ fn messages_cannot_inject_special_tokens() {
         let options = engine::tokenizer::DecodeOptions { remove_special: false, unparse_special: true };
         let text = format.render(&[Message::new("user", evil)], true, &tokenizer).unwrap();
         assert_eq!(String::from_utf8(tokenizer.decode(&with, options)).unwrap(), text, "{name}");
+    }
+}
+
+/// A message at the prompt's start that begins with what the tokenizer adds by itself, in a file's template or a built-in one.
+#[test]
+fn a_message_may_begin_like_the_prompt() {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/goldens");
+    let root = std::env::var("RUNIK_GOLDENS").unwrap_or_else(|_| default.into());
+    let path = std::path::PathBuf::from(format!("{root}/tiny/llama-b.gguf"));
+    if !path.is_file() {
+        eprintln!("skipped: no tiny/llama-b.gguf in RUNIK_GOLDENS");
+        return;
+    }
+    let tokenizer = crate::load::Files::open(&path).unwrap().tokenizer().unwrap();
+    assert!(tokenizer.add_bos() && tokenizer.token(tokenizer.bos().unwrap()).0 == b"<s>");
+    for name in ["vicuna", "openchat", "deepseek", "minicpm"] {
+        let format = Format::choose(Some(name), None).unwrap();
+        for content in ["<s>", "<s>x", "<s><s>x</s>"] {
+            for role in ["system", "user"] {
+                let messages = [Message::new(role, content), Message::new("user", "y")];
+                let ids = format.encode(&messages, true, &tokenizer).unwrap();
+                assert_eq!(ids.first(), tokenizer.bos().as_ref(), "{name}: {role} says {content}");
+            }
+        }
     }
 }
 

@@ -9,9 +9,9 @@ use gguf::Endian;
 use crate::args::QuantizeArgs;
 use crate::exit::{Interrupted, usage};
 use crate::load::Files;
-use crate::quantize::Job;
 use crate::quantize::imatrix::Imatrix;
 use crate::quantize::mix::Request;
+use crate::quantize::{Job, part_path};
 use crate::{machine, ui};
 
 /// The byte order that formats are encoded and decoded in.
@@ -21,10 +21,13 @@ const NATIVE: Endian = if cfg!(target_endian = "big") { Endian::Big } else { End
 pub fn run(args: &QuantizeArgs) -> Result<()> {
     let threads = machine::threads(args.threads)?;
     let files = Files::open(&args.input)?;
-    let target = args.output.canonicalize().ok();
-    for path in &files.paths {
-        if target.is_some() && path.canonicalize().ok() == target {
-            return Err(usage(format!("{}: input and output are the same file", path.display())));
+    let n_parts = if args.keep_split { files.paths.len() } else { 1 };
+    for part in 0..n_parts {
+        let target = part_path(&args.output, part, n_parts)?.canonicalize().ok();
+        for path in &files.paths {
+            if target.is_some() && path.canonicalize().ok() == target {
+                return Err(usage(format!("{}: input and output are the same file", path.display())));
+            }
         }
     }
     let source = files.parse()?;

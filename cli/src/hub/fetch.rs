@@ -35,6 +35,8 @@ impl Hub {
             .tls_config(tls()?)
             .timeout_connect(Some(Duration::from_secs(30)))
             .timeout_recv_response(Some(Duration::from_secs(60)))
+            // A transfer that stalls ends here, and so does a long one that does not: either is taken up where it ended.
+            .timeout_recv_body(Some(Duration::from_secs(600)))
             .http_status_as_error(false)
             .user_agent(concat!("runik/", env!("CARGO_PKG_VERSION")))
             .build();

@@ -271,7 +271,7 @@ impl Job<'_> {
 }
 
 /// Path of a part of the result.
-fn part_path(out: &Path, part: usize, n_parts: usize) -> Result<PathBuf> {
+pub fn part_path(out: &Path, part: usize, n_parts: usize) -> Result<PathBuf> {
     if n_parts == 1 {
         return Ok(out.to_owned());
     }

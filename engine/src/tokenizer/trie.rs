@@ -36,7 +36,6 @@ impl Trie {
         (start < end).then_some(Node { tokens: at + start..at + end, depth: depth + 1 })
     }
 
-    /// The token that ends here; of equal ones the last.
     /// The longest token that a text begins with, and its length. Time by the length of what is common to both.
     pub(super) fn longest(&self, vocab: &Vocab, text: &[u8]) -> Option<(TokenId, usize)> {
         let (mut node, mut longest) = (self.root(), None);
@@ -48,6 +47,7 @@ impl Trie {
         longest
     }
 
+    /// The token that ends here; of equal ones the last.
     pub(super) fn token(&self, vocab: &Vocab, node: &Node) -> Option<TokenId> {
         self.0.get(node.tokens.start).copied().filter(|&id| vocab.bytes(id).len() == node.depth)
     }

@@ -159,6 +159,10 @@ impl Ugm {
     }
 }
 
+/// Most bytes that are replaced at a time: a file's table may have a loop, and every place of a text is looked at. The longest
+/// of SentencePiece's own tables (NFKC) are some thirty bytes.
+const MAX_KEY_BYTES: usize = 256;
+
 /// SentencePiece's table of replacements: a double array over the bytes of what is replaced, then the replacements,
 /// each ending in a zero. Cells hold: bits 0–7 and 31 the byte that leads here (LCHECK), bit 8 whether a replacement
 /// ends here, bits 10–30 the offset to the children (BASE; bit 9 multiplies it by 256), or the replacement's offset.
@@ -194,7 +198,8 @@ impl Charsmap {
         }
         let base = |cell: u32| (cell >> 10) << ((cell & 1 << 9) >> 6);
         let (mut index, mut found) = (base(self.cell(0)?), None);
-        for (i, &byte) in text.iter().enumerate().take_while(|&(_, &byte)| byte != 0) {
+        let key = text.iter().take(MAX_KEY_BYTES).enumerate().take_while(|&(_, &byte)| byte != 0);
+        for (i, &byte) in key {
             index ^= u32::from(byte);
             let cell = self.cell(index)?;
             if cell & (1 << 31 | 0xFF) != u32::from(byte) {
@@ -209,5 +214,25 @@ impl Charsmap {
         let tail = self.replacements.get(offset..).ok_or(TokenizerError::BadCharsmap { offset })?;
         let end = tail.iter().position(|&byte| byte == 0).ok_or(TokenizerError::BadCharsmap { offset })?;
         Ok(Some((&tail[..end], len)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file's table may lead from a byte back to itself: what one place of a text costs has a bound all the same.
+    #[test]
+    fn a_loop_in_the_table_is_left() {
+        const A: u32 = b'a' as u32;
+        // The root's children begin at 0x100; the one of `a` has its children there, too, and ends a key.
+        let mut cells = [0u32; 0x200];
+        (cells[0], cells[0x100 + A as usize]) = (0x100 << 10, A << 10 | 1 << 8 | A);
+        let mut bytes = (4 * cells.len() as u32).to_le_bytes().to_vec();
+        cells.iter().for_each(|cell| bytes.extend(cell.to_le_bytes()));
+        // One replacement, by nothing.
+        bytes.push(0);
+        let table = Charsmap::new(&bytes).unwrap();
+        assert_eq!(table.longest_prefix(&[b'a'; 10_000]), Ok(Some((&[][..], MAX_KEY_BYTES))));
     }
 }

@@ -21,6 +21,8 @@ use crate::window::GuestWindow;
 pub struct Limits {
     /// Device and host memory together.
     pub memory_bytes: u64,
+    /// Of that the host's: pinned and managed memory.
+    pub host_bytes: u64,
     /// Allocations.
     pub allocations: usize,
     /// Streams, events and graphs together.
@@ -29,8 +31,9 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        // Far above what a model needs (an allocation per weight, an event per layer), far below what hurts the host.
-        Limits { memory_bytes: 1 << 40, allocations: 1 << 16, handles: 1 << 14 }
+        // Far above what a model needs (buffers to load by, an allocation per weight, an event per layer), far below what
+        // hurts the host. Of device memory the device itself has no more than it has.
+        Limits { memory_bytes: 1 << 40, host_bytes: 4 << 30, allocations: 1 << 16, handles: 1 << 14 }
     }
 }
 
@@ -54,6 +57,14 @@ struct Kernel {
     module: ModuleId,
 }
 
+/// Memory of the guest's.
+#[derive(Clone, Copy, Debug)]
+struct Allocation {
+    bytes: u64,
+    /// Bytes of the host's memory.
+    host_bytes: u64,
+}
+
 /// The share.
 pub struct Device<'d> {
     driver: &'d dyn Driver,
@@ -61,9 +72,10 @@ pub struct Device<'d> {
     metrics: &'d Metrics,
     modules: Modules,
     kernels: Vec<Kernel>,
-    /// Allocations by address: their sizes.
-    memory: BTreeMap<u64, u64>,
+    /// Allocations by address.
+    memory: BTreeMap<u64, Allocation>,
     memory_bytes: u64,
+    host_bytes: u64,
     streams: HashSet<u32>,
     events: HashSet<u32>,
     graphs: HashSet<u32>,
@@ -105,6 +117,7 @@ impl<'d> Device<'d> {
             kernels: Vec::new(),
             memory: BTreeMap::new(),
             memory_bytes: 0,
+            host_bytes: 0,
             streams: HashSet::new(),
             events: HashSet::new(),
             graphs: HashSet::new(),
@@ -170,10 +183,11 @@ impl<'d> Device<'d> {
                     Kind::Device => MemKind::Device,
                     Kind::Managed => MemKind::Managed,
                 };
-                self.allocate(bytes, |driver| driver.alloc(kind, bytes))
+                let host_bytes = if kind == MemKind::Device { 0 } else { bytes };
+                self.allocate(bytes, host_bytes, |driver| driver.alloc(kind, bytes))
             }
             Command::AllocAsync { bytes, stream } => {
-                self.allocate(bytes, |driver| driver.alloc_async(bytes, StreamId(stream)))
+                self.allocate(bytes, 0, |driver| driver.alloc_async(bytes, StreamId(stream)))
             }
             Command::Free { at } => {
                 self.owns(at)?;
@@ -244,6 +258,10 @@ impl<'d> Device<'d> {
                 Ok(id.into())
             }
             Command::ReleaseStream { stream } => {
+                // Nobody could wait for its copies any more.
+                if self.copying.remove(&stream) {
+                    driver.synchronise(StreamId(stream))?;
+                }
                 driver.release_stream(StreamId(stream))?;
                 self.streams.remove(&stream);
                 Ok(0)
@@ -314,16 +332,20 @@ impl<'d> Device<'d> {
     fn allocate(
         &mut self,
         bytes: u64,
+        host_bytes: u64,
         allocate: impl FnOnce(&dyn Driver) -> Result<DevicePtr, DriverError>,
     ) -> Result<u64, Refusal> {
-        let sum = self.memory_bytes.checked_add(bytes).filter(|sum| *sum <= self.limits.memory_bytes);
-        let (Some(sum), true) = (sum, self.memory.len() < self.limits.allocations) else {
+        let within = |have: u64, more: u64, most: u64| have.checked_add(more).filter(|sum| *sum <= most);
+        let sum = within(self.memory_bytes, bytes, self.limits.memory_bytes);
+        let host_sum = within(self.host_bytes, host_bytes, self.limits.host_bytes);
+        let has_room = self.memory.len() < self.limits.allocations;
+        let (Some(sum), Some(host_sum), true) = (sum, host_sum, has_room) else {
             let what = format!("{bytes} bytes more than this guest may have");
             return Err(Refusal::Guest(Status::OutOfMemory, what));
         };
         let DevicePtr(at) = allocate(self.driver)?;
-        self.memory.insert(at, bytes);
-        self.memory_bytes = sum;
+        self.memory.insert(at, Allocation { bytes, host_bytes });
+        (self.memory_bytes, self.host_bytes) = (sum, host_sum);
         Metrics::add(&self.metrics.allocated_bytes, bytes);
         Ok(at)
     }
@@ -336,8 +358,9 @@ impl<'d> Device<'d> {
     }
 
     fn forget(&mut self, at: u64) -> Result<u64, Refusal> {
-        let bytes = self.memory.remove(&at).unwrap_or(0);
+        let Some(Allocation { bytes, host_bytes }) = self.memory.remove(&at) else { return Ok(0) };
         self.memory_bytes -= bytes;
+        self.host_bytes -= host_bytes;
         self.metrics.allocated_bytes.fetch_sub(bytes, std::sync::atomic::Ordering::Relaxed);
         Ok(0)
     }
@@ -347,7 +370,7 @@ impl<'d> Device<'d> {
         let within = |start: u64, len: u64| {
             at.checked_sub(start).and_then(|offset| offset.checked_add(bytes)).is_some_and(|end| end <= len)
         };
-        let own = self.memory.range(..=at).next_back().is_some_and(|(&start, &len)| within(start, len));
+        let own = self.memory.range(..=at).next_back().is_some_and(|(&start, own)| within(start, own.bytes));
         let in_window = || {
             let address = window.and_then(GuestWindow::address);
             window
@@ -406,8 +429,8 @@ impl<'d> Device<'d> {
 
     fn write(&mut self, to: u64, from: Data, stream: u32, host: &Host<'_>) -> Result<u64, Refusal> {
         if let Some(address) = host.device_address(from)? {
-            self.copying.insert(stream);
             self.driver.copy(DevicePtr(to), address, from.bytes, StreamId(stream))?;
+            self.copying.insert(stream);
             return Ok(0);
         }
         let driver = self.driver;

@@ -23,7 +23,9 @@ usage: runik-gpu-host --socket PATH [options]
   --ram FILE         the guest's RAM (QEMU: memory-backend-file,share=on), for copies in place
   --device NAME      emu: the emulator on this machine's cores (default), emu:90 as a GPU of Hopper; cuda or cuda:N: an
                      NVIDIA GPU
-  --memory BYTES     device memory that the guest may have at most
+  --memory BYTES     memory that the guest may have at most, the device's and the host's together
+  --host-memory BYTES
+                     memory of the host's that it may have pinned or managed of that (4 GiB)
   --user UID:GID     become this user before a guest is listened to
   --metrics FILE     write counters there, in Prometheus' format, every second and at the end
 ";
@@ -61,6 +63,9 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Option<Args>, String> {
             "--ram" => parsed.ram = Some(PathBuf::from(&value)),
             "--device" => parsed.device = value,
             "--memory" => parsed.limits.memory_bytes = value.parse().map_err(|_| bad("a number of bytes"))?,
+            "--host-memory" => {
+                parsed.limits.host_bytes = value.parse().map_err(|_| bad("a number of bytes"))?
+            }
             "--user" => {
                 let ids =
                     value.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));

@@ -77,7 +77,7 @@ fn a_graph_is_one_doorbell() {
 /// Each refusal is a typed error with the broker's words, and the session goes on.
 #[test]
 fn what_is_not_the_guests_is_refused() {
-    let limits = Limits { memory_bytes: 1 << 20, allocations: 2, handles: 2 };
+    let limits = Limits { memory_bytes: 1 << 20, host_bytes: 1 << 16, allocations: 2, handles: 2 };
     let (driver, broker) = inline(4096, limits);
     let at = driver.alloc(MemKind::Device, 256).unwrap();
     let address = |result: Result<(), DriverError>| {
@@ -99,7 +99,14 @@ fn what_is_not_the_guests_is_refused() {
 
     let error = driver.alloc(MemKind::Device, 1 << 20).unwrap_err();
     assert_eq!(error, DriverError::OutOfMemory { kind: MemKind::Device, bytes: 1 << 20 });
-    driver.alloc(MemKind::Host, 1).unwrap();
+    // Of the host's memory the guest may have less.
+    for kind in [MemKind::Host, MemKind::Managed] {
+        let error = driver.alloc(kind, (1 << 16) + 1).unwrap_err();
+        assert_eq!(error, DriverError::OutOfMemory { kind, bytes: (1 << 16) + 1 });
+    }
+    let host = driver.alloc(MemKind::Host, 1 << 16).unwrap();
+    driver.free(host).unwrap();
+    driver.alloc(MemKind::Host, 1 << 16).unwrap();
     assert!(matches!(driver.alloc(MemKind::Host, 1), Err(DriverError::OutOfMemory { .. })));
     driver.create_stream().unwrap();
     driver.record(STREAM).unwrap();

@@ -123,6 +123,25 @@ fn copies_in_place() {
     }
 }
 
+/// A stream that is released behind a copy of its own takes no other command's reply with it.
+#[test]
+fn a_stream_goes_with_copies_under_way() {
+    let (driver, broker) = windowed(Box::new(Ram), map(), true);
+    let at = driver.alloc(MemKind::Device, 4096).unwrap();
+    for _ in 0..3 {
+        let stream = driver.create_stream().unwrap();
+        driver.write(at, &[5; 4096], stream).unwrap();
+        driver.release_stream(stream).unwrap();
+        let next = driver.alloc(MemKind::Device, 64).unwrap();
+        driver.free(next).unwrap();
+    }
+    let mut back = [0; 4096];
+    driver.read(&mut back, at, STREAM).unwrap();
+    assert_eq!(back, [5; 4096]);
+    drop(driver);
+    broker.end().unwrap();
+}
+
 /// The ring wraps around: many more commands than it has slots.
 #[test]
 fn many_commands() {

@@ -93,13 +93,13 @@ const char *cuda_uk_error(struct cuda_unikernel_context_t *ctx);
 // * `ctx` is null, zeroed or initialised.
 void *cuda_uk_malloc(struct cuda_unikernel_context_t *ctx, size_t size);
 
-// Memory of a kind; its `ptr` is null if there is none.
+// Memory of a kind, a `uk_memory_type_t`; its `ptr` is null if there is none.
 //
 // # Safety
 // * `ctx` is null, zeroed or initialised.
 struct uk_memory_allocation_t cuda_uk_malloc_kind(struct cuda_unikernel_context_t *ctx,
                                                   size_t size,
-                                                  enum uk_memory_type_t kind);
+                                                  int kind);
 
 // Gives memory back.
 //

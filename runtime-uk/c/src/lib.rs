@@ -223,15 +223,19 @@ pub unsafe extern "C" fn cuda_uk_error(ctx: *mut Context) -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuda_uk_malloc(ctx: *mut Context, size: usize) -> *mut c_void {
     // SAFETY: the caller's promise.
-    unsafe { cuda_uk_malloc_kind(ctx, size, MemoryType::UK_MEM_DEVICE) }.ptr
+    unsafe { cuda_uk_malloc_kind(ctx, size, MemoryType::UK_MEM_DEVICE as c_int) }.ptr
 }
 
-/// Memory of a kind; its `ptr` is null if there is none.
+/// Memory of a kind, a `uk_memory_type_t`; its `ptr` is null if there is none.
 ///
 /// # Safety
 /// * `ctx` is null, zeroed or initialised.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuda_uk_malloc_kind(ctx: *mut Context, size: usize, kind: MemoryType) -> Allocation {
+pub unsafe extern "C" fn cuda_uk_malloc_kind(ctx: *mut Context, size: usize, kind: c_int) -> Allocation {
+    // Of C an enumeration may have any number, of Rust none but its own.
+    let kinds = [MemoryType::UK_MEM_HOST, MemoryType::UK_MEM_DEVICE, MemoryType::UK_MEM_MANAGED];
+    let known = kinds.into_iter().find(|known| *known as c_int == kind);
+    let kind = known.unwrap_or(MemoryType::UK_MEM_DEVICE);
     let wire = match kind {
         MemoryType::UK_MEM_HOST => MemKind::Host,
         MemoryType::UK_MEM_DEVICE => MemKind::Device,
@@ -239,7 +243,10 @@ pub unsafe extern "C" fn cuda_uk_malloc_kind(ctx: *mut Context, size: usize, kin
     };
     // SAFETY: the caller's promise.
     let at = unsafe { inner(ctx) }.and_then(|inner| {
-        let at = inner.driver.alloc(wire, size as u64);
+        let at = match known {
+            Some(_) => inner.driver.alloc(wire, size as u64),
+            None => Err(DriverError::Unsupported { op: "cuda_uk_malloc_kind of another kind" }),
+        };
         done(inner, at)
     });
     // Device addresses are numbers to this process.

@@ -32,6 +32,7 @@ int main(int argc, char **argv) {
     /* What is wrong is an error, with words. */
     if (!cuda_uk_launch(&ctx, "no such kernel", grid, 32, 0, NULL, 0) || !*cuda_uk_error(&ctx)) return fail(&ctx, "a kernel that is not");
     if (!cuda_uk_memcpy_dtoh(&ctx, y, (char *)dy + sizeof y, 1)) return fail(&ctx, "a copy out of range");
+    if (cuda_uk_malloc_kind(&ctx, 4, 7).ptr || !*cuda_uk_error(&ctx)) return fail(&ctx, "a kind that is not");
     if (!cuda_uk_memcpy_dtoh(NULL, y, dy, 1)) return fail(&ctx, "no context");
     cuda_uk_free(&ctx, da.ptr);
     cuda_uk_free(&ctx, db);

@@ -99,8 +99,6 @@ pub struct Devices {
     pub disk: Vec<SomeTransport<'static>>,
     /// Consoles: lines to programs on the host.
     pub console: Vec<SomeTransport<'static>>,
-    /// Sockets to programs on the host.
-    pub socket: Vec<SomeTransport<'static>>,
     /// Files of the host, mapped: virtio-pmem.
     pub files: Vec<&'static [u8]>,
 }
@@ -134,7 +132,6 @@ impl Devices {
             DeviceType::Network => self.network.push(transport),
             DeviceType::Block => self.disk.push(transport),
             DeviceType::Console => self.console.push(transport),
-            DeviceType::Socket => self.socket.push(transport),
             _ => {}
         }
     }
