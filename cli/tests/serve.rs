@@ -260,6 +260,33 @@ fn bad_requests_are_refused() {
     assert_eq!(client.response().status, 200);
 }
 
+/// Sockets of refused clients that do not close their side are let go, and no more than so many wait for that.
+#[cfg(target_os = "linux")] // counts descriptors
+#[test]
+fn refused_clients_hold_few_sockets() {
+    const CLIENTS: usize = 400;
+    let serving = Serving::start(&["-c", "64"]);
+    let folder = format!("/proc/{}/fd", serving.child.id());
+    let open = || std::fs::read_dir(&folder).unwrap().count();
+    let before = open();
+    let mut sockets: Vec<TcpStream> =
+        (0..CLIENTS).map(|_| TcpStream::connect(&serving.address).unwrap()).collect();
+    sockets.iter_mut().for_each(|socket| socket.write_all(b"BREW\r\n\r\n").unwrap());
+    for socket in &mut sockets {
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut said = String::new();
+        socket.read_to_string(&mut said).unwrap();
+        assert!(said.starts_with("HTTP/1.1 400 "), "{said}");
+    }
+    // All are answered and none has closed: what is open still lingers.
+    assert!(open() - before <= 256, "{} sockets linger", open() - before);
+    let until = Instant::now() + PATIENCE;
+    while open() > before {
+        assert!(Instant::now() < until, "{} sockets are left", open() - before);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Who is slow to send or to read loses the connection; the others notice nothing.
 #[test]
 fn slow_clients_are_cut_off() {

@@ -35,6 +35,9 @@ const READS_IN_TURN: usize = 16;
 /// How long a client may take to close its side after ours.
 const LINGER: Duration = Duration::from_secs(2);
 
+/// Sockets that may linger at a time, beside the server's connections.
+const MAX_LINGERING: usize = 256;
+
 /// Sockets that may become ready in one wait; more come in the next.
 const EVENTS: usize = 256;
 
@@ -261,7 +264,10 @@ impl<'m> Host<'m> {
         if let Some(socket) = self.sockets.remove(&id) {
             // Fails where the client has closed already.
             let _ = socket.shutdown(Shutdown::Write);
-            self.lingering.push((socket, Instant::now() + LINGER));
+            // Beyond, an answer may be lost: whoever ends so many connections at once is no ordinary client.
+            if self.lingering.len() < MAX_LINGERING {
+                self.lingering.push((socket, Instant::now() + LINGER));
+            }
         }
     }
 

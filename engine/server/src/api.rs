@@ -5,6 +5,7 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::ops::RangeInclusive;
 
 use engine::sampler::SamplerParams;
 use serde_json::{Map, Value};
@@ -21,6 +22,28 @@ const MAX_STOP_BYTES: usize = 256;
 
 /// OpenAI's bound.
 const MAX_TOP_LOGPROBS: u64 = 20;
+
+/// What would change an answer and is not supported, unless it is empty.
+const UNSUPPORTED: [&str; 8] = [
+    "tools",
+    "functions",
+    "logit_bias",
+    "grammar",
+    "json_schema",
+    "suffix",
+    "samplers",
+    "chat_template_kwargs",
+];
+
+/// Samplers that there are not, and the numbers that switch them off.
+const OFF: [(&str, RangeInclusive<f64>); 6] = [
+    ("typical_p", 1.0..=1.0),
+    ("mirostat", 0.0..=0.0),
+    ("dry_multiplier", 0.0..=0.0),
+    ("xtc_probability", 0.0..=0.0),
+    ("top_n_sigma", f64::MIN..=0.0),
+    ("repetition_penalty", 1.0..=1.0),
+];
 
 /// Texts in one request for embeddings.
 const MAX_INPUTS: usize = 2048;
@@ -185,7 +208,7 @@ pub fn generation(fields: &Fields<'_>, chat: bool, defaults: &SamplerParams) -> 
     if fields.count("best_of", 1, u64::MAX)?.is_some_and(|n| n != 1) {
         return Err(ApiError::field("best_of", "only 1 is supported"));
     }
-    for name in ["tools", "functions", "logit_bias", "grammar", "json_schema", "suffix"] {
+    for name in UNSUPPORTED {
         let is_empty = |v: &Value| match v {
             Value::Array(a) => a.is_empty(),
             Value::Object(o) => o.is_empty(),
@@ -194,6 +217,13 @@ pub fn generation(fields: &Fields<'_>, chat: bool, defaults: &SamplerParams) -> 
         };
         if fields.get(name).is_some_and(|v| !is_empty(v)) {
             return Err(ApiError::field(name, "not supported"));
+        }
+    }
+    for (name, off) in OFF {
+        let Some(v) = fields.get(name) else { continue };
+        if !v.as_f64().is_some_and(|x| off.contains(&x)) {
+            let off = off.end();
+            return Err(wrong(name, v, &format!("{off}, which is off: it is not supported")));
         }
     }
     if fields.bool("echo", false)? {
@@ -223,7 +253,12 @@ pub fn generation(fields: &Fields<'_>, chat: bool, defaults: &SamplerParams) -> 
         repeat_penalty: fields.number("repeat_penalty", defaults.repeat_penalty, 1e-3, 100.0)?,
         frequency_penalty: fields.number("frequency_penalty", defaults.frequency_penalty, -100.0, 100.0)?,
         presence_penalty: fields.number("presence_penalty", defaults.presence_penalty, -100.0, 100.0)?,
-        ..defaults.clone()
+        // -1 asks for all of the context, as in llama.cpp.
+        repeat_last_n: match fields.get("repeat_last_n").and_then(Value::as_i64) {
+            Some(-1) => usize::MAX,
+            _ => fields.count("repeat_last_n", 0, 1 << 31)?.map_or(defaults.repeat_last_n, |n| n as usize),
+        },
+        seed: defaults.seed,
     };
     Ok(Generation {
         max_tokens: max_tokens(fields)?,

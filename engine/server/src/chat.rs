@@ -312,39 +312,44 @@ impl SpecialTexts {
     }
 }
 
-/// Encodes text with special tokens found only outside the `foreign` ranges, which rise and do not overlap. Takes time in
-/// proportion to the text, whatever is in it.
+/// Encodes text with special tokens found only outside the `foreign` ranges, which rise and do not overlap, and with those
+/// that the vocabulary wants at the ends. Takes time in proportion to the text, whatever is in it.
 pub fn encode_parts(
     text: &str,
     foreign: &[Range<usize>],
     specials: &SpecialTexts,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<u32>, TokenizerError> {
-    let mut ids = Vec::new();
-    let mut flush = |piece: &str, parse_special: bool, first: bool| -> Result<(), TokenizerError> {
-        if !piece.is_empty() || first {
-            let options = EncodeOptions { add_special: first, parse_special };
-            ids.extend(tokenizer.encode(piece.as_bytes(), options)?);
-        }
+    // What the vocabulary wants at the ends of the whole, not of a piece.
+    let mut ids = tokenizer.encode(b"", EncodeOptions { add_special: true, parse_special: false })?;
+    let n_first = match ids.len() {
+        1 => usize::from(tokenizer.add_bos()),
+        n => n / 2,
+    };
+    let last = ids.split_off(n_first);
+    let mut flush = |piece: &str, parse_special: bool| -> Result<(), TokenizerError> {
+        let options = EncodeOptions { add_special: false, parse_special };
+        ids.extend(tokenizer.encode(piece.as_bytes(), options)?);
         Ok(())
     };
-    let (mut start, mut at, mut first) = (0, 0, true);
+    let (mut start, mut at) = (0, 0);
     // A special token lies between two messages or beside one, never across an end of one.
     let end = text.len()..text.len();
     for message in foreign.iter().chain([&end]) {
         while at < message.start {
             match specials.longest_at(&text.as_bytes()[at..message.start]) {
                 Some(special) => {
-                    flush(&text[start..at], false, first)?;
-                    flush(special, true, false)?;
+                    flush(&text[start..at], false)?;
+                    flush(special, true)?;
                     at += special.len();
-                    (start, first) = (at, false);
+                    start = at;
                 }
                 None => at += 1,
             }
         }
         at = message.end;
     }
-    flush(&text[start..], false, first)?;
+    flush(&text[start..], false)?;
+    ids.extend(last);
     Ok(ids)
 }

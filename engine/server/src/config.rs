@@ -13,6 +13,8 @@ pub struct Limits {
     pub body_bytes: usize,
     /// Bytes that wait for a client that does not read; beyond, a stream is cut off and requests sent ahead wait.
     pub output_bytes: usize,
+    /// Bytes of an answer that goes out whole: a completion ends there, vectors and tokens beyond are refused.
+    pub answer_bytes: usize,
     /// Connections at a time.
     pub connections: usize,
     /// Requests that wait for a sequence.
@@ -34,6 +36,8 @@ impl Default for Limits {
             // A prompt of 1M tokens of some 4 bytes, escaped.
             body_bytes: 8 << 20,
             output_bytes: 4 << 20,
+            // 2048 texts' vectors of 768 numbers, or some 400,000 tokens with probabilities.
+            answer_bytes: 32 << 20,
             connections: 512,
             queue: 256,
             request_ms: 30_000,

@@ -20,6 +20,9 @@ const MAX_CHUNK_LINE_BYTES: usize = 256;
 /// Trailers after a chunked body; nobody needs them.
 const MAX_TRAILERS: usize = 16;
 
+/// White space around a value. No other is: who takes more of it for such reads another length.
+const BLANKS: [char; 2] = [' ', '\t'];
+
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -256,7 +259,7 @@ fn parse_head(head: &[u8]) -> Result<(Request, Framing, bool), ApiError> {
         (None, false, false, http11, None, 0);
     for header in parsed.headers.iter() {
         let is = |name: &str| header.name.eq_ignore_ascii_case(name);
-        let value = core::str::from_utf8(header.value).unwrap_or_default().trim();
+        let value = core::str::from_utf8(header.value).unwrap_or_default().trim_matches(BLANKS);
         if is("content-length") {
             let digits = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit());
             let n = value.parse::<usize>().ok().filter(|_| digits);
@@ -277,7 +280,7 @@ fn parse_head(head: &[u8]) -> Result<(Request, Framing, bool), ApiError> {
             }
             expects = http11;
         } else if is("connection") {
-            for word in value.split(',').map(str::trim) {
+            for word in value.split(',').map(|word| word.trim_matches(BLANKS)) {
                 keep_alive &= !word.eq_ignore_ascii_case("close");
                 keep_alive |= !http11 && word.eq_ignore_ascii_case("keep-alive");
             }
@@ -287,7 +290,7 @@ fn parse_head(head: &[u8]) -> Result<(Request, Framing, bool), ApiError> {
             bearer = value
                 .split_once(' ')
                 .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-                .map(|(_, key)| key.trim().into());
+                .map(|(_, key)| key.trim_matches(BLANKS).into());
         }
     }
     if http11 && hosts != 1 {
@@ -307,8 +310,8 @@ fn parse_head(head: &[u8]) -> Result<(Request, Framing, bool), ApiError> {
 
 /// The size in a chunk's line; extensions are skipped.
 fn chunk_size(line: &[u8]) -> Result<usize, ApiError> {
-    let digits = line.split(|&b| b == b';').next().unwrap_or_default().trim_ascii_end();
-    let text = core::str::from_utf8(digits).unwrap_or_default();
+    let digits = line.split(|&b| b == b';').next().unwrap_or_default();
+    let text = core::str::from_utf8(digits).unwrap_or_default().trim_end_matches(BLANKS);
     // from_str_radix takes a sign, HTTP does not.
     if !text.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(bad("a chunk's size is no number"));

@@ -20,6 +20,7 @@ mod config;
 pub mod error;
 pub mod http;
 mod metrics;
+mod output;
 mod reply;
 pub mod scheduler;
 mod server;

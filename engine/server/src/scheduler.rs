@@ -49,7 +49,7 @@ pub struct TokenLogprob {
 pub enum Finish {
     /// The model ended it, or a stop text came.
     Stop,
-    /// As many tokens as asked for, or the context is full.
+    /// As many tokens as asked for, or the context is full, or the answer is as long as the server lets it be.
     Length,
 }
 
@@ -171,6 +171,14 @@ impl<'m> Scheduler<'m> {
     pub fn cancel(&mut self, id: JobId) {
         self.queue.retain(|(queued, _)| *queued != id);
         self.active.retain(|a| a.id != id);
+    }
+
+    /// Ends a job that computes, as if it had as many tokens as asked for; what it comes to. `None`: it does not compute.
+    pub fn cut_short(&mut self, id: JobId) -> Option<Event> {
+        let at = self.active.iter().position(|a| a.id == id)?;
+        let mut active = self.active.remove(at);
+        let text = active.rest();
+        Some(active.event(text, None, Some(Finish::Length)))
     }
 
     /// Whether a step has something to do.

@@ -21,7 +21,8 @@ use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::http::{self, Framed, Incoming, Reader, Request};
 use crate::metrics::{Gauges, Metrics};
-use crate::reply::{self, Completion};
+use crate::output::Output;
+use crate::reply::{self, Completion, Whole};
 use crate::scheduler::{Event, Job, JobId, Scheduler};
 
 pub use crate::api::Message;
@@ -60,7 +61,7 @@ struct Exchange {
 
 struct Connection {
     reader: Reader,
-    out: Vec<u8>,
+    out: Output,
     exchange: Option<Exchange>,
     /// Close once `out` is sent; nothing more is read.
     closing: bool,
@@ -129,7 +130,7 @@ impl<'m> Server<'m> {
             id,
             Connection {
                 reader: Reader::new(limits.head_bytes, limits.body_bytes),
-                out: Vec::new(),
+                out: Output::default(),
                 exchange: None,
                 closing: false,
                 waiting_since_ms: now_ms,
@@ -156,13 +157,13 @@ impl<'m> Server<'m> {
 
     /// Bytes to send.
     pub fn output(&self, id: ConnectionId) -> &[u8] {
-        self.connections.get(&id).map_or(&[], |c| &c.out)
+        self.connections.get(&id).map_or(&[], |c| c.out.rest())
     }
 
     /// So many bytes of the output are sent.
     pub fn sent(&mut self, id: ConnectionId, n: usize, now_ms: u64) {
         if let Some(connection) = self.connections.get_mut(&id).filter(|_| n > 0) {
-            connection.out.drain(..n.min(connection.out.len()));
+            connection.out.sent(n);
             connection.wrote_ms = now_ms;
             self.advance(id, now_ms);
         }
@@ -240,7 +241,7 @@ impl<'m> Server<'m> {
                 if let Kind::Completion { stream: true, .. } = exchange.kind
                     && since(c.wrote_ms) > limits.ping_ms
                 {
-                    http::stream(&mut c.out, b": ping\n\n", exchange.framed);
+                    http::stream(c.out.end(), b": ping\n\n", exchange.framed);
                     c.wrote_ms = now_ms;
                 }
             } else if c.reader.is_inside() {
@@ -264,7 +265,7 @@ impl<'m> Server<'m> {
     fn cut_off(&mut self, id: ConnectionId) {
         let Some(c) = self.connections.get_mut(&id) else { return };
         c.closing = true;
-        c.out = Vec::new();
+        c.out = Output::default();
         if let Some(exchange) = c.exchange.take() {
             self.abandon(id, exchange);
         }
@@ -316,7 +317,7 @@ impl<'m> Server<'m> {
         if c.out.is_empty() {
             c.wrote_ms = now_ms;
         }
-        write(&mut c.out);
+        write(c.out.end());
     }
 
     fn respond(
@@ -412,8 +413,10 @@ impl<'m> Server<'m> {
                             add_special: what.add_special,
                             parse_special: what.parse_special,
                         };
-                        let tokens = self.encode(&what.content, options)?;
-                        self.respond_json(id, &json!({ "tokens": tokens }), framed, now_ms);
+                        let tokens = reply::ids(&self.encode(&what.content, options)?);
+                        self.check_answer("content", "tokens", tokens.len())?;
+                        let body = format!("{{\"tokens\":{tokens}}}");
+                        self.respond(id, 200, JSON, "", body.as_bytes(), framed, now_ms);
                     }
                     "/detokenize" => {
                         let tokens = api::detokenize(&fields)?;
@@ -508,6 +511,17 @@ impl<'m> Server<'m> {
         }
     }
 
+    /// Refuses what is answered with more than answers may have; `name` is the field that asks for it.
+    fn check_answer(&self, name: &str, what: &str, n_bytes: usize) -> Result<(), ApiError> {
+        let max = self.config.limits.answer_bytes;
+        if n_bytes <= max {
+            return Ok(());
+        }
+        let problem =
+            format!("its {what} may take {n_bytes} bytes, an answer at most {max}; send less at a time");
+        Err(ApiError::field(name, &problem))
+    }
+
     /// Tokens of a prompt that is no chat; special tokens in it are read where `parse_special`.
     fn tokens_of(&self, name: &str, prompt: Prompt, parse_special: bool) -> Result<Vec<u32>, ApiError> {
         let tokens = match prompt {
@@ -571,6 +585,9 @@ impl<'m> Server<'m> {
         framed: Framed,
         now_ms: u64,
     ) {
+        // Without chunks, what ends a stream is the connection's end.
+        let keep_alive = framed.keep_alive && (framed.chunks || !generation.stream);
+        let framed = Framed { keep_alive, ..framed };
         let seed = generation.seed.or(self.config.seed).unwrap_or_else(|| self.seeds.next_u64());
         let scheduler = self.scheduler.as_mut().expect("checked by the caller");
         let job = scheduler.submit(Job {
@@ -591,9 +608,8 @@ impl<'m> Server<'m> {
             model: self.config.model_name.clone(),
             include_usage: generation.include_usage,
             logprobs: generation.logprobs.is_some(),
-            text: String::new(),
             n_chars: 0,
-            tokens: Vec::new(),
+            whole: Whole::default(),
         };
         let stream = generation.stream;
         if stream {
@@ -627,7 +643,11 @@ impl<'m> Server<'m> {
         }
         let encoding = api::vector_encoding(fields)?;
         let mut inputs = VecDeque::new();
-        for input in api::inputs(fields)? {
+        let given = api::inputs(fields)?;
+        let n_embd = self.model.hparams().n_embd;
+        let n_bytes = reply::max_embeddings_bytes(given.len(), n_embd, encoding);
+        self.check_answer("input", "vectors", n_bytes)?;
+        for input in given {
             let tokens = self.tokens_of("input", input, false)?;
             if tokens.len() > n_ctx {
                 return Err(ApiError::too_long(tokens.len(), n_ctx));
@@ -669,9 +689,9 @@ impl<'m> Server<'m> {
             // Its next input waits behind the other requests.
             return self.embeddings.push_back(id);
         }
-        let value = reply::embeddings(vectors, encoding, &self.config.model_name, n_tokens);
+        let body = reply::embeddings(vectors, encoding, &self.config.model_name, n_tokens);
         let now_ms = clock();
-        self.respond_json(id, &value, framed, now_ms);
+        self.respond(id, 200, JSON, "", body.as_bytes(), framed, now_ms);
         self.advance(id, now_ms);
     }
 
@@ -686,6 +706,7 @@ impl<'m> Server<'m> {
             return;
         };
         let (framed, began_ms, stream) = (*framed, *began_ms, *stream);
+        let mut is_full = false;
         if !core::mem::replace(has_token, true) {
             self.metrics.first_tokens += 1;
             self.metrics.first_token_ms += now_ms.saturating_sub(began_ms);
@@ -694,10 +715,10 @@ impl<'m> Server<'m> {
         let failed = event.end.as_ref().and_then(|end| end.as_ref().err());
         let mut new = Vec::new();
         if !stream {
-            completion.text.push_str(&event.text);
-            completion.tokens.extend(event.logprob);
+            completion.add(&event.text, event.logprob.as_ref(), tokenizer);
+            is_full = event.end.is_none() && completion.whole.len() >= self.config.limits.answer_bytes;
             if let Some(end) = end {
-                let body = completion.whole(end, tokenizer).to_string();
+                let body = completion.whole(end);
                 http::respond(&mut new, 200, JSON, "", body.as_bytes(), framed);
             }
         } else {
@@ -737,6 +758,9 @@ impl<'m> Server<'m> {
             }
             // Requests that the client sent ahead.
             self.advance(id, now_ms);
+        }
+        if is_full && let Some(last) = self.scheduler.as_mut().and_then(|s| s.cut_short(event.job)) {
+            return self.deliver(last, now_ms);
         }
         // A whole answer may be longer; a stream that nobody reads has no end.
         let max = self.config.limits.output_bytes;

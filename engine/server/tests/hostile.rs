@@ -199,8 +199,8 @@ proptest! {
     }
 }
 
-/// A vocabulary of letters, and of so many special tokens.
-fn vocabulary(n_special: usize) -> Tokenizer {
+/// A vocabulary of letters, and of so many special tokens; whether it wants one at the beginning, and one at the end.
+fn vocabulary(n_special: usize, (add_bos, add_eos): (bool, bool)) -> Tokenizer {
     let specials = (0..n_special).map(|i| format!("<unused{i}>"));
     let more = ["<|", "<|a", "|>", "<s>", "</s>"].map(String::from);
     let specials: Vec<String> = specials.chain(more).collect();
@@ -213,6 +213,8 @@ fn vocabulary(n_special: usize) -> Tokenizer {
         tokens: Some(tokens),
         types: Some(types),
         scores: Some(scores),
+        add_bos: Some(add_bos),
+        add_eos: Some(add_eos),
         ..VocabSource::default()
     };
     Tokenizer::new(source).unwrap()
@@ -220,38 +222,37 @@ fn vocabulary(n_special: usize) -> Tokenizer {
 
 /// What [`encode_parts`] means, place by place: the longest special token that touches no message.
 fn encode_plainly(text: &str, foreign: &[Range<usize>], specials: &[&str], t: &Tokenizer) -> Vec<u32> {
-    let (mut ids, mut start, mut at) = (Vec::new(), 0, 0);
-    let mut flush = |piece: &str, parse_special: bool, first: bool| {
-        if !piece.is_empty() || first {
-            let options = EncodeOptions { add_special: first, parse_special };
-            ids.extend(t.encode(piece.as_bytes(), options).unwrap());
-        }
+    let (mut ids, mut start, mut at) = (Vec::from_iter(t.bos().filter(|_| t.add_bos())), 0, 0);
+    let mut flush = |piece: &str, parse_special: bool| {
+        let options = EncodeOptions { add_special: false, parse_special };
+        ids.extend(t.encode(piece.as_bytes(), options).unwrap());
     };
-    let mut first = true;
     while at < text.len() {
         let own = |len: usize| foreign.iter().all(|r| r.end <= at || r.start >= at + len);
         let found =
             specials.iter().filter(|s| text[at..].starts_with(**s) && own(s.len())).max_by_key(|s| s.len());
         match found {
             Some(special) => {
-                flush(&text[start..at], false, first);
-                flush(special, true, false);
+                flush(&text[start..at], false);
+                flush(special, true);
                 at += special.len();
-                (start, first) = (at, false);
+                start = at;
             }
             None => at += text[at..].chars().next().unwrap().len_utf8(),
         }
     }
-    flush(&text[start..], false, first);
+    flush(&text[start..], false);
+    ids.extend(t.eos().filter(|_| t.add_eos()));
     ids
 }
 
 proptest! {
     #[test]
     fn special_tokens_are_the_templates_alone(
+        ends in any::<(bool, bool)>(),
         parts in prop::collection::vec((any::<bool>(), "(<|\\||>|<s>|a|é|</s>|<unused1>|<unused12>){0,5}"), 0..8),
     ) {
-        let t = vocabulary(20);
+        let t = vocabulary(20, ends);
         let (mut text, mut foreign) = (String::new(), Vec::new());
         for (is_message, part) in &parts {
             let start = text.len();
@@ -270,7 +271,7 @@ proptest! {
 /// with each special token, and each find with each message, these took minutes.
 #[test]
 fn special_tokens_in_messages_take_no_time() {
-    let t = vocabulary(6000);
+    let t = vocabulary(6000, (true, false));
     let specials = SpecialTexts::new(&t);
     let started = std::time::Instant::now();
     let long = "<unused7> hello <".repeat(100_000);

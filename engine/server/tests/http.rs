@@ -26,6 +26,15 @@ const CORPUS: &[(&str, usize, Option<u16>)] = &[
     ("POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na", 0, Some(400)),
     ("POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 0, Some(400)),
     ("POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 0, Some(501)),
+    // White space that is none in HTTP.
+    ("POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: \u{a0}chunked\r\n\r\n0\r\n\r\n", 0, Some(501)),
+    ("POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: \u{a0}1\r\n\r\na", 0, Some(400)),
+    (
+        "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\u{c}\r\na\r\n0\r\n\r\n",
+        0,
+        Some(400),
+    ),
+    ("POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\t \r\na\r\n0\r\n\r\n", 1, None),
     ("GET / HTTP/1.1\r\n\r\n", 0, Some(400)),
     ("GET / HTTP/3\r\n\r\n", 0, Some(400)),
     ("nonsense\r\n\r\n", 0, Some(400)),

@@ -27,12 +27,26 @@ fn model() -> Model {
     Model::load(vec![bytes]).unwrap()
 }
 
-fn server(model: &Model, n_seq: usize, n_batch: usize) -> Server<'_> {
+fn context(params: ContextParams) -> Context {
     // The context wants its own handle of the model.
-    let shared = Arc::new(self::model());
+    let shared = Arc::new(model());
     let backend = Cpu::new(shared.weights().clone(), Arc::new(Pool::new(1).unwrap()), Isa::detect());
+    Context::new(shared, Box::new(backend), params).unwrap()
+}
+
+fn server(model: &Model, n_seq: usize, n_batch: usize) -> Server<'_> {
+    server_with(model, n_seq, n_batch, None, Limits::default())
+}
+
+fn server_with(
+    model: &Model,
+    n_seq: usize,
+    n_batch: usize,
+    embedder: Option<Context>,
+    limits: Limits,
+) -> Server<'_> {
     let params = ContextParams { n_ctx: N_CTX, n_seq, n_ubatch: n_batch, ..ContextParams::default() };
-    let context = Context::new(shared, Box::new(backend), params).unwrap();
+    let scheduler = Scheduler::new(model, context(params), n_seq, n_batch);
     let config = ServerConfig {
         model_name: "tiny".into(),
         sampling: SamplerParams::default(),
@@ -41,9 +55,9 @@ fn server(model: &Model, n_seq: usize, n_batch: usize) -> Server<'_> {
         max_tokens: None,
         api_key: None,
         epoch_s: 0,
-        limits: Limits { request_ms: 1000, ..Limits::default() },
+        limits: Limits { request_ms: 1000, ..limits },
     };
-    Server::new(model, Some(Scheduler::new(model, context, n_seq, n_batch)), None, Box::new(Plain), config)
+    Server::new(model, Some(scheduler), embedder, Box::new(Plain), config)
 }
 
 fn post(path: &str, body: &str) -> String {
@@ -150,11 +164,21 @@ fn clients_words_are_understood() {
     for more in [
         r#","top_k":-1"#,
         r#","top_k":0,"tools":[],"tool_choice":"none","stop":[],"logit_bias":{},"user":"u","store":false"#,
+        r#","top_k":0,"typical_p":1,"mirostat":0,"dry_multiplier":0.0,"xtc_probability":0,"top_n_sigma":-1.0"#,
+        r#","top_k":0,"repetition_penalty":1.0,"samplers":[],"chat_template_kwargs":{},"repeat_last_n":3"#,
+        r#","top_k":0,"samplers":null,"chat_template_kwargs":null,"typical_p":null,"top_n_sigma":0"#,
         r#","top_k":0,"tools":null,"stop":null,"n":1,"response_format":{"type":"text"},"stream_options":null"#,
     ] {
         let all = say(r#""one""#, r#","seed":5,"top_k":0"#);
         assert_eq!(say(r#""one""#, &format!(r#","seed":5{more}"#)), all, "{more}");
     }
+    // No recent tokens, no penalty; and all of the context is more than two.
+    let likeliest = r#","temperature":0,"max_completion_tokens":40"#;
+    let penalised =
+        |n: i32| say(r#""one""#, &format!(r#"{likeliest},"presence_penalty":100,"repeat_last_n":{n}"#));
+    assert_eq!(penalised(0), say(r#""one""#, likeliest));
+    assert_eq!(penalised(-1), penalised(100));
+    assert_ne!(penalised(-1), penalised(2));
     let seeds = [5, -7, -8].map(|seed| say(r#""one""#, &format!(r#","seed":{seed},"temperature":3"#)));
     assert!(seeds[0] != seeds[1] && seeds[1] != seeds[2], "{seeds:?}");
 }
@@ -170,6 +194,15 @@ fn errors_say_what_is_wrong() {
         (post("/v1/completions", r#"{"prompt":"a","n":2}"#), 400),
         (post("/v1/completions", r#"{"prompt":"a","max_tokens":-5}"#), 400),
         (post("/v1/completions", r#"{"prompt":[999999]}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","repeat_last_n":-2}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","typical_p":0.5}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","mirostat":2}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","dry_multiplier":0.8}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","xtc_probability":"0"}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","top_n_sigma":1}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","repetition_penalty":1.1}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","samplers":["top_k"]}"#), 400),
+        (post("/v1/completions", r#"{"prompt":"a","chat_template_kwargs":{"enable_thinking":false}}"#), 400),
         (post("/v1/completions", r#"{"prompt":"a","model":"other"}"#), 404),
         ("GET /v1/models/other HTTP/1.1\r\nHost: a\r\n\r\n".into(), 404),
         (post("/v1/models/tiny", "{}"), 405),
@@ -207,4 +240,132 @@ fn a_client_that_goes_frees_its_sequence() {
     let slow = ask(&mut server, "POST /v1/completions HTTP/1.1\r\n");
     server.tick(2000);
     assert!(server.output(slow).starts_with(b"HTTP/1.1 408 "));
+}
+
+/// HTTP/1.0 has no chunks: such a stream ends with the connection, whatever the client asked for, and a whole answer
+/// does not.
+#[test]
+fn a_stream_without_chunks_ends_the_connection() {
+    let model = model();
+    for stream in [true, false] {
+        let mut server = server(&model, 1, 16);
+        let body = format!(r#"{{"prompt":"a","max_tokens":3,"ignore_eos":true,"stream":{stream}}}"#);
+        let head = "POST /v1/completions HTTP/1.0\r\nConnection: keep-alive\r\n";
+        let id = ask(&mut server, &format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()));
+        let said = answers(&mut server, &[id]).remove(0);
+        assert!(said.starts_with("HTTP/1.1 200 "), "{said}");
+        server.sent(id, said.len(), 0);
+        assert_eq!(server.is_done(id), stream, "{said}");
+        let connection = if stream { "close" } else { "keep-alive" };
+        assert!(said.contains(&format!("\r\nConnection: {connection}\r\n")), "{said}");
+    }
+}
+
+fn body_of(response: &str) -> serde_json::Value {
+    serde_json::from_str(response.split_once("\r\n\r\n").unwrap().1).unwrap()
+}
+
+/// Probabilities say the same in a stream and in a whole answer, one for each token.
+#[test]
+fn probabilities_are_those_of_the_stream() {
+    const N: usize = 12;
+    let model = model();
+    for (path, what, arrays) in [
+        (
+            "/v1/completions",
+            r#""prompt":"a","logprobs":3"#,
+            &["tokens", "token_logprobs", "top_logprobs"][..],
+        ),
+        (
+            "/v1/chat/completions",
+            r#""messages":[{"role":"user","content":"a"}],"logprobs":true,"top_logprobs":3"#,
+            &["content"],
+        ),
+    ] {
+        let mut server = server(&model, 2, 16);
+        let ids = [false, true].map(|stream| {
+            let body = format!(r#"{{{what},"max_tokens":{N},"ignore_eos":true,"stream":{stream}}}"#);
+            ask(&mut server, &post(path, &body))
+        });
+        let got = answers(&mut server, &ids);
+        let whole = body_of(&got[0])["choices"][0]["logprobs"].clone();
+        let lines = got[1].lines().filter_map(|l| l.strip_prefix("data: ")).filter(|l| *l != "[DONE]");
+        let events: Vec<serde_json::Value> = lines.map(|l| serde_json::from_str(l).unwrap()).collect();
+        for name in arrays {
+            let pieces = events.iter().filter_map(|e| e["choices"][0]["logprobs"][name].as_array());
+            let joined: Vec<_> = pieces.flatten().cloned().collect();
+            assert_eq!(whole[name].as_array(), Some(&joined), "{path} {name}");
+            assert_eq!(joined.len(), N, "{path} {name}");
+        }
+    }
+}
+
+/// What a client can make the server hold has a bound, however much it asks for.
+#[test]
+fn whole_answers_end_at_their_bound() {
+    const MAX: usize = 4000;
+    let model = model();
+    let limits = Limits { answer_bytes: MAX, ..Limits::default() };
+    for (path, what) in [
+        ("/v1/completions", r#""prompt":"a","logprobs":20"#),
+        (
+            "/v1/chat/completions",
+            r#""messages":[{"role":"user","content":"a"}],"logprobs":true,"top_logprobs":20"#,
+        ),
+    ] {
+        let mut server = server_with(&model, 2, 16, None, limits.clone());
+        let body = format!(r#"{{{what},"max_tokens":100,"ignore_eos":true}}"#);
+        // Two at a time, and another behind them, to which nothing happens.
+        let short = post(path, &format!(r#"{{{what},"max_tokens":1,"ignore_eos":true}}"#));
+        let ids = [&post(path, &body), &post(path, &body), &short].map(|text| ask(&mut server, text));
+        let got = answers(&mut server, &ids);
+        let one = body_of(&got[2]);
+        assert_eq!(one["usage"]["completion_tokens"], 1, "{one}");
+        for said in &got[..2] {
+            let value = body_of(said);
+            let choice = &value["choices"][0];
+            assert_eq!(choice["finish_reason"], "length", "{said}");
+            let n = value["usage"]["completion_tokens"].as_u64().unwrap() as usize;
+            let noted = choice["logprobs"]["tokens"].as_array().or(choice["logprobs"]["content"].as_array());
+            assert!(n < 100 && noted.unwrap().len() == n, "{n} tokens: {said}");
+            // Beside a bound's worth, what is around it and one more token.
+            let len = said.split_once("\r\n\r\n").unwrap().1.len();
+            assert!(
+                (MAX..MAX + got[2].len()).contains(&len),
+                "{len} bytes, {} around one token",
+                got[2].len()
+            );
+        }
+    }
+}
+
+#[test]
+fn requests_for_more_than_an_answer_may_have_are_refused() {
+    let model = model();
+    let n_embd = model.hparams().n_embd;
+    // Three vectors, as numbers of 17 bytes at most.
+    let limits = Limits { answer_bytes: 3 * (17 * n_embd + 64), ..Limits::default() };
+    let ask_for = |limits: &Limits, path: &str, body: &str| {
+        let params = ContextParams { n_ctx: N_CTX, embeddings: true, ..ContextParams::default() };
+        let mut server = server_with(&model, 1, 16, Some(context(params)), limits.clone());
+        let id = ask(&mut server, &post(path, body));
+        answers(&mut server, &[id]).remove(0)
+    };
+    let embed = |n: usize, more: &str| {
+        let inputs = vec![r#""one""#; n].join(",");
+        ask_for(&limits, "/v1/embeddings", &format!(r#"{{"input":[{inputs}]{more}}}"#))
+    };
+    let three = embed(3, "");
+    assert_eq!(body_of(&three)["data"][2]["embedding"].as_array().map(Vec::len), Some(n_embd), "{three}");
+    for refused in [embed(4, ""), embed(9, r#","encoding_format":"base64""#)] {
+        assert!(refused.starts_with("HTTP/1.1 400 "), "{refused}");
+        assert_eq!(body_of(&refused)["error"]["param"], "input");
+        let message = body_of(&refused)["error"]["message"].as_str().unwrap().to_string();
+        assert!(message.contains(&format!("an answer at most {}", limits.answer_bytes)), "{message}");
+    }
+    assert!(embed(4, r#","encoding_format":"base64""#).starts_with("HTTP/1.1 200 "));
+    let tight = Limits { answer_bytes: 40, ..Limits::default() };
+    assert!(ask_for(&tight, "/tokenize", r#"{"content":"a"}"#).starts_with("HTTP/1.1 200 "));
+    let refused = ask_for(&tight, "/tokenize", &format!(r#"{{"content":"{}"}}"#, "q z".repeat(40)));
+    assert!(refused.starts_with("HTTP/1.1 400 ") && refused.contains("its tokens may take"), "{refused}");
 }

@@ -22,6 +22,7 @@ use uk_kernel::{clock, rtc, say};
 /// most 64 times these. A body holds a prompt of some 60,000 tokens.
 const BODY_BYTES: usize = 256 << 10;
 const OUTPUT_BYTES: usize = 256 << 10;
+const ANSWER_BYTES: usize = 1 << 20;
 
 /// The format for models without a template, a guess that the log names as one.
 const FALLBACK: &str = "chatml";
@@ -89,6 +90,7 @@ pub fn config(options: &Options, model: &Model) -> ServerConfig {
         limits: Limits {
             body_bytes: BODY_BYTES,
             output_bytes: OUTPUT_BYTES,
+            answer_bytes: ANSWER_BYTES,
             connections: SOCKETS,
             queue: SOCKETS,
             ..Limits::default()
