@@ -471,7 +471,8 @@ fn dictsort(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
 /// Python's `textwrap`-like indent: the first line only with `first`, blank lines only with `blank`.
 fn indent(state: &State<'_, '_>, value: &str, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     let named = |name, at: usize| -> Result<Option<Value>, Error> {
-        Ok(args.get(at).cloned().or(kwargs.get::<Option<Value>>(name)?))
+        let given = args.get(at).filter(|v| !v.is_none() && !v.is_undefined());
+        Ok(given.cloned().or(kwargs.get::<Option<Value>>(name)?))
     };
     let width = named("width", 0)?;
     let first = named("first", 1)?.is_some_and(|v| v.is_true());
