@@ -9,14 +9,16 @@ use engine::backends::cuda::{Device, emulator};
 use engine::weights::ByteSource;
 use gpu_kernels::emu::{Emulator, Options};
 
-/// Folder of the goldens: `RUNIK_GOLDENS`, else `../shared/goldens` beside the workspace. `None` (said aloud) if absent.
+/// Folder of the goldens: `RUNIK_GOLDENS`, else `../shared/goldens` beside the workspace. `None` (said aloud) if absent; a
+/// folder that the environment names must be one.
 pub fn goldens() -> Option<PathBuf> {
-    let path = std::env::var_os("RUNIK_GOLDENS")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/goldens"));
+    let named = std::env::var_os("RUNIK_GOLDENS").map(PathBuf::from);
+    let is_named = named.is_some();
+    let path = named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/goldens"));
     if path.join("README.md").is_file() {
         return Some(path);
     }
+    assert!(!is_named, "RUNIK_GOLDENS={}: no README.md there", path.display());
     println!("skipped: no golden data at {} (set RUNIK_GOLDENS)", path.display());
     None
 }

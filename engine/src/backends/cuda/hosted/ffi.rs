@@ -108,7 +108,6 @@ unsafe extern "C" {
     pub(super) fn cuDeviceGetDefaultMemPool(pool: *mut Handle, device: c_int) -> u32;
     pub(super) fn cuMemPoolSetAttribute(pool: Handle, attribute: c_int, value: *mut c_void) -> u32;
     pub(super) fn cuCtxSetCurrent(context: Handle) -> u32;
-    pub(super) fn cuCtxSynchronize() -> u32;
     pub(super) fn cuCtxEnablePeerAccess(peer: Handle, flags: c_uint) -> u32;
 
     pub(super) fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> u32;

@@ -182,10 +182,19 @@ impl Hosted {
     /// The stream, unless it is being captured: a call that the driver refuses then would spoil the capture.
     fn not_captured(&self, op: &'static str, stream: StreamId) -> Result<Arc<Queue>, DriverError> {
         let stream = self.stream(stream)?;
-        let mut status = ffi::CAPTURE_STATUS_NONE;
-        // SAFETY: a stream of ours and a valid place.
-        check(op, unsafe { ffi::cuStreamIsCapturing(raw(&stream), &mut status) })?;
-        if status == ffi::CAPTURE_STATUS_NONE { Ok(stream) } else { Err(DriverError::Capture { op }) }
+        refuse_captured(op, &stream)?;
+        Ok(stream)
+    }
+
+    /// Waits for the work of all our streams; those released before have none left. Not `cuCtxSynchronize`: the context is the
+    /// device's one primary context, so that would wait for other `Hosted`s too, and driver 580 faults in it now and then
+    /// while other threads open and close theirs.
+    fn finish_all(&self, op: &'static str) -> Result<(), DriverError> {
+        let streams: Vec<Arc<Queue>> = self.handles().streams.iter().cloned().collect();
+        streams.iter().try_for_each(|stream| {
+            refuse_captured(op, stream)?;
+            stream.finish(op)
+        })
     }
 
     /// Memory that the host reaches: its address, and what to hold meanwhile.
@@ -283,29 +292,31 @@ impl Hosted {
         check_launch(launch.entry, code)
     }
 
-    /// Frees by origin; the memory is already out of the table.
+    /// Frees by origin; the memory is already out of the table. The host's goes once the work that may use it is done, as
+    /// the driver does by itself for device memory.
     fn give_back(&self, at: DevicePtr, origin: Origin) -> Result<(), DriverError> {
+        match origin {
+            Origin::Allocated(MemKind::Host) | Origin::Registered { .. } | Origin::Pages { .. } => {
+                self.finish_all("free")?;
+            }
+            Origin::Allocated(MemKind::Device | MemKind::Managed) | Origin::Pool => {}
+        }
         // SAFETY: addresses that the driver gave out for that kind of memory and that were not given back: they were in
-        // the table until now. The host's memory goes once the work that may use it is done, as the driver does by
-        // itself for device memory.
+        // the table until now.
         let code = unsafe {
             match origin {
-                Origin::Allocated(MemKind::Device | MemKind::Managed) => ffi::cuMemFree_v2(at.0),
-                Origin::Allocated(MemKind::Host) => match ffi::cuCtxSynchronize() {
-                    ffi::SUCCESS => ffi::cuMemFreeHost(std::ptr::with_exposed_provenance_mut(at.0 as usize)),
-                    code => code,
-                },
-                Origin::Pool => ffi::cuMemFree_v2(at.0),
-                Origin::Registered { host } => match ffi::cuCtxSynchronize() {
-                    ffi::SUCCESS => ffi::cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(host)),
-                    code => code,
-                },
+                Origin::Allocated(MemKind::Device | MemKind::Managed) | Origin::Pool => {
+                    ffi::cuMemFree_v2(at.0)
+                }
+                Origin::Allocated(MemKind::Host) => {
+                    ffi::cuMemFreeHost(std::ptr::with_exposed_provenance_mut(at.0 as usize))
+                }
+                Origin::Registered { host } => {
+                    ffi::cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(host))
+                }
                 Origin::Pages { bytes } => {
                     let host = std::ptr::with_exposed_provenance_mut(at.0 as usize);
-                    let code = match ffi::cuCtxSynchronize() {
-                        ffi::SUCCESS => ffi::cuMemHostUnregister(host),
-                        code => code,
-                    };
+                    let code = ffi::cuMemHostUnregister(host);
                     // Pages that the driver did not let go stay.
                     if code == ffi::SUCCESS {
                         pages::unmap(host, bytes);
@@ -351,6 +362,29 @@ fn raw(stream: &Queue) -> Handle {
     stream.0.as_inner().cast()
 }
 
+/// An error if the stream is being captured.
+fn refuse_captured(op: &'static str, stream: &Queue) -> Result<(), DriverError> {
+    let mut status = ffi::CAPTURE_STATUS_NONE;
+    // SAFETY: a stream of ours and a valid place.
+    check(op, unsafe { ffi::cuStreamIsCapturing(raw(stream), &mut status) })?;
+    if status == ffi::CAPTURE_STATUS_NONE { Ok(()) } else { Err(DriverError::Capture { op }) }
+}
+
+impl Queue {
+    /// Waits for its work.
+    fn finish(&self, op: &'static str) -> Result<(), DriverError> {
+        // SAFETY: a stream of ours.
+        check(op, unsafe { ffi::cuStreamSynchronize(raw(self)) })
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // What it was given to do may use memory that goes next. After a fault nothing is left to wait for.
+        let _ = self.finish("release_stream");
+    }
+}
+
 impl Drop for Event {
     fn drop(&mut self) {
         // SAFETY: ours; the driver keeps it until its work is done.
@@ -371,6 +405,7 @@ impl Drop for Hosted {
         if self.enter().is_err() {
             return;
         }
+        let _ = self.finish_all("drop");
         let handles = self.handles.get_mut().unwrap_or_else(PoisonError::into_inner);
         (handles.graphs, handles.events, handles.modules) = Default::default();
         for at in memory::owned(self.owner) {
@@ -546,13 +581,9 @@ impl Driver for Hosted {
         }
         // SAFETY: both ranges are valid. The driver has copied a pageable range away when it returns; a pinned one it
         // reads later, so we wait.
-        unsafe {
-            check("write", ffi::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), raw(&stream)))?;
-            if memory::is_pinned(from.as_ptr(), from.len()) {
-                check("write", ffi::cuStreamSynchronize(raw(&stream)))?;
-            }
-        }
-        Ok(())
+        let code = unsafe { ffi::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), raw(&stream)) };
+        check("write", code)?;
+        if memory::is_pinned(from.as_ptr(), from.len()) { stream.finish("write") } else { Ok(()) }
     }
 
     fn read(&self, to: &mut [u8], from: DevicePtr, stream: StreamId) -> Result<(), DriverError> {
@@ -562,10 +593,10 @@ impl Driver for Hosted {
             return Ok(());
         }
         // SAFETY: both ranges are valid, and we wait until the bytes are there.
-        unsafe {
-            check("read", ffi::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), raw(&stream)))?;
-            check("read", ffi::cuStreamSynchronize(raw(&stream)))
-        }
+        let code =
+            unsafe { ffi::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), raw(&stream)) };
+        check("read", code)?;
+        stream.finish("read")
     }
 
     fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: u64, stream: StreamId) -> Result<(), DriverError> {
@@ -667,9 +698,7 @@ impl Driver for Hosted {
     }
 
     fn synchronise(&self, stream: StreamId) -> Result<(), DriverError> {
-        let stream = self.not_captured("synchronise", stream)?;
-        // SAFETY: a stream of ours.
-        check("synchronise", unsafe { ffi::cuStreamSynchronize(raw(&stream)) })
+        self.not_captured("synchronise", stream)?.finish("synchronise")
     }
 
     fn record(&self, stream: StreamId) -> Result<EventId, DriverError> {
