@@ -41,9 +41,9 @@ fn own_floats(name: &str) -> Vec<f32> {
 /// Rows of each input; Miri takes hours for all.
 const ROWS: usize = if cfg!(miri) { 1 } else { 38 };
 
-/// Whether Miri takes hours to encode a format: those whose codebook's points have eight dimensions.
+/// Whether Miri takes minutes to hours to encode a format: those that have a codebook.
 fn is_slow(name: &str) -> bool {
-    name.starts_with("iq1") || name.starts_with("iq2")
+    ["iq1", "iq2", "iq3"].iter().any(|family| name.starts_with(family))
 }
 
 fn types() -> Vec<Value> {
@@ -232,7 +232,8 @@ fn dot_products_match_f64() {
     for entry in types() {
         let format = format_of(&entry);
         let name = entry["type"].as_str().unwrap();
-        if cfg!(miri) && is_slow(name) {
+        // With multiplications that are added in one step by software, a format takes Miri minutes.
+        if cfg!(miri) && !["q4_0", "q4_k", "iq4_nl"].contains(&name) {
             continue;
         }
         let needs = entry["requires_imatrix"].as_bool().unwrap();

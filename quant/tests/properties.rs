@@ -30,7 +30,8 @@ fn encodable() -> Vec<(FormatId, bool)> {
         Encode::WithImportance => Some((info.id, true)),
         Encode::No => None,
     });
-    let slow = |format: FormatId| format.name().starts_with("IQ1") || format.name().starts_with("IQ2");
+    let slow =
+        |format: FormatId| ["IQ1", "IQ2", "IQ3"].iter().any(|family| format.name().starts_with(family));
     formats.filter(|(format, _)| !cfg!(miri) || !slow(*format)).collect()
 }
 
