@@ -41,11 +41,6 @@ fn own_floats(name: &str) -> Vec<f32> {
 /// Rows of each input; Miri takes hours for all.
 const ROWS: usize = if cfg!(miri) { 1 } else { 38 };
 
-/// Whether Miri takes minutes to hours to encode a format: those that have a codebook.
-fn is_slow(name: &str) -> bool {
-    ["iq1", "iq2", "iq3"].iter().any(|family| name.starts_with(family))
-}
-
 fn types() -> Vec<Value> {
     let manifest: Value = serde_json::from_slice(&fs::read(own("blocks.json")).unwrap()).unwrap();
     manifest["types"].as_array().unwrap().clone()
