@@ -26,6 +26,7 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
             fix: "rustup toolchain install nightly && cargo install cargo-fuzz --locked".into(),
         });
     }
+    let built = workspace.target().join("fuzz");
     for folder in FOLDERS {
         let fuzz = || {
             let mut command = Command::new("rustup");
@@ -34,7 +35,14 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskError> {
         };
         for target in process::capture(fuzz().arg("list"))?.lines() {
             eprintln!("== {folder}: {target}, {seconds} s");
-            process::run(fuzz().args(["run", target, "--", &format!("-max_total_time={seconds}")]))?;
+            // What it finds goes to the first folder; the second has the seeds, if there are any, and stays as it is.
+            let found = built.join("corpus").join(target);
+            std::fs::create_dir_all(&found).map_err(TaskError::path("create", &found))?;
+            let mut command = fuzz();
+            command.args(["run", "--target-dir"]).arg(&built).arg(target).arg(found);
+            let seeds = workspace.root().join(folder).join("fuzz/corpus").join(target);
+            command.args(Some(seeds).filter(|seeds| seeds.is_dir()));
+            process::run(command.args(["--", &format!("-max_total_time={seconds}")]))?;
         }
     }
     Ok(())
