@@ -188,7 +188,7 @@ impl Hosted {
 
     /// Waits for the work of all our streams; those released before have none left. Not `cuCtxSynchronize`: the context is the
     /// device's one primary context, so that would wait for other `Hosted`s too, and driver 580 faults in it now and then
-    /// while other threads open and close theirs.
+    /// while other threads open and close theirs. A copy that another `Hosted` queued with our memory is not waited for.
     fn finish_all(&self, op: &'static str) -> Result<(), DriverError> {
         let streams: Vec<Arc<Queue>> = self.handles().streams.iter().cloned().collect();
         streams.iter().try_for_each(|stream| {
