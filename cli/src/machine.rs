@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -45,6 +45,17 @@ fn allowed_cpus() -> Vec<usize> {
         Some(first.trim().parse::<usize>().ok()?..=last.trim().parse::<usize>().ok()?)
     };
     list.split(',').filter_map(range).flatten().take(1 << 14).collect()
+}
+
+/// Processor time that this process took so far, over all its threads; `None` where the system does not say.
+pub fn processor_time() -> Option<Duration> {
+    #[cfg(unix)]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Some(Duration::new(time.tv_sec.try_into().ok()?, time.tv_nsec.try_into().ok()?))
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 /// The processor's name.

@@ -282,10 +282,12 @@ fn bench_has_llama_benchs_fields() {
         "samples_ts",
         "gbps",
         "pct_peak",
+        "cpu_cores",
     ] {
         assert!(rows.iter().all(|row| row.get(key).is_some()), "{key}");
     }
     assert_eq!(rows[0]["n_prompt"], 8);
+    assert!(rows.iter().all(|row| row["cpu_cores"].as_f64().is_some_and(|cores| cores > 0.0)));
     assert_eq!(rows[0]["samples_ns"].as_array().unwrap().len(), 2);
     assert_eq!(ok(&with("jsonl")).lines().count(), 4);
     assert_eq!(ok(&with("csv")).lines().count(), 5);

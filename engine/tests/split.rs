@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use engine::backend::{Backend, BackendInfo, PlanId, Step};
 use engine::backends::cpu::{Cpu, Isa};
-use engine::backends::cuda::{Cuda, Device, Streaming};
+use engine::backends::cuda::{Cuda, Device, Streaming, emulator};
 use engine::backends::split::{Offload, Placement, Split};
 use engine::executor::Serial;
 use engine::graph::{Graph, Node};
@@ -17,6 +17,7 @@ use engine::models::StepShape;
 use engine::plan::Plan;
 use engine::tensor::TensorId;
 use engine::{Batch, Context, ContextParams, EngineError, Model};
+use gpu_kernels::driver::{DriverError, MemKind, StreamId};
 
 fn cpu(model: &Model) -> Box<dyn Backend> {
     Box::new(Cpu::new(model.weights().clone(), Arc::new(Serial), Isa::detect()))
@@ -114,19 +115,53 @@ fn two_gpus_and_the_cpu_share_a_model() {
     let Some(dir) = common::goldens() else { return };
     let model = common::model(&dir.join("tiny/llama-b.gguf"));
     let n_layer = model.hparams().n_layer();
-    let gpu = || -> Box<dyn Backend> {
-        Box::new(Cuda::new(common::gpu_or_emulator(), Arc::new(Serial), model.weights().clone()))
+    let devices = common::two_gpus().unwrap_or_else(|| [emulator(), emulator()]);
+    let gpu = |i: usize| -> Box<dyn Backend> {
+        Box::new(Cuda::new(devices[i].clone(), Arc::new(Serial), model.weights().clone()))
     };
-    let one = outputs(&model, gpu(), false);
+    let one = outputs(&model, gpu(0), false);
     let ranges = [0..1, 1..n_layer];
     let placement = Placement::ranges(n_layer, &ranges, false, true);
-    let split = Split::new(vec![gpu(), gpu()], placement, model.weights().clone());
+    let split = Split::new(vec![gpu(0), gpu(1)], placement, model.weights().clone());
     assert!(outputs(&model, Box::new(split), false) == one, "two GPUs give other bits");
     let want = outputs(&model, cpu(&model), false);
     let placement = Placement::ranges(n_layer, &[0..0, 1..n_layer], true, false);
-    let split = Split::new(vec![cpu(&model), gpu(), gpu()], placement, model.weights().clone());
+    let split = Split::new(vec![cpu(&model), gpu(0), gpu(1)], placement, model.weights().clone());
     let err = common::nmse(&outputs(&model, Box::new(split), false), &want);
     assert!(err <= 1e-5, "nmse {err:.1e}");
+}
+
+/// A copy between the memory of two driver values has happened on return, whoever queued it, so the memory may go; a
+/// captured stream refuses it.
+#[test]
+fn copies_between_driver_values_are_done_on_return() {
+    const BYTES: usize = 64 << 20;
+    let Some([one, two]) = common::two_gpus() else {
+        println!("skipped: no GPU (set RUNIK_TEST_GPU)");
+        return;
+    };
+    let device = one.alloc(MemKind::Device, BYTES as u64).unwrap();
+    for kind in [MemKind::Host, MemKind::Device] {
+        for round in 1..5u8 {
+            let from = two.alloc(kind, BYTES as u64).unwrap();
+            two.fill(from, round, BYTES as u64, StreamId::DEFAULT).unwrap();
+            two.synchronise(StreamId::DEFAULT).unwrap();
+            one.copy(device, from, BYTES as u64, StreamId::DEFAULT).unwrap();
+            two.fill(from, 0, BYTES as u64, StreamId::DEFAULT).unwrap();
+            two.free(from).unwrap();
+            let mut got = vec![0; BYTES];
+            one.read(&mut got, device, StreamId::DEFAULT).unwrap();
+            assert!(got.iter().all(|byte| *byte == round), "{kind:?}, round {round}");
+        }
+    }
+    let other = two.alloc(MemKind::Host, 16).unwrap();
+    one.begin_capture(StreamId::DEFAULT).unwrap();
+    let refused = one.copy(device, other, 16, StreamId::DEFAULT);
+    assert!(matches!(refused, Err(DriverError::Capture { .. })), "{refused:?}");
+    let graph = one.end_capture(StreamId::DEFAULT).unwrap();
+    one.release_graph(graph).unwrap();
+    two.free(other).unwrap();
+    one.free(device).unwrap();
 }
 
 /// Experts on the CPU and the rest on the GPU, as `--cpu-moe` has it, give what the CPU gives, whoever multiplies the

@@ -286,7 +286,8 @@ pub trait Driver {
     fn write(&self, to: DevicePtr, from: &[u8], stream: StreamId) -> Result<(), DriverError>;
     /// Copies from the device, after the stream's work so far.
     fn read(&self, to: &mut [u8], from: DevicePtr, stream: StreamId) -> Result<(), DriverError>;
-    /// Queues a copy between addresses; the ranges do not overlap.
+    /// Queues a copy between addresses; the ranges do not overlap. With memory of another driver value it has happened on
+    /// return, and a stream that is captured refuses it.
     fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: u64, stream: StreamId) -> Result<(), DriverError>;
     /// Queues the setting of every byte.
     fn fill(&self, at: DevicePtr, byte: u8, bytes: u64, stream: StreamId) -> Result<(), DriverError>;

@@ -55,6 +55,8 @@ struct Measured {
     test: Test,
     backend: &'static str,
     samples: Vec<Duration>,
+    /// Processor time of all threads over the time of the samples; `None` where the system does not say.
+    cores: Option<f64>,
     /// Weights and cache that a run reads at least once.
     bytes: f64,
     at: String,
@@ -155,9 +157,13 @@ fn measure(model: &Arc<Model>, args: &BenchArgs, compute: &Compute, test: Test) 
     let mut token = move || (rng.next_u64() % n_vocab) as u32;
     once(&mut context, &test, &mut token)?;
     let mut samples = Vec::with_capacity(args.repetitions);
+    let mut busy = Some(Duration::ZERO);
     for _ in 0..args.repetitions {
-        samples.push(once(&mut context, &test, &mut token)?);
+        let sample = once(&mut context, &test, &mut token)?;
+        samples.push(sample.time);
+        busy = busy.zip(sample.busy).map(|(sum, one)| sum + one);
     }
+    let cores = busy.map(|busy| busy.as_secs_f64() / samples.iter().sum::<Duration>().as_secs_f64());
     // Every step reads the weights; a decode step also reads the cache up to its position.
     let weights = step_bytes(model) as f64;
     let plan = context.memory_plan();
@@ -169,7 +175,7 @@ fn measure(model: &Arc<Model>, args: &BenchArgs, compute: &Compute, test: Test) 
         let passes = (test.n_gen * test.n_parallel.div_ceil(n_ubatch)) as f64;
         weights * passes + per_position * positions * test.n_parallel as f64
     };
-    Ok(Measured { test, backend, samples, bytes, at })
+    Ok(Measured { test, backend, samples, cores, bytes, at })
 }
 
 /// Bytes of weights that a step reads: all, but of a separate embedding table only rows.
@@ -179,8 +185,33 @@ fn step_bytes(model: &Model) -> usize {
     weights.total_bytes() - table.map_or(0, |id| weights.get(id).len_bytes())
 }
 
+/// What one run took.
+struct Sample {
+    time: Duration,
+    /// Of the processor, all threads.
+    busy: Option<Duration>,
+}
+
+/// A clock for a [`Sample`].
+struct Clock {
+    started: Instant,
+    busy: Option<Duration>,
+}
+
+impl Clock {
+    fn start() -> Clock {
+        Clock { busy: machine::processor_time(), started: Instant::now() }
+    }
+
+    fn stop(self) -> Sample {
+        let time = self.started.elapsed();
+        let busy = machine::processor_time().zip(self.busy).map(|(now, then)| now.saturating_sub(then));
+        Sample { time, busy }
+    }
+}
+
 /// One run: fills the context to the depth, then times the test.
-fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> Result<Duration> {
+fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> Result<Sample> {
     for sequence in 0..test.n_parallel {
         context.truncate(sequence, 0);
     }
@@ -200,14 +231,14 @@ fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> 
     }
     if test.n_prompt > 0 {
         let batch = prompts(test.n_prompt, &mut random);
-        let started = Instant::now();
+        let clock = Clock::start();
         context.decode(&batch)?;
-        return Ok(started.elapsed());
+        return Ok(clock.stop());
     }
     let tokens = random(test.n_tokens());
     let generates = context.model().hparams().causal;
     let mut batch = Batch::default();
-    let started = Instant::now();
+    let clock = Clock::start();
     for tokens in tokens.chunks_exact(test.n_parallel) {
         batch.clear();
         for (sequence, token) in tokens.iter().enumerate() {
@@ -220,7 +251,7 @@ fn once(context: &mut Context, test: &Test, token: &mut impl FnMut() -> u32) -> 
             context.decode(&batch)?;
         }
     }
-    Ok(started.elapsed())
+    Ok(clock.stop())
 }
 
 /// Writes rows as they come.
@@ -351,6 +382,7 @@ impl Report<'_> {
             "gbps": m.gbps(),
             "peak_gbps": self.peak / 1e9,
             "pct_peak": self.percent(m),
+            "cpu_cores": m.cores,
         })
     }
 

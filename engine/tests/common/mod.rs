@@ -42,11 +42,22 @@ pub fn model(path: &Path) -> Arc<Model> {
     Arc::new(Model::load(vec![bytes]).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 
-/// The NVIDIA GPU to test, if the environment names one: `RUNIK_TEST_GPU=0`.
+/// The NVIDIA GPUs to test, if the environment names some: `RUNIK_TEST_GPU=0` or `0,1`.
+fn gpus() -> Vec<u32> {
+    let named = std::env::var("RUNIK_TEST_GPU").unwrap_or_default();
+    let index = |i: &str| i.parse().unwrap_or_else(|e| panic!("RUNIK_TEST_GPU={named}: {e}"));
+    named.split(',').filter(|i| !i.is_empty()).map(index).collect()
+}
+
+/// The NVIDIA GPU to test, if the environment names one.
 pub fn gpu() -> Option<Device> {
-    let index = std::env::var("RUNIK_TEST_GPU").ok()?;
-    let index: u32 = index.parse().unwrap_or_else(|e| panic!("RUNIK_TEST_GPU={index}: {e}"));
-    Some(open_gpu(index))
+    gpus().first().map(|&index| open_gpu(index))
+}
+
+/// Two NVIDIA GPUs to test, if the environment names some; the same one twice if it names one.
+pub fn two_gpus() -> Option<[Device; 2]> {
+    let all = gpus();
+    Some([open_gpu(*all.first()?), open_gpu(*all.last()?)])
 }
 
 #[cfg(all(feature = "cuda", feature = "ptx"))]

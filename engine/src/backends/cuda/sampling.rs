@@ -26,15 +26,21 @@ fn kept(p: &SamplerParams) -> usize {
 
 /// Memory for it, kept between steps.
 pub struct Sampling {
-    /// Parameters, states, penalties, recent tokens; then the tokens drawn, and scratch.
+    /// Parameters, states, penalties, recent tokens; then scratch.
     memory: Growing,
+    /// The tokens drawn, which the kernel writes where the host reads them: no copy follows, and whoever waits may sleep.
+    tokens: Growing,
     block: Vec<u8>,
 }
 
 impl Sampling {
     /// Nothing yet.
     pub fn new() -> Sampling {
-        Sampling { memory: Growing::new(MemKind::Device), block: Vec::new() }
+        Sampling {
+            memory: Growing::new(MemKind::Device),
+            tokens: Growing::new(MemKind::Host),
+            block: Vec::new(),
+        }
     }
 
     /// Draws a token from each row of `logits` (f32, one row per sampler, `n_vocab` long); penalties change them.
@@ -53,10 +59,9 @@ impl Sampling {
         // The kernel's word for all.
         let top_k = if most < n_vocab { most } else { 0 };
         self.fill(samplers, n_recent);
-        // The kernels want 16 bytes; the block's parts are multiples of it but for the last.
-        let tokens_at = self.block.len().next_multiple_of(16);
-        let scratch_at = (tokens_at + 4 * n_rows).next_multiple_of(256);
+        let scratch_at = self.block.len().next_multiple_of(256);
         self.memory.reserve(device, scratch_at + sample::scratch_bytes(n_rows, n_vocab, top_k))?;
+        self.tokens.reserve(device, 4 * n_rows)?;
         let at = |bytes: usize| self.memory.at().offset(bytes as u64);
         device.write(at(0), &self.block, StreamId::DEFAULT)?;
 
@@ -68,15 +73,15 @@ impl Sampling {
             let args = sample::PenaltyArgs { logits, recent, params: penalties, n_rows, n_vocab, n_recent };
             launches.push(sample::launch_penalise(&args).map_err(refused)?);
         }
-        let (tokens_of, scratch) = (at(tokens_at), at(scratch_at));
-        let args =
-            sample::Args { logits, params, states, tokens: tokens_of, scratch, n_rows, n_vocab, top_k };
+        let (drawn, scratch) = (self.tokens.at(), at(scratch_at));
+        let args = sample::Args { logits, params, states, tokens: drawn, scratch, n_rows, n_vocab, top_k };
         launches.extend(sample::launch(&args).map_err(refused)?);
         for launch in &launches {
             let module = modules.find_module(&**device, launch.entry)?;
             device.launch(module, launch, StreamId::DEFAULT)?;
         }
-        device.read(bytemuck::cast_slice_mut(tokens), tokens_of, StreamId::DEFAULT)?;
+        device.synchronise(StreamId::DEFAULT)?;
+        device.read_host(bytemuck::cast_slice_mut(tokens), drawn)?;
         samplers.iter_mut().for_each(|sampler| sampler.skip());
         Ok(())
     }

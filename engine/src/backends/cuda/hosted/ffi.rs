@@ -169,6 +169,7 @@ unsafe extern "C" {
         smem_bytes: usize,
     ) -> u32;
 
+    pub(super) fn cuStreamQuery(stream: Handle) -> u32;
     pub(super) fn cuStreamSynchronize(stream: Handle) -> u32;
     pub(super) fn cuStreamWaitEvent(stream: Handle, event: Handle, flags: c_uint) -> u32;
     pub(super) fn cuStreamIsCapturing(stream: Handle, status: *mut c_int) -> u32;

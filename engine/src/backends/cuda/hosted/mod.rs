@@ -7,7 +7,8 @@
 //! Compiled modules are kept by libcuda itself, in the user's compute cache: a module that was compiled before loads
 //! in about a millisecond.
 //!
-//! A thread that waits for a stream spins, which wakes it sooner; one that waits for an event sleeps.
+//! A thread that waits for a stream sleeps for most of the time that it foresees and then spins ([`queue`]); one that waits
+//! for an event sleeps.
 #![allow(unsafe_code)]
 
 mod device;
@@ -16,6 +17,7 @@ mod ffi;
 mod memory;
 mod module;
 mod pages;
+mod queue;
 mod registered;
 mod symbols;
 
@@ -30,7 +32,6 @@ use std::vec::Vec;
 use cust::context::{Context, ContextFlags};
 use cust::device::Device;
 use cust::error::CudaError;
-use cust::stream::{Stream, StreamFlags};
 pub use gpu_kernels::driver::DeviceInfo;
 use gpu_kernels::driver::{Driver, DriverError, EventId, GraphId, HostAccess, MemKind, ModuleId, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch, MAX_PARAM_BYTES};
@@ -42,6 +43,7 @@ use error::{check, check_launch, describe};
 use ffi::Handle;
 use memory::Origin;
 use module::Module;
+use queue::Queue;
 pub use registered::Registered;
 
 /// One GPU.
@@ -85,15 +87,8 @@ struct Event(Handle);
 /// An instantiated graph.
 struct Graph(Handle);
 
-/// A stream that any thread may use; `cust` does not say so.
-struct Queue(Stream);
-
 // SAFETY: an object of the driver's belongs to a context, not to a thread, and the driver's functions may be called from
 // any thread.
-unsafe impl Send for Queue {}
-// SAFETY: as above.
-unsafe impl Sync for Queue {}
-// SAFETY: as above.
 unsafe impl Send for Event {}
 // SAFETY: as above.
 unsafe impl Sync for Event {}
@@ -132,7 +127,7 @@ impl Hosted {
         let context = Context::new(device).map_err(cust_error("open the device"))?;
         context.set_flags(ContextFlags::SCHED_SPIN).map_err(cust_error("let waiting threads spin"))?;
         let mut streams = Slots::default();
-        let stream = streams.insert(new_stream()?);
+        let stream = streams.insert(Queue::new()?);
         assert_eq!(StreamId(stream), StreamId::DEFAULT);
         let has_pools = device::keep_pool(device)?;
         static OWNERS: AtomicU64 = AtomicU64::new(0);
@@ -182,17 +177,17 @@ impl Hosted {
     /// The stream, unless it is being captured: a call that the driver refuses then would spoil the capture.
     fn not_captured(&self, op: &'static str, stream: StreamId) -> Result<Arc<Queue>, DriverError> {
         let stream = self.stream(stream)?;
-        refuse_captured(op, &stream)?;
+        stream.refuse_captured(op)?;
         Ok(stream)
     }
 
     /// Waits for the work of all our streams; those released before have none left. Not `cuCtxSynchronize`: the context is the
     /// device's one primary context, so that would wait for other `Hosted`s too, and driver 580 faults in it now and then
-    /// while other threads open and close theirs. A copy that another `Hosted` queued with our memory is not waited for.
+    /// while other threads open and close theirs.
     fn finish_all(&self, op: &'static str) -> Result<(), DriverError> {
         let streams: Vec<Arc<Queue>> = self.handles().streams.iter().cloned().collect();
         streams.iter().try_for_each(|stream| {
-            refuse_captured(op, stream)?;
+            stream.refuse_captured(op)?;
             stream.finish(op)
         })
     }
@@ -264,7 +259,7 @@ impl Hosted {
                 grid: launch.grid,
                 cta: [launch.cta, 1, 1],
                 smem_bytes: launch.smem_bytes,
-                stream: raw(&stream),
+                stream: stream.raw(),
                 attributes: attributes.as_ptr(),
                 n_attributes: n_attributes as u32,
             };
@@ -286,7 +281,7 @@ impl Hosted {
             let extra = extra.as_mut_ptr();
             // SAFETY: as above.
             unsafe {
-                ffi::cuLaunchKernel(function.raw, x, y, z, cta, 1, 1, smem, raw(&stream), none, extra.cast())
+                ffi::cuLaunchKernel(function.raw, x, y, z, cta, 1, 1, smem, stream.raw(), none, extra.cast())
             }
         };
         check_launch(launch.entry, code)
@@ -350,39 +345,6 @@ fn pinned_pages(bytes: u64) -> Option<(DevicePtr, Origin)> {
         pages::unmap(host, bytes);
     }
     None
-}
-
-fn new_stream() -> Result<Arc<Queue>, DriverError> {
-    // Not ordered with CUDA's own default stream, which cannot be captured.
-    let stream = Stream::new(StreamFlags::NON_BLOCKING, None).map_err(cust_error("create a stream"))?;
-    Ok(Arc::new(Queue(stream)))
-}
-
-fn raw(stream: &Queue) -> Handle {
-    stream.0.as_inner().cast()
-}
-
-/// An error if the stream is being captured.
-fn refuse_captured(op: &'static str, stream: &Queue) -> Result<(), DriverError> {
-    let mut status = ffi::CAPTURE_STATUS_NONE;
-    // SAFETY: a stream of ours and a valid place.
-    check(op, unsafe { ffi::cuStreamIsCapturing(raw(stream), &mut status) })?;
-    if status == ffi::CAPTURE_STATUS_NONE { Ok(()) } else { Err(DriverError::Capture { op }) }
-}
-
-impl Queue {
-    /// Waits for its work.
-    fn finish(&self, op: &'static str) -> Result<(), DriverError> {
-        // SAFETY: a stream of ours.
-        check(op, unsafe { ffi::cuStreamSynchronize(raw(self)) })
-    }
-}
-
-impl Drop for Queue {
-    fn drop(&mut self) {
-        // What it was given to do may use memory that goes next. After a fault nothing is left to wait for.
-        let _ = self.finish("release_stream");
-    }
 }
 
 impl Drop for Event {
@@ -484,7 +446,7 @@ impl Driver for Hosted {
         let size = usize::try_from(bytes.max(1)).map_err(|_| refused.clone())?;
         let mut at = 0;
         // SAFETY: a valid place and a stream of ours.
-        match unsafe { ffi::cuMemAllocAsync(&mut at, size, raw(&stream)) } {
+        match unsafe { ffi::cuMemAllocAsync(&mut at, size, stream.raw()) } {
             ffi::ERROR_OUT_OF_MEMORY => return Err(refused),
             code => check("alloc_async", code)?,
         }
@@ -500,7 +462,7 @@ impl Driver for Hosted {
         let stream = self.stream(stream)?;
         memory::remove("free_async", at, self.owner, |origin| origin == Origin::Pool)?;
         // SAFETY: memory of a pool, which was in the table until now, and a stream of ours.
-        check("free_async", unsafe { ffi::cuMemFreeAsync(at.0, raw(&stream)) })
+        check("free_async", unsafe { ffi::cuMemFreeAsync(at.0, stream.raw()) })
     }
 
     unsafe fn register_host(
@@ -581,7 +543,7 @@ impl Driver for Hosted {
         }
         // SAFETY: both ranges are valid. The driver has copied a pageable range away when it returns; a pinned one it
         // reads later, so we wait.
-        let code = unsafe { ffi::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), raw(&stream)) };
+        let code = unsafe { ffi::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), stream.raw()) };
         check("write", code)?;
         if memory::is_pinned(from.as_ptr(), from.len()) { stream.finish("write") } else { Ok(()) }
     }
@@ -594,20 +556,28 @@ impl Driver for Hosted {
         }
         // SAFETY: both ranges are valid, and we wait until the bytes are there.
         let code =
-            unsafe { ffi::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), raw(&stream)) };
+            unsafe { ffi::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), stream.raw()) };
         check("read", code)?;
         stream.finish("read")
     }
 
     fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: u64, stream: StreamId) -> Result<(), DriverError> {
         let stream = self.stream(stream)?;
-        memory::find("copy", from, bytes)?;
-        memory::find("copy", to, bytes)?;
+        // Another's memory may not go while it is copied, and its owner does not wait for our streams: we do.
+        let hold = |at| -> Result<Option<memory::Use>, DriverError> {
+            if memory::find("copy", at, bytes)?.0.owner == self.owner {
+                return Ok(None);
+            }
+            stream.refuse_captured("copy")?;
+            memory::enter("copy", at, bytes).map(|(_, _, held)| Some(held))
+        };
+        let held = [hold(from)?, hold(to)?];
         if bytes == 0 {
             return Ok(());
         }
         // SAFETY: ranges within memory of the driver's or registered with it.
-        check("copy", unsafe { ffi::cuMemcpyAsync(to.0, from.0, bytes as usize, raw(&stream)) })
+        check("copy", unsafe { ffi::cuMemcpyAsync(to.0, from.0, bytes as usize, stream.raw()) })?;
+        if held.iter().any(Option::is_some) { stream.finish("copy") } else { Ok(()) }
     }
 
     fn fill(&self, at: DevicePtr, byte: u8, bytes: u64, stream: StreamId) -> Result<(), DriverError> {
@@ -617,7 +587,7 @@ impl Driver for Hosted {
             return Ok(());
         }
         // SAFETY: a range within memory of the driver's or registered with it.
-        check("fill", unsafe { ffi::cuMemsetD8Async(at.0, byte, bytes as usize, raw(&stream)) })
+        check("fill", unsafe { ffi::cuMemsetD8Async(at.0, byte, bytes as usize, stream.raw()) })
     }
 
     fn enable_peer(&self, index: u32) -> Result<(), DriverError> {
@@ -685,7 +655,7 @@ impl Driver for Hosted {
 
     fn create_stream(&self) -> Result<StreamId, DriverError> {
         self.enter()?;
-        Ok(StreamId(self.handles_mut().streams.insert(new_stream()?)))
+        Ok(StreamId(self.handles_mut().streams.insert(Queue::new()?)))
     }
 
     fn release_stream(&self, stream: StreamId) -> Result<(), DriverError> {
@@ -709,20 +679,20 @@ impl Driver for Hosted {
         // From here on it is destroyed if it cannot be recorded.
         let event = Event(event);
         // SAFETY: an event and a stream of ours.
-        check("record", unsafe { ffi::cuEventRecord(event.0, raw(&stream)) })?;
+        check("record", unsafe { ffi::cuEventRecord(event.0, stream.raw()) })?;
         Ok(EventId(self.handles_mut().events.insert(Arc::new(event))))
     }
 
     fn record_again(&self, event: EventId, stream: StreamId) -> Result<(), DriverError> {
         let (event, stream) = (self.event(event)?, self.stream(stream)?);
         // SAFETY: an event and a stream of ours.
-        check("record_again", unsafe { ffi::cuEventRecord(event.0, raw(&stream)) })
+        check("record_again", unsafe { ffi::cuEventRecord(event.0, stream.raw()) })
     }
 
     fn wait(&self, stream: StreamId, event: EventId) -> Result<(), DriverError> {
         let (event, stream) = (self.event(event)?, self.stream(stream)?);
         // SAFETY: an event and a stream of ours.
-        check("wait", unsafe { ffi::cuStreamWaitEvent(raw(&stream), event.0, 0) })
+        check("wait", unsafe { ffi::cuStreamWaitEvent(stream.raw(), event.0, 0) })
     }
 
     fn synchronise_event(&self, event: EventId) -> Result<(), DriverError> {
@@ -758,7 +728,7 @@ impl Driver for Hosted {
         let stream = self.not_captured("begin_capture", stream)?;
         let mode = ffi::CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a stream of ours.
-        check("begin_capture", unsafe { ffi::cuStreamBeginCapture_v2(raw(&stream), mode) })
+        check("begin_capture", unsafe { ffi::cuStreamBeginCapture_v2(stream.raw(), mode) })
     }
 
     fn end_capture(&self, stream: StreamId) -> Result<GraphId, DriverError> {
@@ -766,7 +736,7 @@ impl Driver for Hosted {
         let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: a stream of ours and valid places. The graph is only needed until it is instantiated.
         unsafe {
-            check("end_capture", ffi::cuStreamEndCapture(raw(&stream), &mut graph))?;
+            check("end_capture", ffi::cuStreamEndCapture(stream.raw(), &mut graph))?;
             if graph.is_null() {
                 return Err(DriverError::Capture { op: "end_capture" });
             }
@@ -784,7 +754,7 @@ impl Driver for Hosted {
         let exec = self.handles().graphs.get(graph.0).cloned();
         let exec = exec.ok_or(DriverError::Handle { what: "graph", id: graph.0 })?;
         // SAFETY: a graph and a stream of ours.
-        check("launch_graph", unsafe { ffi::cuGraphLaunch(exec.0, raw(&stream)) })
+        check("launch_graph", unsafe { ffi::cuGraphLaunch(exec.0, stream.raw()) })
     }
 
     fn release_graph(&self, graph: GraphId) -> Result<(), DriverError> {

@@ -175,6 +175,7 @@ symbols! {
     cuStreamGetFlags
     cuStreamGetPriority
     cuStreamIsCapturing
+    cuStreamQuery
     cuStreamSynchronize
     cuStreamWaitEvent
     cuSurfObjectCreate
