@@ -37,11 +37,13 @@ const MAX_WARPS: u32 = 16;
 /// Shared memory that a CTA may take: what every GPU gives without being asked.
 #[cfg(not(target_arch = "nvptx64"))]
 const SMEM_BYTES: u32 = 48 * 1024;
+/// Bytes of a row's span whose words leave registers for something else.
+const SMALL_SPAN: usize = 4 * 48;
 /// Row tiles that a warp holds at a time. Shared memory delivers 128 bytes a cycle, broadcasts included: 8 columns of a
 /// group take 80 cycles, a 4-bit group of 32 rows only 40 of HBM's time. So activations serve two tiles where registers
-/// (48 words per tile at most) allow.
+/// allow. Four columns do without: half as many CTAs would leave half of the machine idle at 4,096 rows.
 const fn tiles_per_warp(span_bytes: usize, n_cols: usize) -> usize {
-    if n_cols >= 4 && span_bytes <= 4 * 48 { 2 } else { 1 }
+    if n_cols > 4 && span_bytes <= SMALL_SPAN { 2 } else { 1 }
 }
 
 /// Columns for which a group is unpacked once. Without dp4a eight of them do not fit the registers.
@@ -624,6 +626,7 @@ macro_rules! entries {
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
                 concat!("mmvq_", stringify!($id), "_n2") => entries!(@entry $module, 2);
+                concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
             )*
         }
 
@@ -633,7 +636,6 @@ macro_rules! entries {
             MORE: threads(256), early;
             fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
             $(
-                concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
                 concat!("mmvq_", stringify!($id), "_n8") => entries!(@entry $module, 8);
             )*
         }

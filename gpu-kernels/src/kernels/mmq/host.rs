@@ -401,6 +401,13 @@ const BENCH: &[Case] = &[
     plain(FormatId::IQ3_XXS, Cut::Wide, &[4096], 14336, 512),
     // Where `mmvq` would do, too.
     plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 14336, 8),
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 4096, 8),
+    plain(FormatId::Q4_0, Cut::NARROW_16, &[4096, 1024, 1024], 4096, 8),
+    plain(FormatId::Q4_K, Cut::NARROW_16, &[4096], 14336, 8),
+    plain(FormatId::Q8_0, Cut::NARROW_16, &[4096], 14336, 8),
+    plain(FormatId::Q6_K, Cut::NARROW_16, &[4096], 14336, 8),
+    gated(FormatId::Q4_0, Cut::NARROW_16.of_warps(8), &[14336; 2], 4096, 8),
+    gated(FormatId::Q4_0, Cut::NARROW_16.of_warps(8), &[14336; 2], 4096, 16),
     plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 14336, 16),
     plain(FormatId::Q4_0, Cut::NARROW_16, &[4096], 4096, 16),
     plain(FormatId::Q4_0, Cut::NARROW_16.of_warps(8), &[4096], 14336, 16),

@@ -5,7 +5,7 @@ use alloc::{boxed::Box, vec, vec::Vec};
 use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
 
 pub use super::MAX_NORM_K;
-use super::{COLUMN_FIXED_BYTES, MAX_WARPS, SMEM_BYTES, tiles_per_warp};
+use super::{COLUMN_FIXED_BYTES, MAX_WARPS, SMALL_SPAN, SMEM_BYTES, tiles_per_warp};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::kernels::output::{self, Output};
 use crate::kernels::product::{
@@ -47,9 +47,11 @@ const ONE_EACH: u32 = 132;
 ///
 /// An SM has registers for 16 warps. With as many row tiles as SMs (an H100 has 132) it holds one CTA of all of them:
 /// 16 spans (73 KB of a 4-bit format) are under way. With more, 8, so that an SM holds two CTAs and nobody waits for
-/// a second round. The entries for many columns need the registers of 16 warps for 8.
-fn warps(n_ctas: u32, n_items: u32, n_cols: usize) -> u32 {
-    let most = if n_cols <= 2 && n_ctas <= ONE_EACH { MAX_WARPS } else { MAX_WARPS / 2 };
+/// a second round. The entries for eight columns need the registers of 16 warps for 8, and so do those for four where a
+/// span has many words.
+fn warps(n_ctas: u32, n_items: u32, n_cols: usize, span_bytes: usize) -> u32 {
+    let all = n_cols <= 2 || n_cols <= 4 && span_bytes <= SMALL_SPAN;
+    let most = if all && n_ctas <= ONE_EACH { MAX_WARPS } else { MAX_WARPS / 2 };
     n_items.div_ceil(n_items.div_ceil(most))
 }
 
@@ -247,7 +249,7 @@ pub fn launch_with(args: &Args<'_>, besides: Besides) -> Result<Launch, LaunchEr
     let n_spans = k.div_ceil(SPAN as u32);
     let per_span = if args.glu.is_some() { 2 } else { 1 };
     let n_items = n_spans * per_span;
-    let n_warps = warps(n_ctas.saturating_mul(n_lines), n_items, n_cols);
+    let n_warps = warps(n_ctas.saturating_mul(n_lines), n_items, n_cols, layout.span_bytes);
     if n_cols == 1 {
         let short = n_warps <= SHORT_WARPS && n_ctas.saturating_mul(n_lines) <= ONE_EACH;
         let names = super::short_entries(args.format).filter(|_| short).unwrap_or(of_column);
@@ -411,6 +413,10 @@ const BENCH: &[Case] = &[
     bench(FormatId::Q4_0, 4096, 14336, 8),
     bench(FormatId::Q4_0, 14336, 4096, 1),
     bench(FormatId::Q4_0, 4096, 4096, 1),
+    bench(FormatId::Q4_0, 4096, 4096, 4),
+    bench(FormatId::Q4_0, 4096, 4096, 8),
+    Case { rows: &[4096, 1024, 1024], k: 4096, n_cols: 4, ..Case::of(FormatId::Q4_0) },
+    Case { rows: &[4096, 1024, 1024], k: 4096, n_cols: 8, ..Case::of(FormatId::Q4_0) },
     bench(FormatId::Q4_0, 128_256, 4096, 1),
     bench(FormatId::Q4_1, 4096, 14336, 1),
     bench(FormatId::Q8_0, 4096, 14336, 1),
