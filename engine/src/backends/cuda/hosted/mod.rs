@@ -563,6 +563,7 @@ impl Driver for Hosted {
 
     fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: u64, stream: StreamId) -> Result<(), DriverError> {
         let stream = self.stream(stream)?;
+        let [low, high] = if from.0 <= to.0 { [from, to] } else { [to, from] };
         // Another's memory may not go while it is copied, and its owner does not wait for our streams: we do.
         let hold = |at| -> Result<Option<memory::Use>, DriverError> {
             if memory::find("copy", at, bytes)?.0.owner == self.owner {
@@ -571,13 +572,17 @@ impl Driver for Hosted {
             stream.refuse_captured("copy")?;
             memory::enter("copy", at, bytes).map(|(_, _, held)| Some(held))
         };
-        let held = [hold(from)?, hold(to)?];
+        // In the order of addresses, so that no two threads wait for each other. Ranges that overlap, which the contract
+        // forbids, lie in one piece: to hold both would be to wait for oneself.
+        let overlap = high.0 < low.0.saturating_add(bytes);
+        let held = hold(low)?;
+        let second = if overlap { memory::find("copy", high, bytes).map(|_| None)? } else { hold(high)? };
         if bytes == 0 {
             return Ok(());
         }
         // SAFETY: ranges within memory of the driver's or registered with it.
         check("copy", unsafe { ffi::cuMemcpyAsync(to.0, from.0, bytes as usize, stream.raw()) })?;
-        if held.iter().any(Option::is_some) { stream.finish("copy") } else { Ok(()) }
+        if held.is_some() || second.is_some() { stream.finish("copy") } else { Ok(()) }
     }
 
     fn fill(&self, at: DevicePtr, byte: u8, bytes: u64, stream: StreamId) -> Result<(), DriverError> {
