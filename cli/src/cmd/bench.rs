@@ -1,5 +1,6 @@
 //! `bench`: prefill and decode speed with llama-bench's tests, columns and JSON field names, so that results drop into
-//! existing tables; added are GB/s of weights and cache and the share of the memory bandwidth measured at the start.
+//! existing tables; added are GB/s of weights and cache and the share of the memory bandwidth measured at the start, and in
+//! JSON and CSV how many processor cores were busy.
 //!
 //! A test `ppN` computes N random tokens at once, `tgN` computes N one by one; `@ dN` starts with N in the context; `× N`
 //! is N sequences at once, a token of each per step, their tokens counted together.
