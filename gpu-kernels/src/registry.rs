@@ -51,3 +51,20 @@ pub static KERNELS: &[&dyn AnyKernel] = &[
 pub fn find(name: &str) -> Option<&'static dyn AnyKernel> {
     KERNELS.iter().copied().find(|kernel| kernel.name() == name)
 }
+
+#[cfg(test)]
+mod tests {
+    use alloc::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_kernel_has_shapes_to_time() {
+        for kernel in KERNELS {
+            assert!(kernel.n_bench() > 0, "{}: nothing to time", kernel.name());
+            let labels: BTreeSet<_> =
+                (0..kernel.n_bench()).map(|i| kernel.label(kernel.n_cases() + i)).collect();
+            assert_eq!(labels.len(), kernel.n_bench(), "{}: a shape is timed twice", kernel.name());
+        }
+    }
+}

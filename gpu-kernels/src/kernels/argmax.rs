@@ -91,6 +91,7 @@ mod host {
 
     use super::{CHUNK, ROW_THREADS, Shared, THREADS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::peer;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// The definition: one row.
@@ -172,7 +173,11 @@ mod host {
             Case { n_rows: 2, n: 150_001 },
         ];
         const NMSE_MAX: f64 = 0.0;
-        const BENCH: &'static [Case] = &[Case { n_rows: 1, n: 128_256 }, Case { n_rows: 64, n: 128_256 }];
+        const BENCH: &'static [Case] = &[
+            Case { n_rows: 1, n: 128_256 },
+            Case { n_rows: 64, n: 128_256 },
+            Case { n_rows: 512, n: 32_000 },
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::CHUNKS, super::gpu::ROWS];
 
@@ -210,6 +215,10 @@ mod host {
                     Ok(launch(&Args { x: at[0], scratch: at[1], ids: at[2], n_rows, n })?.to_vec())
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            Some(peer::rows("ARGMAX", case.n, case.n_rows))
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -250,7 +250,7 @@ mod host {
 
     use super::{CHUNK, DIGITS, SCAN_THREADS, ScanShared, Shared, THREADS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
-    use crate::kernels::top_k;
+    use crate::kernels::{peer, top_k};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// Bytes of `scratch`: keys and indices twice, and a count per digit and chunk.
@@ -349,7 +349,7 @@ mod host {
         const NMSE_MAX: f64 = 0.0;
         const BENCH: &'static [Case] = &[
             Case { n_rows: 1, n: 200_000, smallest: false },
-            Case { n_rows: 32, n: 200_000, smallest: false },
+            Case { n_rows: 16, n: 200_000, smallest: false },
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] =
@@ -383,6 +383,10 @@ mod host {
                     launch(&Args { x, scratch, ids, values, n_rows, n, smallest })
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            Some(peer::rows("ARGSORT", case.n, case.n_rows))
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -302,6 +302,7 @@ mod host {
 
     use super::{Extents, PAD, PER_THREAD, REPEAT, STRIDE, THREADS, TILE};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::peer;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// What lies beyond the source.
@@ -541,6 +542,8 @@ mod host {
             case(FormatId::F16, FormatId::F16, [1, 1, 4096, 4096], [0, 1, 3, 2]),
             case(FormatId::F32, FormatId::F32, [1, 1, 2048, 4096], [0, 1, 3, 2]),
             case(FormatId::F32, FormatId::F16, [32, 512, 8, 128], [1, 0, 2, 3]),
+            case(FormatId::F32, FormatId::F16, [1, 1, 3072, 512], DENSE),
+            case(FormatId::F32, FormatId::F32, [1, 2, 512, 8192], [0, 2, 1, 3]),
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = super::ENTRIES;
@@ -584,6 +587,14 @@ mod host {
                     at[1..].iter().enumerate().map(part).collect()
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            let Case { from, to, mut shape, order, edge: Edge::None, parts: 1 } = *case else { return None };
+            shape.reverse();
+            // ggml counts from the innermost; no order is zeros there.
+            let order = if order == DENSE { [0; 4] } else { [3, 2, 1, 0].map(|d: usize| 3 - order[d]) };
+            Some(peer::copy(from, to, shape, order))
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -77,6 +77,7 @@ mod host {
 
     use super::{Shared, THREADS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::peer;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// The definition: one row.
@@ -139,7 +140,11 @@ mod host {
             Case { n_rows: 1, n: 5001 },
         ];
         const NMSE_MAX: f64 = 1e-11;
-        const BENCH: &'static [Case] = &[Case { n_rows: 256, n: 16_384 }];
+        const BENCH: &'static [Case] = &[
+            Case { n_rows: 256, n: 16_384 },
+            Case { n_rows: 16, n: 131_072 },
+            Case { n_rows: 1, n: 131_072 },
+        ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
 
@@ -151,6 +156,10 @@ mod host {
                 buffers: vec![Buffer::Input(bytes_of(&x)), Buffer::Output(Expected::F32(expected))],
                 launches: Box::new(move |at| Ok(vec![launch(&Args { x: at[0], y: at[1], n_rows, n })?])),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            Some(peer::rows("CUMSUM", case.n, case.n_rows))
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -175,6 +175,14 @@ macro_rules! entries {
             host::Case { from: quant::FormatId::F16, to: quant::FormatId::F32, n: 512 },
             host::Case { from: quant::FormatId::BF16, to: quant::FormatId::F16, n: 4 },
         ];
+
+        /// Every format, as far as it matters from memory; one of them to f32 too.
+        #[cfg(not(target_arch = "nvptx64"))]
+        const BENCH: &[host::Case] = &[
+            $(host::Case { from: quant::FormatId::$id, to: quant::FormatId::F16, n: 1 << 24 },)*
+            host::Case { from: quant::FormatId::F16, to: quant::FormatId::F32, n: 1 << 24 },
+            host::Case { from: quant::FormatId::Q4_0, to: quant::FormatId::F32, n: 8192 * 1024 },
+        ];
     };
     (@type $ty:ident, $to:literal, $table:ident, [$($id:ident => $module:ident,)*]) => {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
@@ -208,6 +216,7 @@ mod host {
     use super::{Shared, THREADS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
     use crate::kernels::mmvq::Weights;
+    use crate::kernels::peer;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// Arguments; see the contract. `to` is F32, F16 or BF16.
@@ -271,6 +280,7 @@ mod host {
         const NAME: &'static str = "dequantise";
         type Case = Case;
         const CASES: &'static [Case] = super::CASES;
+        const BENCH: &'static [Case] = super::BENCH;
         const NMSE_MAX: f64 = 0.0;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] =
@@ -290,6 +300,10 @@ mod host {
                     Ok(vec![launch(&Args { from, to, src: at[0], dst: at[1], n })?])
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            (case.n == 8192 * 1024).then(|| peer::copy(case.from, case.to, [8192, 512, 2, 1], [0; 4]))
         }
 
         fn bytes(case: &Case) -> u64 {

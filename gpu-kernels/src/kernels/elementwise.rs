@@ -302,6 +302,7 @@ mod host {
         const NMSE_MAX: f64 = 1e-12;
         const BENCH: &'static [Case] = &[
             binary(BinaryOp::Add, 1 << 23, 1, 1 << 23),
+            binary(BinaryOp::Add, 512 * 4096, 1, 4096),
             binary(BinaryOp::Mul, 1 << 23, 1, 4096),
             unary(Function::Silu, 1 << 23),
             unary(Function::GeluErf, 1 << 23),
@@ -350,6 +351,16 @@ mod host {
                         }),
                     }
                 }
+            }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            match *case {
+                Case::Binary { op: BinaryOp::Add, n, inner: 1, period, chosen: false } if n > period => {
+                    let n_rows = n / period;
+                    Some(alloc::format!("ADD(type=f32,ne=[{period},1,1,1],nr=[1,{n_rows},1,1],nf=1,"))
+                }
+                _ => None,
             }
         }
 

@@ -7,6 +7,7 @@ use quant::{FloatFormat, FormatId, info, with_format};
 
 use crate::case::{Buffer, Expected, Problem, Random, bytes_of};
 use crate::kernels::mmvq::Weights;
+use crate::kernels::peer;
 use crate::kernels::product::{Glu, Matrix, Mixture, glu_reference};
 use crate::kernels::round_act::SortedPairs;
 use crate::launch::{DevicePtr, Launch, LaunchError};
@@ -44,6 +45,12 @@ impl Case {
         let experts = self.experts.map_or(1, |(n, _)| n.min(self.n_cols));
         let x = self.n_cols / self.experts.map_or(1, |(_, slots)| slots) * self.k * 4;
         (experts * rows * self.k / row.elems * row.bytes + x + 4 * rows * self.n_cols) as u64
+    }
+
+    /// ggml's name of it.
+    pub fn peer(&self) -> Option<alloc::string::String> {
+        let fused = self.addends || self.glu.is_some() || self.experts.is_some();
+        peer::product(self.format, self.n_rows, self.k, self.n_cols, fused, None)
     }
 
     /// Whether the weights are blocks.

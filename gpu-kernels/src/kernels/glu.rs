@@ -223,6 +223,7 @@ mod host {
             case(SILU, 512, 14_336, false, Output::F32),
             case(SILU, 512, 14_336, false, Output::Act(quantise_act::Kind::Q8_0)),
             case(Kind::Plain(Function::GeluErf), 512, 14_336, false, Output::F32),
+            case(SILU, 2048, 17_408, false, Output::F32),
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
@@ -254,6 +255,11 @@ mod host {
                     })
                 });
             if random.is_timing() { output::last_launch(problem) } else { problem }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            let same = matches!(case.kind, SILU) && !case.halves && matches!(case.output, Output::F32);
+            same.then(|| alloc::format!("SWIGLU(type=f32,ne_a=[{},{},1,1],v=0,split", case.n, case.n_rows))
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -387,6 +387,14 @@ mod host {
 
     const PLAIN: [Option<usize>; 2] = [None; 2];
     const PAGES: usize = 2;
+    const BENCH_BASE: Case = Case {
+        types: [FormatId::F16; 2],
+        dims: [128, 128],
+        n_head_kv: 8,
+        n_tokens: 2048,
+        rope: Some((32, 128, Mode::Norm)),
+        widths: PLAIN,
+    };
 
     impl Kernel for KvStore {
         const NAME: &'static str = "kv_store";
@@ -481,6 +489,13 @@ mod host {
                 rope: None,
                 widths: [Some(512), Some(64)],
             },
+        ];
+        /// A token and a prompt of a large model.
+        const BENCH: &'static [Case] = &[
+            Case { n_tokens: 1, ..BENCH_BASE },
+            BENCH_BASE,
+            Case { types: [FormatId::Q8_0; 2], ..BENCH_BASE },
+            Case { types: [FormatId::Q4_0; 2], widths: [Some(128); 2], ..BENCH_BASE },
         ];
         const NMSE_MAX: f64 = 0.0;
         #[cfg(feature = "emu")]

@@ -606,6 +606,11 @@ mod host {
             Case { addends: true, ..Case::plain(BF16, &[129, 16], 36, 133) },
             Case { glu: Some(Glu::Gelu), ..Case::plain(F16, &[72, 72], 272, 129) },
         ];
+        const BENCH: &'static [Case] = &[
+            Case::plain(F16, &[4096], 14336, 64),
+            Case::plain(F16, &[4096], 14336, 512),
+            Case::plain(BF16, &[4096], 14336, 512),
+        ];
         const NMSE_MAX: f64 = 1e-10;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::LARGE, super::gpu::SMALL];
@@ -625,6 +630,10 @@ mod host {
                 let args = Args { format, parts, glu, x: tiles, k, n_cols, mixture, device: &device };
                 Ok(vec![round, launch(&args)?])
             })
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            case.peer()
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -283,6 +283,11 @@ mod host {
             Case { addends: true, experts: Some((4, 2)), ..Case::plain(F32, &[36], 272, 6) },
             Case { glu: Some(Glu::Silu), experts: Some((3, 1)), ..Case::plain(F32, &[20, 20], 300, 4) },
         ];
+        const BENCH: &'static [Case] = &[
+            Case::plain(F32, &[4096], 14336, 1),
+            Case::plain(F32, &[4096], 14336, 8),
+            Case::plain(F32, &[4096], 14336, 512),
+        ];
         const NMSE_MAX: f64 = 1e-12;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::NARROW, super::gpu::WIDE];
@@ -293,6 +298,10 @@ mod host {
                 let (parts, x, mixture) = (&operands.matrices, operands.x, operands.mixture);
                 Ok(vec![launch(&Args { parts, glu, x, k, n_cols, mixture })?])
             })
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            case.peer()
         }
 
         fn bytes(case: &Case) -> u64 {

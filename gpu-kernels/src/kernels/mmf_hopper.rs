@@ -500,8 +500,7 @@ mod host {
         }
 
         fn peer(case: &Case) -> Option<alloc::string::String> {
-            let float_case::Case { format, n_rows, k, n_cols, glu, .. } = case.product;
-            crate::kernels::mmvq::peer(format, n_rows, k, n_cols, glu.is_some(), None)
+            case.product.peer()
         }
 
         fn bytes(case: &Case) -> u64 {

@@ -512,6 +512,14 @@ mod host {
             Case { addends: true, experts: Some((4, 1)), ..Case::plain(F16, &[24], 272, 3) },
             Case { experts: Some((5, 3)), glu: Some(Glu::Silu), ..Case::plain(BF16, &[16, 16], 256, 6) },
         ];
+        const BENCH: &'static [Case] = &[
+            Case::plain(F16, &[4096], 14336, 1),
+            Case::plain(F16, &[4096], 14336, 4),
+            Case::plain(F16, &[4096], 14336, 8),
+            Case::plain(F16, &[4096], 14336, 16),
+            Case::plain(F16, &[4096], 14336, 32),
+            Case::plain(BF16, &[4096], 14336, 1),
+        ];
         const NMSE_MAX: f64 = 1e-10;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::PLAIN, super::gpu::TILES];
@@ -539,6 +547,10 @@ mod host {
                 launches.push(launch(&Args { format, parts, glu, x, k, n_cols, mixture })?);
                 Ok(launches)
             })
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            case.peer()
         }
 
         fn bytes(case: &Case) -> u64 {

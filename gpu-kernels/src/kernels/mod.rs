@@ -47,6 +47,8 @@ mod int8_tile;
 pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod order;
+#[cfg(not(target_arch = "nvptx64"))]
+pub(crate) mod peer;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod reduce;
 mod warpgroups;

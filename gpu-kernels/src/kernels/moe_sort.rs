@@ -220,6 +220,10 @@ mod host {
             Case { n_pairs: 257, n_expert: 2, tile_cols: 128 },
             Case { n_pairs: 1030, n_expert: 33, tile_cols: 32 },
         ];
+        const BENCH: &'static [Case] = &[
+            Case { n_pairs: 4096, n_expert: 128, tile_cols: 128 },
+            Case { n_pairs: 4096, n_expert: 8, tile_cols: 128 },
+        ];
         const NMSE_MAX: f64 = 0.0;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];

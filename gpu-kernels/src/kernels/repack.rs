@@ -184,6 +184,14 @@ mod host {
         const NAME: &'static str = "repack";
         type Case = Case;
         const CASES: &'static [Case] = super::CASES;
+        /// A large model's matrix.
+        const BENCH: &'static [Case] = &[
+            Case { format: FormatId::Q4_0, n_rows: 4096, k: 14_336, split: 0 },
+            Case { format: FormatId::Q4_K, n_rows: 4096, k: 14_336, split: 0 },
+            Case { format: FormatId::Q6_K, n_rows: 4096, k: 14_336, split: 0 },
+            Case { format: FormatId::IQ3_XXS, n_rows: 4096, k: 14_336, split: 0 },
+            Case { format: FormatId::F16, n_rows: 4096, k: 14_336, split: 0 },
+        ];
         const NMSE_MAX: f64 = 0.0;
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::SPANS, super::gpu::FRAGMENTS];

@@ -521,6 +521,8 @@ mod host {
         const BENCH: &'static [Case] = &[
             case(Mode::Norm, [512, 32, 128], 4095, plain(128), false, Sections::NONE),
             case(Mode::Neox, [512, 32, 128], 4095, plain(128), false, Sections::NONE),
+            // So large that the table counts for nothing.
+            case(Mode::Norm, [4096, 32, 128], 4095, plain(128), false, Sections::NONE),
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::TABLE, super::gpu::ROPE];
@@ -586,6 +588,14 @@ mod host {
                     ])
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            let Case { mode, n_tokens, n_heads, head_dim, scaling, .. } = *case;
+            let rotated = scaling.n_rot;
+            (mode == Mode::Norm).then(|| {
+                alloc::format!("ROPE(type=f32,ne_a=[{head_dim},{n_heads},{n_tokens},1],n_dims={rotated},mode=0,n_ctx=512,fs=1.000000,ef=0.000000,af=1.000000,ff=0,v=0,")
+            })
         }
 
         fn bytes(case: &Case) -> u64 {

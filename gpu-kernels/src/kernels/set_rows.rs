@@ -386,6 +386,7 @@ mod host {
     use super::{LANES, THREADS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
     use crate::kernels::output::SPAN4;
+    use crate::kernels::peer;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// Width of the row numbers.
@@ -516,6 +517,7 @@ mod host {
             case(FormatId::F16, 4096, 1024, Order::Backwards),
             case(FormatId::Q8_0, 4096, 1024, Order::Backwards),
             case(FormatId::Q4_0, 4096, 1024, Order::Backwards),
+            case(FormatId::Q4_0, 1024, 8192, Order::Backwards),
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
@@ -568,6 +570,12 @@ mod host {
                     Ok(vec![launch(&Args { to, src: at[0], ids, dst: at[2], n_rows, n })?])
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            // ggml's has no ids.
+            let same = (case.n_rows, case.n) == (1024, 8192);
+            same.then(|| peer::copy(FormatId::F32, case.to, [8192, 512, 2, 1], [0; 4]))
         }
 
         fn bytes(case: &Case) -> u64 {

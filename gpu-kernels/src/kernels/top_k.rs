@@ -163,6 +163,7 @@ mod host {
 
     use super::{Shared, TILE};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
+    use crate::kernels::peer;
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// Most results of a row that is longer than a tile.
@@ -292,6 +293,9 @@ mod host {
         const BENCH: &'static [Case] = &[
             Case { n_rows: 1, n: 128_256, k: 40, smallest: false },
             Case { n_rows: 64, n: 128_256, k: 40, smallest: false },
+            Case { n_rows: 1, n: 16_384, k: 16, smallest: false },
+            Case { n_rows: 1, n: 200_000, k: 40, smallest: false },
+            Case { n_rows: 16, n: 200_000, k: 40, smallest: false },
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::FLOATS, super::gpu::PACKED];
@@ -324,6 +328,10 @@ mod host {
                     launch(&Args { x, scratch, ids, values, n_rows, n, k, smallest })
                 }),
             }
+        }
+
+        fn peer(case: &Case) -> Option<alloc::string::String> {
+            Some(alloc::format!("{},k={},", peer::rows("TOP_K", case.n, case.n_rows), case.k))
         }
 
         fn bytes(case: &Case) -> u64 {

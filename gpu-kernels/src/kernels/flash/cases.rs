@@ -1,6 +1,6 @@
 //! What is computed, in f64, and what a case of it is: its arrays, its launches, what they must give.
 
-use alloc::{boxed::Box, vec, vec::Vec};
+use alloc::{boxed::Box, format, string::String, vec, vec::Vec};
 
 use crate::kernels::quantise_act::Kind;
 use quant::FormatId;
@@ -9,7 +9,7 @@ use super::{Append, Args, Cache, Geometry, NO_SEQUENCE, PAGE, ROTATED_WIDTH, Ste
 use crate::case::{Buffer, Expected, Problem, Random, bytes_of};
 use crate::kernels::output::Output;
 use crate::kernels::rope::Mode;
-use crate::kernels::{hadamard, kv_store, quantise_act};
+use crate::kernels::{hadamard, kv_store, peer, quantise_act};
 use crate::launch::{DevicePtr, Launch, LaunchError};
 
 /// What the cases' launches may take: as much as an H100 has.
@@ -458,6 +458,24 @@ pub(super) fn problem(case: &Case, random: &mut Random) -> Problem {
 }
 
 /// K and V once per KV head for each token of a decode, for each sequence of a prefill; queries and output.
+/// ggml's name of a case whose work is the same: one sequence, and nothing that its benchmark has not.
+pub(super) fn peer(case: &Case) -> Option<String> {
+    let Case { types: [k, v], dims: [dim_k, dim_v], n_head, n_head_kv, .. } = *case;
+    let &[(len, n_new)] = case.sequences else { return None };
+    // Its mask hides next to nothing.
+    let sees_all = !case.causal || n_new == 1;
+    let changed = case.window > 0 || case.softcap > 0.0 || case.sinks || case.slopes;
+    let more = case.rotated || case.acts.is_some() || case.append.is_some();
+    if !sees_all || changed || more {
+        return None;
+    }
+    let (k, v, view) = (peer::type_name(k), peer::type_name(v), u8::from(dim_k == 576));
+    let group = n_head / n_head_kv;
+    Some(format!(
+        "FLASH_ATTN_EXT(hsk={dim_k},hsv={dim_v},nh={n_head_kv},nr23=[{group},1],kv={len},nb={n_new},mask=1,sinks=0,max_bias=0.000000,logit_softcap=0.000000,prec=f32,type_K={k},type_V={v},permute=[0,1,2,3],kv_view=1,v_is_view_of_k={view},n_kv_max=0"
+    ))
+}
+
 pub(super) fn bytes(case: &Case) -> u64 {
     let row: usize = (0..2).map(|p| quant::row::row_bytes(case.types[p], case.dims[p]).unwrap_or(0)).sum();
     let cache: usize = case.sequences.iter().map(|&(len, _)| len * case.n_head_kv * row).sum();

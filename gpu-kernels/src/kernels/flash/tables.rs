@@ -2,7 +2,7 @@
 
 use quant::FormatId;
 
-use super::cases::{BASE, Case, bytes, flops, problem};
+use super::cases::{BASE, Case, bytes, flops, peer, problem};
 use super::{Flash, FlashHopper, FlashPlain, FlashSplit, Geometry, SPAN};
 use crate::case::{Kernel, Problem, Random, Tiers};
 use crate::kernels::quantise_act::Kind;
@@ -49,6 +49,28 @@ const BENCH: &[Case] = &[
     Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_256 },
     Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
     Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
+    Case { causal: false, sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
+    Case { causal: false, sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_256 },
+    // Few query heads to a key, and narrow ones.
+    Case { n_head: 8, sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
+    Case { dims: [64, 64], sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
+    Case {
+        types: [FormatId::Q8_0; 2],
+        dims: [64, 64],
+        n_head: 64,
+        sequences: &[(7680, 1)],
+        geometry: split(7680),
+        ..BENCH_BASE
+    },
+    Case {
+        types: [FormatId::Q4_0; 2],
+        dims: [64, 64],
+        n_head: 64,
+        sequences: &[(7680, 1)],
+        geometry: split(7680),
+        ..BENCH_BASE
+    },
+    Case { dims: [576, 512], sequences: &[(4096, 1)], geometry: split(4096), ..BENCH_BASE },
 ];
 
 impl Kernel for Flash {
@@ -293,6 +315,9 @@ impl Kernel for Flash {
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)
     }
+    fn peer(case: &Case) -> Option<alloc::string::String> {
+        peer(case)
+    }
     fn bytes(case: &Case) -> u64 {
         bytes(case)
     }
@@ -352,6 +377,16 @@ impl Kernel for FlashSplit {
             ..BASE
         },
     ];
+    const BENCH: &'static [Case] = &[
+        Case { types: [FormatId::BF16; 2], sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
+        Case { types: [FormatId::F32; 2], sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_BASE },
+        Case {
+            types: [FormatId::BF16; 2],
+            sequences: &[(4096, 512)],
+            geometry: Geometry::Prefill,
+            ..BENCH_BASE
+        },
+    ];
     const NMSE_MAX: f64 = 1e-9;
     const TIERS: Tiers = Tiers::From(80);
     #[cfg(feature = "emu")]
@@ -360,6 +395,9 @@ impl Kernel for FlashSplit {
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)
+    }
+    fn peer(case: &Case) -> Option<alloc::string::String> {
+        peer(case)
     }
     fn bytes(case: &Case) -> u64 {
         bytes(case)
@@ -413,6 +451,9 @@ impl Kernel for FlashHopper {
         Case { sequences: &[(8192, 2048)], dims: [64, 64], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prompt, ..BENCH_256 },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_256 },
+        Case { causal: false, sequences: &[(8192, 4096)], ..BENCH_PROMPT },
+        Case { causal: false, sequences: &[(8192, 4096)], dims: [64, 64], ..BENCH_PROMPT },
+        Case { causal: false, sequences: &[(16_384, 4096)], ..BENCH_PROMPT },
     ];
     const NMSE_MAX: f64 = Flash::NMSE_MAX;
     const TIERS: Tiers = Tiers::Only("sm_90a");
@@ -421,6 +462,9 @@ impl Kernel for FlashHopper {
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)
+    }
+    fn peer(case: &Case) -> Option<alloc::string::String> {
+        peer(case)
     }
     fn bytes(case: &Case) -> u64 {
         bytes(case)
@@ -450,6 +494,10 @@ impl Kernel for FlashPlain {
         Case { rotated: true, types: [FormatId::Q4_0; 2], dims: [64, 192], ..PLAIN },
         Case { types: [FormatId::Q8_0, FormatId::BF16], dims: [576, 512], n_head: 1, n_head_kv: 1, ..PLAIN },
     ];
+    const BENCH: &'static [Case] = &[
+        Case { sequences: &[(4096, 1)], geometry: Geometry::Plain, ..BENCH_BASE },
+        Case { sequences: &[(512, 512)], geometry: Geometry::Plain, ..BENCH_BASE },
+    ];
     /// All in f32.
     const NMSE_MAX: f64 = 1e-10;
     #[cfg(feature = "emu")]
@@ -457,6 +505,9 @@ impl Kernel for FlashPlain {
 
     fn problem(case: &Case, random: &mut Random) -> Problem {
         problem(case, random)
+    }
+    fn peer(case: &Case) -> Option<alloc::string::String> {
+        peer(case)
     }
     fn bytes(case: &Case) -> u64 {
         bytes(case)

@@ -260,8 +260,7 @@ impl Kernel for MmdHopper {
     }
 
     fn peer(case: &Case) -> Option<alloc::string::String> {
-        let float_case::Case { format, n_rows, k, n_cols, glu, .. } = case.product;
-        crate::kernels::mmvq::peer(format, n_rows, k, n_cols, glu.is_some(), None)
+        case.product.peer()
     }
 
     fn bytes(case: &Case) -> u64 {

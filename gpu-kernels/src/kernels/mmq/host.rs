@@ -16,7 +16,7 @@ use crate::kernels::product::{
     self, Glu, Matrix, Mixture, epilogue_reference, quantising_mark, with_parts, with_quantising_gate,
 };
 use crate::kernels::quantise_act::{ActScale, Kind, kind_of};
-use crate::kernels::{mmq_hopper, moe_sort, output, quantise_act};
+use crate::kernels::{mmq_hopper, moe_sort, output, peer, quantise_act};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 use crate::ptx;
 use crate::tile::{self, ROWS};
@@ -699,7 +699,7 @@ impl Kernel for Mmq {
 
     fn peer(case: &Case) -> Option<alloc::string::String> {
         let fused = case.glu.is_some() || case.added;
-        crate::kernels::mmvq::peer(case.format, case.n_rows, case.k, case.n_cols, fused, case.mixture)
+        peer::product(case.format, case.n_rows, case.k, case.n_cols, fused, case.mixture)
     }
 
     fn bytes(case: &Case) -> u64 {

@@ -13,7 +13,7 @@ use crate::kernels::product::{
     with_quantising_gate,
 };
 use crate::kernels::quantise_act::{ActScale, Kind, kind_of};
-use crate::kernels::{quantise_act, rms_norm};
+use crate::kernels::{peer, quantise_act, rms_norm};
 use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 use crate::tile::{self, ROWS, SPAN, SPAN_GROUPS, TileLayout};
 
@@ -635,29 +635,6 @@ fn both_ways(case: &Case, random: &mut Random) -> Problem {
     if random.is_timing() { output::last_launch(problem) } else { problem }
 }
 
-/// ggml's name of a product: of one matrix, with nothing fused.
-pub(crate) fn peer(
-    format: FormatId,
-    rows: &[usize],
-    k: usize,
-    n_cols: usize,
-    fused: bool,
-    mixture: Option<(usize, usize, bool)>,
-) -> Option<alloc::string::String> {
-    let &[m] = rows else { return None };
-    let ty = alloc::format!("{format:?}").to_ascii_lowercase();
-    // ggml writes its super-block formats with a capital K.
-    let ty = ty.strip_suffix("_k").map_or(ty.clone(), |stem| alloc::format!("{stem}_K"));
-    match mixture {
-        _ if fused => None,
-        None => Some(alloc::format!("MUL_MAT(type_a={ty},type_b=f32,m={m},n={n_cols},k={k},")),
-        Some((n_mats, n_used, false)) => Some(alloc::format!(
-            "MUL_MAT_ID(type_a={ty},type_b=f32,n_mats={n_mats},n_used={n_used},b=0,m={m},n={n_cols},k={k}"
-        )),
-        Some((.., true)) => None,
-    }
-}
-
 impl Kernel for Mmvq {
     const NAME: &'static str = "mmvq";
     type Case = Case;
@@ -759,7 +736,8 @@ impl Kernel for Mmvq {
     }
 
     fn peer(case: &Case) -> Option<alloc::string::String> {
-        peer(case.format, case.rows, case.k, case.n_cols, case.glu.is_some() || case.extras, case.mixture)
+        let fused = case.glu.is_some() || case.extras;
+        peer::product(case.format, case.rows, case.k, case.n_cols, fused, case.mixture)
     }
 
     fn bytes(case: &Case) -> u64 {
