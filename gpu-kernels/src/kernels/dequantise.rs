@@ -1,10 +1,9 @@
 //! Weights of any format to f32, f16 or bf16.
 //!
-//! * Shapes: `src` n weights in a block format (n a multiple of its block) or floats (n a multiple of 4), `dst` n elements;
-//!   both dense, 16-byte aligned. Nothing overlaps.
-//! * Geometry, blocks: 128 threads per CTA, a group of 32 weights per lane. A lane unpacks its group's codes into shared
-//!   memory; then the warp writes its 1024 elements, each lane four neighbours, so that stores coalesce. Floats: 128
-//!   threads, four elements each.
+//! * Shapes: `src` n weights in a block format (n a multiple of its block) or floats (any n), `dst` n elements; both dense,
+//!   16-byte aligned. Nothing overlaps.
+//! * Geometry: 128 threads per CTA, a group of 32 weights per lane. A lane unpacks its group's codes into shared memory;
+//!   then the warp writes its 1024 elements, each lane four neighbours, so that stores coalesce. Floats are copied (`copy`).
 //! * Bytes: n · (bits per weight / 8 + bytes of the output type). FLOPs: 2 per element.
 //! * Tolerance: f32 is bit-equal to `BlockFormat::decode`; f16 and bf16 are that, rounded to nearest even.
 
@@ -118,16 +117,6 @@ pub(crate) mod gpu {
             (group < n_groups).then_some(8 * group as usize)
         });
     }
-
-    #[inline(always)]
-    pub(super) fn floats<S: Float, T: Output>(src: Glb<u8>, dst: Glb<T>, n4: u32) {
-        let i = thread::index_1d();
-        if i < n4 {
-            let src = src.cast::<S>();
-            let value = |j: u32| src.ld_nc(4 * i + j).to_f32();
-            T::store4(dst, i, [value(0), value(1), value(2), value(3)]);
-        }
-    }
 }
 
 macro_rules! entries {
@@ -151,9 +140,6 @@ macro_rules! entries {
             }
             match from {
                 $(quant::FormatId::$id => to!(stringify!($id)),)*
-                quant::FormatId::F32 => to!("F32"),
-                quant::FormatId::F16 => to!("F16"),
-                quant::FormatId::BF16 => to!("BF16"),
                 _ => None,
             }
         }
@@ -189,11 +175,8 @@ macro_rules! entries {
         kernels! {
             in "dequantise";
             $table: threads(128);
-            fn (src: Glb<u8>, dst: Glb<$ty>, n: u32);
+            fn (src: Glb<u8>, dst: Glb<$ty>, n_groups: u32);
             $(concat!("dequantise_", stringify!($id), "_", $to) => gpu::blocks::<formats::$module::Block, $ty>;)*
-            concat!("dequantise_F32_", $to) => gpu::floats::<f32, $ty>;
-            concat!("dequantise_F16_", $to) => gpu::floats::<f16, $ty>;
-            concat!("dequantise_BF16_", $to) => gpu::floats::<bf16, $ty>;
         }
     };
 }
@@ -211,12 +194,13 @@ mod host {
     use alloc::{boxed::Box, vec, vec::Vec};
 
     use half::{bf16, f16};
+    use quant::format::GROUP;
     use quant::{FormatId, info, with_format};
 
     use super::{Shared, THREADS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
     use crate::kernels::mmvq::Weights;
-    use crate::kernels::peer;
+    use crate::kernels::{copy, peer};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
     /// Arguments; see the contract. `to` is F32, F16 or BF16.
@@ -234,6 +218,19 @@ mod host {
     pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
         let kernel = Dequantise::NAME;
         let check = Check(kernel);
+        if info(args.from).elems == 1 {
+            let shape = [1, 1, 1, args.n];
+            return copy::launch(&copy::Args {
+                from: args.from,
+                to: args.to,
+                src: args.src,
+                dst: args.dst,
+                shape,
+                src_strides: copy::dense(shape),
+                dst_strides: copy::dense(shape),
+                edge: copy::Edge::None,
+            });
+        }
         let entry =
             super::entry(args.from, args.to).ok_or(LaunchError::Format { kernel, format: args.from })?;
         let n = check.size("n", args.n)?;
@@ -241,16 +238,15 @@ mod host {
             check.aligned(what, at, 16)?;
         }
         let format = info(args.from);
-        let is_float = format.elems == 1;
-        let (step, smem_bytes) = if is_float { (4, 0) } else { (32, Shared::BYTES) };
-        check.multiple("n", args.n, format.elems.max(4), "a multiple of the format's block and of 4")?;
+        check.multiple("n", args.n, format.elems, "a multiple of the format's block")?;
+        let n_groups = n / GROUP as u32;
         Ok(Launch {
             entry,
-            grid: [(n / step).div_ceil(THREADS), 1, 1],
+            grid: [n_groups.div_ceil(THREADS), 1, 1],
             cta: THREADS,
             cluster: 1,
-            smem_bytes,
-            params: Params::new().with(args.src).with(args.dst).with(n / step),
+            smem_bytes: Shared::BYTES,
+            params: Params::new().with(args.src).with(args.dst).with(n_groups),
         })
     }
 

@@ -14,10 +14,9 @@
 //! * Result: for every output the sum over a span of 256 weights is `BlockFormat::dot_group`'s chain from 0 over its groups in
 //!   order of k, and the spans are added in order. So bits depend on k alone: not on the grid, on n_cols, on the entry.
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
-//! * Geometry: lane = row, a warp works on one span of a row tile at a time (of two row tiles where several columns make
-//!   activations dear), a CTA on one row tile: its warps stride over the spans, leave partial sums in shared memory, and
-//!   add them in order. Warps per CTA by shape (`warps`). One column has a kernel of its own, `mmvq_column`, and forms of
-//!   it for few warps, whose registers are free: groups overlap.
+//! * Geometry: lane = row, a warp works on one span of a row tile at a time, a CTA on one row tile: its warps stride over the
+//!   spans, leave partial sums in shared memory, and add them in order. Warps per CTA by shape (`warps`). One column has a
+//!   kernel of its own, `mmvq_column`, and forms of it for few warps, whose registers are free: groups overlap.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
 //! Done for speed: (1) a span's weights come by 128-bit coalesced loads, all issued before the first is used, past L1;
@@ -29,27 +28,36 @@
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
+use quant::BlockFormat;
+
 use crate::tile::SPAN_GROUPS;
 
+/// Columns that there are entries for.
+#[cfg(not(target_arch = "nvptx64"))]
+const COLS: [usize; 5] = [1, 2, 4, 6, 8];
 /// Most warps of a CTA.
 #[cfg(not(target_arch = "nvptx64"))]
 const MAX_WARPS: u32 = 16;
 /// Shared memory that a CTA may take: what every GPU gives without being asked.
 #[cfg(not(target_arch = "nvptx64"))]
 const SMEM_BYTES: u32 = 48 * 1024;
-/// Bytes of a row's span whose words leave registers for something else.
+/// Bytes of a row's span whose words leave registers for several columns to 16 warps.
+#[cfg(not(target_arch = "nvptx64"))]
 const SMALL_SPAN: usize = 4 * 48;
-/// Row tiles that a warp holds at a time. Shared memory delivers 128 bytes a cycle, broadcasts included: 8 columns of a
-/// group take 80 cycles, a 4-bit group of 32 rows only 40 of HBM's time. So activations serve two tiles where registers
-/// allow. Four columns do without: half as many CTAs would leave half of the machine idle at 4,096 rows.
-const fn tiles_per_warp(span_bytes: usize, n_cols: usize) -> usize {
-    if n_cols > 4 && span_bytes <= SMALL_SPAN { 2 } else { 1 }
-}
 
-/// Columns for which a group is unpacked once. Without dp4a eight of them do not fit the registers.
+/// Columns for which a group is unpacked once: all that fit the registers. Without dp4a six and eight do not, with it
+/// eight of two kinds of format: short blocks with scales for 16 weights (NVFP4), spans longer than Q8_0's (Q8_1, Q8_K).
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-const fn columns_at_once(n_cols: usize) -> usize {
-    if cfg!(all(target_arch = "nvptx64", not(sm_ge_61))) && n_cols > 4 { 4 } else { n_cols }
+const fn columns_at_once<F: BlockFormat + Tiled>(n_cols: usize) -> usize {
+    let no_dp4a = cfg!(all(target_arch = "nvptx64", not(sm_ge_61)));
+    let short_of_16 = F::SCALE_ELEMS == 16 && F::ELEMS < crate::tile::SPAN;
+    let long = F::LAYOUT.span_bytes > crate::tile::SPAN / 32 * 34;
+    match n_cols {
+        6 if no_dp4a => 3,
+        8 if no_dp4a => 2,
+        8 if short_of_16 || long => 4,
+        _ => n_cols,
+    }
 }
 
 /// Words of a group's scale and its companions in shared memory: what the halves do not share comes twice.
@@ -363,49 +371,43 @@ pub(super) mod gpu {
         }
     }
 
-    /// The sums over a span, of which `n` groups are there: of the lane's row of each of `TILES` row tiles, and of
-    /// `AT_ONCE` columns from column `first` of the stage on. `SIDE_BY_SIDE`: four groups may overlap, in more registers.
+    /// The sums over a span, of which `n` groups are there: of the lane's row, and of `AT_ONCE` columns from column `first`
+    /// of the stage on. `SIDE_BY_SIDE`: four groups may overlap, in more registers.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn span_sums<
-        F: BlockFormat + Tiled,
-        const AT_ONCE: usize,
-        const TILES: usize,
-        const SIDE_BY_SIDE: bool,
-    >(
-        words: &[F::Words; TILES],
+    pub(crate) fn span_sums<F: BlockFormat + Tiled, const AT_ONCE: usize, const SIDE_BY_SIDE: bool>(
+        words: &F::Words,
         stage: Stage,
         first: u32,
         n: u32,
         book: SharedBook,
-    ) -> [[f32; AT_ONCE]; TILES] {
+    ) -> [f32; AT_ONCE] {
         const { assert!(SPAN_GROUPS == 8) };
         let groups = SPAN_GROUPS as u32;
         // ptxas would schedule all groups at once, take the registers of two, and spill. A branch that always goes one
         // way keeps it to one, or to four; other warps hide the latency.
         let groups_left = math::opaque(groups);
-        let mut acc = [[0.0f32; AT_ONCE]; TILES];
+        let more_left = math::opaque(groups);
+        let mut acc = [0.0f32; AT_ONCE];
         unroll!(G in 0..8 {
             let first_of_lot = if SIDE_BY_SIDE { G as u32 / 4 * 4 } else { G as u32 };
             if (SIDE_BY_SIDE && first_of_lot == 0) || first_of_lot < groups_left {
-                let weights: [Group; TILES] = core::array::from_fn(|t| {
-                    block::<F>(&words[t], G / F::GROUPS).unpack_group_by(G % F::GROUPS, book)
-                });
+                let weights = block::<F>(words, G / F::GROUPS).unpack_group_by(G % F::GROUPS, book);
                 let mut c = 0;
                 while c < AT_ONCE {
+                    // As above: not the activations of all columns at once.
+                    if c == 4 && more_left == 0 {
+                        break;
+                    }
                     let at = (first + c as u32) * groups + G as u32;
                     let codes = stage.codes.cast::<U32x4>();
                     let [U32x4(low), U32x4(high)] = [codes.ld(2 * at), codes.ld(2 * at + 1)];
                     let act = Staged::load::<F>(stage.scales, at);
                     let codes = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-                    let mut t = 0;
-                    while t < TILES {
-                        let sum = dot::<F>(&weights[t], codes, act, acc[t][c]);
-                        // Groups beyond a short span hold nothing; without a branch.
-                        let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
-                        acc[t][c] = if there { sum } else { acc[t][c] };
-                        t += 1;
-                    }
+                    let sum = dot::<F>(&weights, codes, act, acc[c]);
+                    // Groups beyond a short span hold nothing; without a branch.
+                    let there = F::ELEMS == crate::tile::SPAN || (G as u32) < n;
+                    acc[c] = if there { sum } else { acc[c] };
                     c += 1;
                 }
             }
@@ -413,14 +415,9 @@ pub(super) mod gpu {
         acc
     }
 
-    /// The kernel; `TILES` row tiles per warp, `AT_ONCE` of the `COLS` columns for each unpacking.
+    /// The kernel; `AT_ONCE` of the `COLS` columns for each unpacking.
     #[inline(always)]
-    pub(super) fn mmvq<
-        F: BlockFormat + Tiled,
-        const COLS: usize,
-        const AT_ONCE: usize,
-        const TILES: usize,
-    >(
+    pub(super) fn mmvq<F: BlockFormat + Tiled, const COLS: usize, const AT_ONCE: usize>(
         p0: Part,
         p1: Part,
         p2: Part,
@@ -451,8 +448,8 @@ pub(super) mod gpu {
         let k = shape.n_groups as usize * quant::format::GROUP;
         let tile_bytes = F::LAYOUT.tile_bytes(k);
         let n_tiles = part.n_rows.div_ceil(ROWS as u32);
-        let first_tile = (thread::block_idx_x() - part.first_cta) * TILES as u32;
-        let matrix = (expert as usize * n_tiles as usize) * tile_bytes;
+        let tile = thread::block_idx_x() - part.first_cta;
+        let tile_at = (expert as usize * n_tiles as usize + tile as usize) * tile_bytes;
 
         // Shared memory: the format's codebook, a stage per warp, totals, partial sums.
         let book = SharedBook::fill(F::BOOK, 0);
@@ -461,7 +458,7 @@ pub(super) mod gpu {
         }
         let (stages, stage_bytes) = (book_bytes(F::BOOK), stage_bytes(F::SCALE_ELEMS, COLS));
         let stage = Stage::at::<F, COLS>(stages + warp_id * stage_bytes);
-        let outputs = (TILES * COLS * ROWS) as u32;
+        let outputs = (COLS * ROWS) as u32;
         let sums = stages + n_warps * stage_bytes;
         let totals: Smem<f32> = Smem::dynamic(sums, 2 * outputs);
         let partials: Smem<f32> = Smem::dynamic(sums + 8 * outputs, shape.window * outputs);
@@ -476,13 +473,10 @@ pub(super) mod gpu {
                 shape.n_groups - span * groups
             }
         };
-        // Where a tile's part of an item lies; tiles beyond the last do the last one's work again.
-        let span_of = |item: u32, t: usize| {
+        // Where the tile's part of an item lies.
+        let span_of = |item: u32| {
             let (span, second) = item_of(item);
-            let tile = first_tile + t as u32;
-            let tile = if tile < n_tiles { tile } else { n_tiles - 1 };
-            let at = matrix + tile as usize * tile_bytes + F::LAYOUT.span_offset(span as usize);
-            (if second { p1.w } else { part.w }).offset(at)
+            (if second { p1.w } else { part.w }).offset(tile_at + F::LAYOUT.span_offset(span as usize))
         };
         let units_of = |item: u32| {
             if F::ELEMS == crate::tile::SPAN || groups_of(item_of(item).0) == groups {
@@ -493,18 +487,11 @@ pub(super) mod gpu {
         };
         let prefetch = |item: u32| {
             if item < n_items && lane == 0 {
-                let bytes = units_of(item) * (ROWS * F::LAYOUT.unit_bytes) as u32;
-                let mut t = 0;
-                while t < TILES {
-                    span_of(item, t).prefetch(bytes);
-                    t += 1;
-                }
+                span_of(item).prefetch(units_of(item) * (ROWS * F::LAYOUT.unit_bytes) as u32);
             }
         };
         let load = |item: u32| {
-            let words = core::array::from_fn::<F::Words, TILES, _>(|t| {
-                load_span::<F>(span_of(item, t), units_of(item))
-            });
+            let words = load_span::<F>(span_of(item), units_of(item));
             // The warp's next item comes to L2 meanwhile.
             prefetch(item + n_warps);
             words
@@ -534,19 +521,14 @@ pub(super) mod gpu {
                     if AT_ONCE != COLS {
                         // Nothing the compiler knows to be zero: else it would unpack before the loop, and spill.
                         let zero = math::opaque(first) >> 31;
-                        words.iter_mut().for_each(|w| w.as_mut().iter_mut().for_each(|word| *word ^= zero));
+                        words.as_mut().iter_mut().for_each(|word| *word ^= zero);
                     }
-                    let acc = span_sums::<F, AT_ONCE, TILES, false>(&words, stage, first, n, book);
-                    let mut t = 0;
-                    while t < TILES {
-                        let mut c = 0;
-                        while c < AT_ONCE {
-                            let line = (t * COLS + c) as u32 + first;
-                            let output = line * ROWS as u32 + lane;
-                            partials.st((item - start) * outputs + output, acc[t][c]);
-                            c += 1;
-                        }
-                        t += 1;
+                    let acc = span_sums::<F, AT_ONCE, false>(&words, stage, first, n, book);
+                    let mut c = 0;
+                    while c < AT_ONCE {
+                        let output = (c as u32 + first) * ROWS as u32 + lane;
+                        partials.st((item - start) * outputs + output, acc[c]);
+                        c += 1;
                     }
                     first += AT_ONCE as u32;
                 }
@@ -576,8 +558,7 @@ pub(super) mod gpu {
                 let sum = sum_of(0);
                 let up = if gated_pair { sum_of(1) } else { 0.0 };
                 if last {
-                    let column = output / ROWS as u32 % COLS as u32;
-                    let tile = first_tile + output / (COLS * ROWS) as u32;
+                    let column = output / ROWS as u32;
                     let row = tile * ROWS as u32 + output % ROWS as u32;
                     if row < part.n_rows && column <= last_column {
                         part.finish(gate, p1, expert, pair + column, row, [sum, up]);
@@ -627,15 +608,7 @@ macro_rules! entries {
             $(
                 concat!("mmvq_", stringify!($id), "_n2") => entries!(@entry $module, 2);
                 concat!("mmvq_", stringify!($id), "_n4") => entries!(@entry $module, 4);
-            )*
-        }
-
-        #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-        kernels! {
-            in "mmvq";
-            MORE: threads(256), early;
-            fn (p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape);
-            $(
+                concat!("mmvq_", stringify!($id), "_n6") => entries!(@entry $module, 6);
                 concat!("mmvq_", stringify!($id), "_n8") => entries!(@entry $module, 8);
             )*
         }
@@ -650,6 +623,7 @@ macro_rules! entries {
                             concat!("mmvq_", stringify!($id), "_n1"),
                             concat!("mmvq_", stringify!($id), "_n2"),
                             concat!("mmvq_", stringify!($id), "_n4"),
+                            concat!("mmvq_", stringify!($id), "_n6"),
                             concat!("mmvq_", stringify!($id), "_n8"),
                         ],
                         [
@@ -663,22 +637,23 @@ macro_rules! entries {
                 )*
                 _ => return None,
             };
-            let i = n_cols.next_power_of_two().ilog2() as usize;
+            let (name, n_cols) = names.into_iter().zip(COLS).find(|&(_, cols)| cols >= n_cols)?;
             Some(EntryShape {
-                name: names.get(i)?,
+                name,
                 of_column,
-                n_cols: 1 << i,
-                stage_bytes: stage_bytes(scale_elems, 1 << i),
+                n_cols,
+                stage_bytes: stage_bytes(scale_elems, n_cols),
                 book_bytes: lookup::book_bytes(book),
             })
         }
 
-        /// Every format at one column and at eight; the edges of rows, of k and of the column counts; every epilogue.
+        /// Every format at one column, at six and at eight; the edges of rows, of k and of the column counts; every epilogue.
         #[cfg(not(target_arch = "nvptx64"))]
         const CASES: &[host::Case] = &[
             $(
                 host::Case { rows: &[37], k: 512, ..host::Case::of(quant::FormatId::$id) },
                 host::Case { rows: &[6], k: 512, x: host::X::Floats, ..host::Case::of(quant::FormatId::$id) },
+                host::Case { rows: &[5], k: 256, n_cols: 6, ..host::Case::of(quant::FormatId::$id) },
                 host::Case { rows: &[5], k: 256, n_cols: 8, ..host::Case::of(quant::FormatId::$id) },
             )*
             host::Case { rows: &[4], k: 32, n_cols: 2, ..host::Case::of(quant::FormatId::Q4_0) },
@@ -723,15 +698,12 @@ macro_rules! entries {
         mmvq_column::<formats::$module::Block, $short, $floats, $gated>
     };
     (@entry $module:ident, $n:literal) => {
-        gpu::mmvq::<
-            formats::$module::Block,
-            $n,
-            { columns_at_once($n) },
-            { tiles_per_warp(<formats::$module::Block as Tiled>::LAYOUT.span_bytes, $n) },
-        >
+        gpu::mmvq::<formats::$module::Block, $n, { columns_at_once::<formats::$module::Block>($n) }>
     };
 }
 
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::kernels::{lookup, product::Glu};
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 use {
     crate::device::{F32x4, Glb, U32x2, U32x4},
@@ -739,11 +711,6 @@ use {
     crate::kernels::product::{Gate, Part},
     crate::tile::Tiled,
     quant::formats,
-};
-#[cfg(not(target_arch = "nvptx64"))]
-use {
-    crate::kernels::{lookup, product::Glu},
-    quant::BlockFormat,
 };
 quant::for_each_block_format!(entries![]);
 
@@ -753,7 +720,7 @@ macro_rules! short_entries {
         #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
         kernels! {
             in "mmvq";
-            SHORT: threads(256), early;
+            SHORT: threads(256, 1), early;
             fn (
                 p0: Part, p1: Part, p2: Part, q: Glb<U32x4>, scales: Glb<U32x2>, ids: Glb<u32>, gate: Gate, shape: Shape,
                 norm: Glb<F32x4>, eps: f32,

@@ -208,8 +208,7 @@ pub(super) fn mmvq_column<
 
         while item < end {
             let (span, _) = item_of(item);
-            let [[sum]] =
-                span_sums::<F, 1, 1, SHORT>(&[words], stage(span - first_span), 0, groups_of(span), book);
+            let [sum] = span_sums::<F, 1, SHORT>(&words, stage(span - first_span), 0, groups_of(span), book);
             partials.st((item - start) * ROWS as u32 + lane, sum);
             item += n_warps;
             if item < end {

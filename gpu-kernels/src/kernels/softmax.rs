@@ -3,15 +3,22 @@
 //! * Shapes: `x`, `y` [n_heads, n_rows, n]; `mask` [n_rows, n] or absent, -inf where nothing is to be seen; `slopes`
 //!   (ALiBi) `[n_heads]` or absent (1); `sinks` `[n_heads]` or absent: one more logit per head, which takes its share of the
 //!   sum and has no output. f32, dense. `y` may be `x`. A row without anything to see becomes zero.
-//! * Geometry: one CTA of 256 threads per row, thread t takes the elements t, t + 256, …; grid [n_rows, n_heads].
+//! * Geometry: rows of up to 1024 take a warp each, 8 to a CTA, those of up to 8192 a CTA of 256 threads: n a multiple of 4
+//!   and the arrays 16-byte aligned, thread t takes the float4s t, t + 32 or t + 256, …. All others take a CTA, thread t the
+//!   elements t, t + 256, …. Grid [n_rows or an eighth, n_heads].
 //! * Bytes: n_heads · n_rows · n · 8, and the mask once. FLOPs: 5 per element, an exponential counted as one.
 //! * Tolerance: NMSE 1e-11: `ex2.approx` is good to 2^-22, its argument is rounded to f32.
-//! * The order of the sum depends on n alone.
+//! * The order of the sum depends on n and the alignment alone.
+//!
+//! Done for speed: rows of whole float4s stay in registers, so that memory is read once and written once, and all loads
+//! of a row are under way together.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use host::*;
 
 const THREADS: u32 = 256;
+/// Float4s of a thread whose row stays in registers.
+const VECTORS: usize = 8;
 
 smem! {
     struct Shared {
@@ -24,59 +31,183 @@ smem! {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod gpu {
-    use super::{Shared, THREADS};
-    use crate::device::{Glb, math, thread};
+    use super::{Shared, THREADS, VECTORS};
+    use crate::device::{F32x4, Glb, math, thread, warp};
     use crate::kernels::reduce;
 
+    /// Where a row's arrays start.
+    #[derive(Clone, Copy)]
+    struct Row {
+        x: Glb<f32>,
+        mask: Glb<f32>,
+        y: Glb<f32>,
+        slope: f32,
+        /// In units of log 2.
+        sink: f32,
+        scale: f32,
+    }
+
+    impl Row {
+        #[inline(always)]
+        #[track_caller]
+        fn of(arrays: [Glb<f32>; 5], row: u32, n_rows: u32, n: u32, scale: f32) -> Row {
+            let [x, mask, slopes, sinks, y] = arrays;
+            let head = thread::block_idx_y();
+            let start = (head as usize * n_rows as usize + row as usize) * n as usize;
+            Row {
+                x: x.offset(start),
+                mask: if mask.is_null() { mask } else { mask.offset(row as usize * n as usize) },
+                y: y.offset(start),
+                slope: if slopes.is_null() { 1.0 } else { slopes.ld_nc(head) },
+                sink: if sinks.is_null() { f32::NEG_INFINITY } else { sinks.ld_nc(head) * math::LOG2_E },
+                scale,
+            }
+        }
+
+        /// A logit in units of log 2.
+        #[inline(always)]
+        fn logit(self, x: f32, mask: f32) -> f32 {
+            let scaled = x * self.scale;
+            (if self.mask.is_null() { scaled } else { math::fma(self.slope, mask, scaled) }) * math::LOG2_E
+        }
+
+        /// What exponentials are relative to, from the largest logit: where all is masked, any finite number serves,
+        /// since every exponential is zero.
+        #[inline(always)]
+        fn base(self, max: f32) -> f32 {
+            let max = math::fmax(max, self.sink);
+            if max == f32::NEG_INFINITY { 0.0 } else { max }
+        }
+
+        /// What exponentials of this sum are multiplied by.
+        #[inline(always)]
+        fn factor(self, sum: f32, base: f32) -> f32 {
+            let sum = sum + math::ex2(self.sink - base);
+            if sum > 0.0 { 1.0 / sum } else { 0.0 }
+        }
+
+        /// The softmax of `n4` float4s, of which this thread takes `first`, `first + step`, …, at most [`VECTORS`].
+        #[inline(always)]
+        #[track_caller]
+        fn in_registers(
+            self,
+            n4: u32,
+            first: u32,
+            step: u32,
+            max_of: impl Fn(f32) -> f32,
+            sum_of: impl Fn(f32) -> f32,
+        ) {
+            let (x, mask, y) = (self.x.cast::<F32x4>(), self.mask.cast::<F32x4>(), self.y.cast::<F32x4>());
+            let mut v = [[f32::NEG_INFINITY; 4]; VECTORS];
+            unroll!(V in 0..8 {
+                let i = first + V as u32 * step;
+                if i < n4 {
+                    F32x4(v[V]) = x.ld(i);
+                }
+            });
+            let mut max = f32::NEG_INFINITY;
+            unroll!(V in 0..8 {
+                let i = first + V as u32 * step;
+                if i < n4 {
+                    let F32x4(mask) = if self.mask.is_null() { F32x4([0.0; 4]) } else { mask.ld_nc(i) };
+                    unroll!(J in 0..4 {
+                        v[V][J] = self.logit(v[V][J], mask[J]);
+                        max = math::fmax(max, v[V][J]);
+                    });
+                }
+            });
+            let base = self.base(max_of(max));
+            let mut sum = 0.0;
+            unroll!(V in 0..8 {
+                unroll!(J in 0..4 {
+                    v[V][J] = math::ex2(v[V][J] - base);
+                    sum += v[V][J];
+                });
+            });
+            let factor = self.factor(sum_of(sum), base);
+            unroll!(V in 0..8 {
+                let i = first + V as u32 * step;
+                if i < n4 {
+                    y.st(i, F32x4(v[V].map(|e| e * factor)));
+                }
+            });
+        }
+    }
+
     #[inline(always)]
-    fn softmax(
+    fn row_per_warp(
         x: Glb<f32>,
         mask: Glb<f32>,
         slopes: Glb<f32>,
         sinks: Glb<f32>,
         y: Glb<f32>,
+        n_rows: u32,
         n: u32,
         scale: f32,
     ) {
-        let (row, head) = (thread::block_idx_x(), thread::block_idx_y());
-        let start = (head as usize * thread::grid_dim_x() as usize + row as usize) * n as usize;
-        let (x, y, mask_row) = (x.offset(start), y.offset(start), mask.offset(row as usize * n as usize));
-        let slope = if slopes.is_null() { 1.0 } else { slopes.ld_nc(head) };
+        let row = thread::index_1d() / thread::WARP;
+        // A whole warp leaves.
+        if row < n_rows {
+            let row = Row::of([x, mask, slopes, sinks, y], row, n_rows, n, scale);
+            row.in_registers(n / 4, thread::lane_id(), thread::WARP, warp::max_f32, warp::sum_f32);
+        }
+    }
 
-        // Scaled and masked, in units of log 2; kept in `y` between the passes.
+    #[inline(always)]
+    fn row_per_cta(
+        x: Glb<f32>,
+        mask: Glb<f32>,
+        slopes: Glb<f32>,
+        sinks: Glb<f32>,
+        y: Glb<f32>,
+        n_rows: u32,
+        n: u32,
+        scale: f32,
+    ) {
+        Row::of([x, mask, slopes, sinks, y], thread::block_idx_x(), n_rows, n, scale).in_registers(
+            n / 4,
+            thread::thread_idx_x(),
+            THREADS,
+            |max| reduce::cta_max(max, Shared::maxima()),
+            |sum| reduce::cta_sum(sum, Shared::sums()),
+        );
+    }
+
+    /// Rows of any length, kept in `y` between the passes.
+    #[inline(always)]
+    fn any_row(
+        x: Glb<f32>,
+        mask: Glb<f32>,
+        slopes: Glb<f32>,
+        sinks: Glb<f32>,
+        y: Glb<f32>,
+        n_rows: u32,
+        n: u32,
+        scale: f32,
+    ) {
+        let row = Row::of([x, mask, slopes, sinks, y], thread::block_idx_x(), n_rows, n, scale);
         let mut max = f32::NEG_INFINITY;
         let mut i = thread::thread_idx_x();
         while i < n {
-            let mut v = x.ld(i) * scale;
-            if !mask.is_null() {
-                v = math::fma(slope, mask_row.ld_nc(i), v);
-            }
-            v *= math::LOG2_E;
-            y.st(i, v);
+            let mask = if row.mask.is_null() { 0.0 } else { row.mask.ld_nc(i) };
+            let v = row.logit(row.x.ld(i), mask);
+            row.y.st(i, v);
             max = math::fmax(max, v);
             i += THREADS;
         }
-        let max = reduce::cta_max(max, Shared::maxima());
-        // In units of log 2, like the rest.
-        let sink = if sinks.is_null() { f32::NEG_INFINITY } else { sinks.ld_nc(head) * math::LOG2_E };
-        let max = math::fmax(max, sink);
-        // Where all is masked, any finite number serves: every exponential is zero.
-        let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
-
+        let base = row.base(reduce::cta_max(max, Shared::maxima()));
         let mut sum = 0.0;
         let mut i = thread::thread_idx_x();
         while i < n {
-            let e = math::ex2(y.ld(i) - max);
-            y.st(i, e);
+            let e = math::ex2(row.y.ld(i) - base);
+            row.y.st(i, e);
             sum += e;
             i += THREADS;
         }
-        let sum = reduce::cta_sum(sum, Shared::sums()) + math::ex2(sink - max);
-        let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
-
+        let factor = row.factor(reduce::cta_sum(sum, Shared::sums()), base);
         let mut i = thread::thread_idx_x();
         while i < n {
-            y.st(i, y.ld(i) * inverse);
+            row.y.st(i, row.y.ld(i) * factor);
             i += THREADS;
         }
     }
@@ -84,8 +215,10 @@ mod gpu {
     kernels! {
         in "softmax";
         pub(super) ENTRIES: threads(256);
-        fn (x: Glb<f32>, mask: Glb<f32>, slopes: Glb<f32>, sinks: Glb<f32>, y: Glb<f32>, n: u32, scale: f32);
-        "softmax_f32" => softmax;
+        fn (x: Glb<f32>, mask: Glb<f32>, slopes: Glb<f32>, sinks: Glb<f32>, y: Glb<f32>, n_rows: u32, n: u32, scale: f32);
+        "softmax_warp_f32" => row_per_warp;
+        "softmax_cta_f32" => row_per_cta;
+        "softmax_f32" => any_row;
     }
 }
 
@@ -93,7 +226,7 @@ mod gpu {
 mod host {
     use alloc::{boxed::Box, vec, vec::Vec};
 
-    use super::{Shared, THREADS};
+    use super::{Shared, THREADS, VECTORS};
     use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
     use crate::launch::{Check, DevicePtr, Launch, LaunchError, Params};
 
@@ -141,14 +274,23 @@ mod host {
         for (what, at) in arrays {
             check.aligned(what, at, 4)?;
         }
+        let n_rows = check.size("n_rows", args.n_rows)?;
+        let whole = n.is_multiple_of(4)
+            && [args.x, args.mask, args.y].iter().all(|at| at.0.is_multiple_of(16))
+            && args.n <= VECTORS * 4 * THREADS as usize;
+        let (entry, rows_per_cta) = match (whole, args.n <= VECTORS * 4 * 32) {
+            (true, true) => ("softmax_warp_f32", THREADS / 32),
+            (true, false) => ("softmax_cta_f32", 1),
+            (false, _) => ("softmax_f32", 1),
+        };
         let params = arrays.iter().fold(Params::new(), |params, (_, at)| params.with(*at));
         Ok(Launch {
-            entry: "softmax_f32",
-            grid: [check.size("n_rows", args.n_rows)?, check.grid("n_heads", args.n_heads)?, 1],
+            entry,
+            grid: [n_rows.div_ceil(rows_per_cta), check.grid("n_heads", args.n_heads)?, 1],
             cta: THREADS,
             cluster: 1,
             smem_bytes: Shared::BYTES,
-            params: params.with(n).with(args.scale),
+            params: params.with(n_rows).with(n).with(args.scale),
         })
     }
 
@@ -178,6 +320,12 @@ mod host {
             Case { n_heads: 3, n_rows: 1, n: 257, mask: false, slopes: false, sinks: false },
             Case { n_heads: 1, n_rows: 1, n: 2049, mask: false, slopes: false, sinks: false },
             Case { n_heads: 2, n_rows: 3, n: 130, mask: true, slopes: false, sinks: true },
+            // Rows of whole float4s: a warp's, with some left over, and a CTA's.
+            Case { n_heads: 2, n_rows: 9, n: 132, mask: true, slopes: true, sinks: true },
+            Case { n_heads: 1, n_rows: 8, n: 1024, mask: false, slopes: false, sinks: false },
+            Case { n_heads: 2, n_rows: 2, n: 1028, mask: true, slopes: true, sinks: true },
+            Case { n_heads: 1, n_rows: 1, n: 8192, mask: false, slopes: false, sinks: true },
+            Case { n_heads: 1, n_rows: 1, n: 8196, mask: false, slopes: false, sinks: false },
         ];
         const NMSE_MAX: f64 = 1e-11;
         const BENCH: &'static [Case] = &[
