@@ -347,12 +347,16 @@ mod gpu {
             });
         });
         sync_threads();
+        let mut pairs = [<<C::To as Element>::Two as bytemuck::Zeroable>::zeroed(); 8];
+        unroll!(J in 0..8 {
+            pairs[J] = tile.ld((slow + 8 * J as u32) * STRIDE + fast);
+        });
         unroll!(J in 0..8 {
             let of_tile = 2 * (slow + 8 * (J as u32 % 4)) + J as u32 / 4;
             let (row, column) = (2 * row_tile * TILE + of_tile, 2 * (column_tile * TILE + fast));
             if row < s2 && column < s3 {
-                let value = tile.ld((slow + 8 * J as u32) * STRIDE + fast);
-                dst.offset(place([0, 0, row, column], dst_strides)).cast::<<C::To as Element>::Two>().st(0, value);
+                let at = place([0, 0, row, column], dst_strides);
+                dst.offset(at).cast::<<C::To as Element>::Two>().st(0, pairs[J]);
             }
         });
     }
