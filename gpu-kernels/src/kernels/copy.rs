@@ -798,6 +798,10 @@ mod host {
                 edge: Edge::Pad { src_shape: [1, 2, 3, 20], before: [0, 0, 1, 8] },
                 ..case(FormatId::F32, FormatId::F16, [2, 3, 4, 32], DENSE)
             },
+            Case {
+                edge: Edge::Pad { src_shape: [1, 2, 3, 20], before: [0, 0, 1, 6] },
+                ..case(FormatId::F16, FormatId::F16, [1, 3, 4, 32], DENSE)
+            },
             // Transposed by pairs: every conversion, one tile and its edges.
             case(FormatId::F32, FormatId::F32, [1, 1, 66, 62], [0, 1, 3, 2]),
             case(FormatId::I32, FormatId::I32, [1, 1, 2, 64], [0, 1, 3, 2]),
@@ -926,6 +930,9 @@ mod host {
             assert_eq!(entry(0, shape, [96, 32, 1, 4], dense(shape)), "copy_transpose_pairs_16");
             assert_eq!(entry(2, shape, [96, 32, 1, 4], dense(shape)), "copy_transpose_16");
             assert_eq!(entry(0, shape, [120, 40, 1, 5], dense(shape)), "copy_transpose_16");
+            // Three of either, beginning at even places.
+            assert_eq!(entry(0, [1, 1, 3, 8], [0, 0, 1, 4], [0, 0, 8, 1]), "copy_transpose_16");
+            assert_eq!(entry(0, [1, 1, 8, 3], [0, 0, 1, 8], [0, 0, 4, 1]), "copy_transpose_16");
         }
 
         #[test]
