@@ -57,7 +57,7 @@ impl Divisors {
     #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
     #[inline(always)]
     fn divide(&self, d: usize, n: u32) -> (u32, u32) {
-        let high = (u64::from(n) * u64::from(self.factors[d]) >> 32) as u32;
+        let high = ((u64::from(n) * u64::from(self.factors[d])) >> 32) as u32;
         let quotient = (high + n) >> self.shifts[d];
         (quotient, n - quotient * self.by[d])
     }
