@@ -13,6 +13,8 @@ pub trait Lookup: Copy {
     fn octet(self, book: &'static [u64], i: usize) -> [u32; 2];
     /// Entry `i` of the format's codebook of words ([`Book::Words`]).
     fn word(self, book: &'static [u32], i: usize) -> u32;
+    /// The four bytes of a word, as numbers.
+    fn bytes(self, word: u32) -> [u32; 4];
 }
 
 /// Reads tables where they are.
@@ -36,6 +38,11 @@ impl Lookup for Portable {
     #[inline(always)]
     fn word(self, book: &'static [u32], i: usize) -> u32 {
         book[i]
+    }
+
+    #[inline(always)]
+    fn bytes(self, word: u32) -> [u32; 4] {
+        word.to_le_bytes().map(u32::from)
     }
 }
 

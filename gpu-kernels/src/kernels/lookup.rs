@@ -38,6 +38,12 @@ mod device {
         [prmt(a, b, 0x6420), prmt(a, b, 0x7531)]
     }
 
+    /// A permute each, where a shift and a mask would take two places in the pipe that unpacking fills first.
+    #[inline(always)]
+    fn bytes(word: u32) -> [u32; 4] {
+        [0x4440, 0x4441, 0x4442, 0x4443].map(|selector| prmt(word, 0, selector))
+    }
+
     /// Codebooks where the compiler put them: global memory.
     #[derive(Clone, Copy)]
     pub(crate) struct InMemory;
@@ -54,6 +60,10 @@ mod device {
         #[inline(always)]
         fn word(self, book: &'static [u32], i: usize) -> u32 {
             Portable.word(book, i)
+        }
+        #[inline(always)]
+        fn bytes(self, word: u32) -> [u32; 4] {
+            bytes(word)
         }
     }
 
@@ -111,6 +121,10 @@ mod device {
         #[track_caller]
         fn word(self, _: &'static [u32], i: usize) -> u32 {
             self.words.ld(i as u32 * self.copies + self.copy)
+        }
+        #[inline(always)]
+        fn bytes(self, word: u32) -> [u32; 4] {
+            bytes(word)
         }
     }
 }

@@ -10,7 +10,7 @@
 //!
 //! Encoding needs the reverse, the nearest entry to a point: `nearest.rs` and `fit.rs`.
 
-use crate::bits::spread_bits;
+use crate::lookup::Lookup;
 
 pub(crate) mod fit;
 pub(crate) mod nearest;
@@ -145,12 +145,14 @@ pub(crate) fn signs_of_28_bits(packed: u32) -> u32 {
 
 /// Codes biased by [`SIGNED_BIAS`] out of magnitudes (bytes up to 63) and one sign bit per weight.
 ///
-/// With u = 1 for a minus, else 0: `(v ^ (64 - u)) + u` is `v ^ 64 = 64 + v`, or `(v ^ 63) + 1 = 64 - v`; no byte carries
-/// into its neighbour. The same steps for each word, so that the loop becomes vector code.
+/// With u = 1 for a minus, else 0: `(v ^ 64 ^ 127 u) + u` is `v ^ 64 = 64 + v`, or `(v ^ 63) + 1 = 64 - v`; no byte carries
+/// into its neighbour. Products where others would do: GPUs have another pipe for them than for the rest of these steps.
 #[inline(always)]
-pub(crate) fn signed_codes(magnitudes: [u32; 8], signs: u32) -> [u32; 8] {
+pub(crate) fn signed_codes<L: Lookup>(magnitudes: [u32; 8], signs: u32, lookup: L) -> [u32; 8] {
+    let nibbles = [signs, signs >> 4].map(|signs| lookup.bytes(signs & 0x0f0f_0f0f));
     core::array::from_fn(|i| {
-        let minus = spread_bits(signs >> (4 * i));
-        (magnitudes[i] ^ (0x4040_4040 - minus)) + minus
+        // As `spread_bits`, of four bits alone.
+        let minus = (nibbles[i % 2][i / 2] * 0x0020_4081) & 0x0101_0101;
+        (magnitudes[i] ^ 0x4040_4040 ^ (minus * 0x7f)) + minus
     })
 }

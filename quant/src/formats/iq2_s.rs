@@ -47,11 +47,11 @@ impl BlockFormat for Block {
     #[inline(always)]
     fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
-        let (low, high) = (word(&self.qs, g), self.qh[g] as u32);
-        let index = |l: usize| ((low >> (8 * l)) & 0xff | (high << (8 - 2 * l)) & 0x300) as usize;
+        let (low, high) = (lookup.bytes(word(&self.qs, g)), u32::from(self.qh[g]));
+        let index = |l: usize| (low[l] | (high << (8 - 2 * l)) & 0x300) as usize;
         let magnitudes = core::array::from_fn(|i| lookup.octet(IQ2_S, index(i / 2))[i % 2]);
         Group {
-            codes: signed_codes(magnitudes, word(&self.signs, g)),
+            codes: signed_codes(magnitudes, word(&self.signs, g), lookup),
             scale: scales(d, self.scales[g]),
             offset: [0.0; 2],
         }

@@ -54,7 +54,7 @@ impl BlockFormat for Block {
         // Sign bits of the four: bits 9..16 and 25..32 of each word.
         let signs = (a >> 9) & 0x7f | (a >> 17) & 0x7f00 | (b << 7) & 0x007f_0000 | (b >> 1) & 0x7f00_0000;
         Group {
-            codes: signed_codes(magnitudes, with_parity(signs)),
+            codes: signed_codes(magnitudes, with_parity(signs), lookup),
             scale: scales(d, self.scales[g]),
             offset: [0.0; 2],
         }

@@ -41,10 +41,14 @@ impl BlockFormat for Block {
     fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let (indices, tail) = (word(&self.qs, 2 * g), word(&self.qs, 2 * g + 1));
-        let entry = |l: usize| lookup.octet(IQ2_XXS, (indices >> (8 * l)) as usize & 0xff);
-        let magnitudes = core::array::from_fn(|i| entry(i / 2)[i % 2]);
+        let entries = lookup.bytes(indices).map(|i| lookup.octet(IQ2_XXS, i as usize));
+        let magnitudes = core::array::from_fn(|i| entries[i / 2][i % 2]);
         let scale = d * (0.5 + (tail >> 28) as f32) * 0.25;
-        Group { codes: signed_codes(magnitudes, signs_of_28_bits(tail)), scale: [scale; 2], offset: [0.0; 2] }
+        Group {
+            codes: signed_codes(magnitudes, signs_of_28_bits(tail), lookup),
+            scale: [scale; 2],
+            offset: [0.0; 2],
+        }
     }
 
     fn encode_row(src: &[f32], importance: Importance<'_>, out: &mut [Self]) {

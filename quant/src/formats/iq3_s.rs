@@ -45,12 +45,16 @@ impl BlockFormat for Block {
     #[inline(always)]
     fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
-        let high = self.qh[g] as usize;
-        let magnitudes = core::array::from_fn(|i| {
-            lookup.word(IQ3_S, self.qs[8 * g + i] as usize | (high << (8 - i)) & 0x100)
-        });
+        let high = u32::from(self.qh[g]);
+        let low = [0, 1].map(|half| lookup.bytes(word(&self.qs, 2 * g + half)));
+        let index = |i: usize| (low[i / 4][i % 4] | (high << (8 - i)) & 0x100) as usize;
+        let magnitudes = core::array::from_fn(|i| lookup.word(IQ3_S, index(i)));
         let scale = d * (1 + 2 * ((self.scales[g / 2] >> (4 * (g % 2))) & 0xf)) as f32;
-        Group { codes: signed_codes(magnitudes, word(&self.signs, g)), scale: [scale; 2], offset: [0.0; 2] }
+        Group {
+            codes: signed_codes(magnitudes, word(&self.signs, g), lookup),
+            scale: [scale; 2],
+            offset: [0.0; 2],
+        }
     }
 
     fn encode_row(src: &[f32], importance: Importance<'_>, out: &mut [Self]) {

@@ -42,9 +42,14 @@ impl BlockFormat for Block {
     fn unpack_group_by<L: Lookup>(&self, g: usize, lookup: L) -> Group {
         let d = f16_to_f32(u16::from_le_bytes(self.d));
         let tail = word(&self.tails, g);
-        let magnitudes = core::array::from_fn(|i| lookup.word(IQ3_XXS, self.qs[8 * g + i] as usize));
+        let indices = [0, 1].map(|half| lookup.bytes(word(&self.qs, 2 * g + half)));
+        let magnitudes = core::array::from_fn(|i| lookup.word(IQ3_XXS, indices[i / 4][i % 4] as usize));
         let scale = d * (0.5 + (tail >> 28) as f32) * 0.5;
-        Group { codes: signed_codes(magnitudes, signs_of_28_bits(tail)), scale: [scale; 2], offset: [0.0; 2] }
+        Group {
+            codes: signed_codes(magnitudes, signs_of_28_bits(tail), lookup),
+            scale: [scale; 2],
+            offset: [0.0; 2],
+        }
     }
 
     fn encode_row(src: &[f32], importance: Importance<'_>, out: &mut [Self]) {
