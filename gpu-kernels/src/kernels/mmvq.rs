@@ -679,6 +679,8 @@ macro_rules! entries {
             host::Case { rows: &[2, 2], k: 256 * 90, glu: Some(Glu::Silu), ..host::Case::of(quant::FormatId::IQ2_XXS) },
             // More spans than fit the partial sums at a time.
             host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, ..host::Case::of(quant::FormatId::Q4_1) },
+            // The same with room for them.
+            host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, smem_bytes: 96 << 10, ..host::Case::of(quant::FormatId::Q4_1) },
             // A codebook leaves room for the sums of six warps, not eight.
             host::Case { rows: &[40], k: 256 * 20, n_cols: 8, ..host::Case::of(quant::FormatId::IQ2_XS) },
             host::Case { rows: &[40, 8, 33], k: 288, extras: true, ..host::Case::of(quant::FormatId::Q5_0) },

@@ -553,7 +553,8 @@ impl Emit<'_> {
                 let product =
                     product::Args { format, parts: &matrices, glu, q, scales, k, n_cols: n, mixture: None };
                 if n <= MMVQ_MAX_COLS {
-                    let besides = mmvq::Besides { before, after: self.after(p), ahead: ahead(p) };
+                    let smem_bytes = mmvq::room(self.device);
+                    let besides = mmvq::Besides { smem_bytes, before, after: self.after(p), ahead: ahead(p) };
                     return Ok(mmvq::launch_with(&product, besides)?);
                 }
                 let (cut, acts) = (cut(parts, n, glu.is_some(), self.device), acts.map(|acts| acts.kind));
