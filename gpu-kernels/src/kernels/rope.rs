@@ -153,6 +153,7 @@ pub(crate) mod gpu {
         n_rot: u32,
         neox: bool,
     ) {
+        // Two float4s, so far apart that neighbouring lanes' are neighbours: those of four pairs each way, or two pairs each.
         let (eights, rotated) = (head_dim / 8, n_rot / 8);
         let (i, token) = (thread::index_1d(), thread::block_idx_y() as usize);
         let (head, j) = (i / eights, i % eights);
@@ -161,23 +162,32 @@ pub(crate) mod gpu {
         }
         let start = (token * n_heads as usize + head as usize) * head_dim as usize;
         let (x, y) = (x.offset(start).cast::<F32x4>(), y.offset(start).cast::<F32x4>());
-        let (first, second) = if j < rotated && neox { (j, j + rotated) } else { (2 * j, 2 * j + 1) };
+        let (first, second) = match neox {
+            true if j < rotated => (j, j + rotated),
+            true => (j + rotated, j + eights),
+            false => (j, j + eights),
+        };
         let (F32x4(mut a), F32x4(mut b)) = (x.ld(first), x.ld(second));
-        if j < rotated {
-            let table = table.offset(token * (n_rot / 2) as usize).cast::<F32x4>();
-            let (F32x4([c0, s0, c1, s1]), F32x4([c2, s2, c3, s3])) =
-                (table.ld_nc(2 * j), table.ld_nc(2 * j + 1));
-            if neox {
+        let table = table.offset(token * (n_rot / 2) as usize).cast::<F32x4>();
+        if neox {
+            if j < rotated {
+                let (F32x4([c0, s0, c1, s1]), F32x4([c2, s2, c3, s3])) =
+                    (table.ld_nc(2 * j), table.ld_nc(2 * j + 1));
                 let (c, s) = ([c0, c1, c2, c3], [s0, s1, s2, s3]);
                 unroll!(J in 0..4 {
                     [a[J], b[J]] = turn(a[J], b[J], c[J], s[J]);
                 });
-            } else {
-                [a[0], a[1]] = turn(a[0], a[1], c0, s0);
-                [a[2], a[3]] = turn(a[2], a[3], c1, s1);
-                [b[0], b[1]] = turn(b[0], b[1], c2, s2);
-                [b[2], b[3]] = turn(b[2], b[3], c3, s3);
             }
+        } else {
+            let turn_two = |v: &mut [f32; 4], four: u32| {
+                if four < 2 * rotated {
+                    let F32x4([c0, s0, c1, s1]) = table.ld_nc(four);
+                    [v[0], v[1]] = turn(v[0], v[1], c0, s0);
+                    [v[2], v[3]] = turn(v[2], v[3], c1, s1);
+                }
+            };
+            turn_two(&mut a, first);
+            turn_two(&mut b, second);
         }
         y.st(first, F32x4(a));
         y.st(second, F32x4(b));
