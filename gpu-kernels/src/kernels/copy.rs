@@ -6,8 +6,8 @@
 //! * Conversions: floats to nearest even; f32 to i32 towards zero, saturating, NaN to 0; a tensor's own type bit for bit.
 //!   i32 converts to and from f32 only.
 //! * Shapes: any; elements aligned to their size. Nothing overlaps.
-//! * Geometry: 256 threads per CTA. Dimensions that follow each other on both sides count as one. Both dense: four
-//!   neighbours per thread. Rows contiguous on both sides: four neighbours at a time, four times per thread, a CTA's width
+//! * Geometry: 256 threads per CTA. Without an edge, dimensions that follow each other on both sides count as one. Both
+//!   dense and aligned: four neighbours per thread, what is left by one. Rows contiguous on both sides: four neighbours at a time, four times per thread, a CTA's width
 //!   apart. Contiguous in different dimensions: through shared memory, so that both sides coalesce, in tiles of 64 · 64 of
 //!   which a thread moves squares of 2 · 2. Neighbours move by one access where all starts and extents are multiples of
 //!   what it moves; else rows go element by element, four times per thread, and tiles are 32 · 32, by elements.
@@ -562,9 +562,12 @@ mod host {
             Edge::Repeat { src_shape } => (src_shape, [0; 4]),
             Edge::Pad { src_shape, before } => (src_shape, before),
         };
-        for (extent, space) in src_shape.into_iter().zip(args.shape) {
+        for ((extent, before), space) in src_shape.into_iter().zip(before).zip(args.shape) {
             if extent == 0 || extent > space {
                 return Err(check.shape("src_shape", "1 to the extent of shape", extent));
+            }
+            if before > space - extent {
+                return Err(check.shape("before", "so much that the source lies inside", before));
             }
         }
         let region = Region {
@@ -828,7 +831,7 @@ mod host {
             case(FormatId::F32, FormatId::F32, [1, 1, 2048, 4096], [0, 1, 3, 2]),
             case(FormatId::F32, FormatId::F16, [32, 512, 8, 128], [1, 0, 2, 3]),
             case(FormatId::F32, FormatId::F16, [1, 1, 3072, 512], DENSE),
-            case(FormatId::F32, FormatId::F32, [1, 2, 512, 8192], [0, 2, 1, 3]),
+            case(FormatId::F32, FormatId::F32, [1, 512, 2, 8192], [0, 2, 1, 3]),
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = super::ENTRIES;
@@ -877,11 +880,11 @@ mod host {
         }
 
         fn peer(case: &Case) -> Option<alloc::string::String> {
-            let Case { from, to, mut shape, order, edge: Edge::None, parts: 1, .. } = *case else {
+            let Case { from, to, shape, order, edge: Edge::None, parts: 1, .. } = *case else {
                 return None;
             };
-            shape.reverse();
-            // ggml counts from the innermost; no order is zeros there.
+            // ggml counts from the innermost, as the source lies in memory; no order is zeros there.
+            let shape = [3, 2, 1, 0].map(|d: usize| shape[order[d]]);
             let order = if order == DENSE { [0; 4] } else { [3, 2, 1, 0].map(|d: usize| 3 - order[d]) };
             Some(peer::copy(from, to, shape, order))
         }
@@ -914,6 +917,30 @@ mod host {
             let (from, edge) = (FormatId::F16, Edge::None);
             let (src, dst) = (DevicePtr(src), DevicePtr(1 << 20));
             launch(&Args { from, to: from, src, dst, shape, src_strides, dst_strides, edge }).unwrap().entry
+        }
+
+        #[test]
+        fn a_source_outside_its_padding_is_refused() {
+            let (shape, src_shape) = ([1, 1, 1, 8], [1, 1, 1, 4]);
+            let pad = |before: usize| {
+                let edge = Edge::Pad { src_shape, before: [0, 0, 0, before] };
+                let (src, dst) = (DevicePtr(1 << 20), DevicePtr(2 << 20));
+                let (src_strides, dst_strides) = (dense(src_shape), dense(shape));
+                launch(&Args {
+                    from: FormatId::F32,
+                    to: FormatId::F32,
+                    src,
+                    dst,
+                    shape,
+                    src_strides,
+                    dst_strides,
+                    edge,
+                })
+            };
+            assert!(pad(4).is_ok());
+            for before in [5, (1 << 32) - 1, 1 << 32, usize::MAX] {
+                assert!(pad(before).is_err(), "{before}");
+            }
         }
 
         #[test]

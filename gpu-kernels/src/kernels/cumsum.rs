@@ -246,6 +246,9 @@ mod host {
         };
         let mut launches = Vec::new();
         if chunks > 1 {
+            if scratch == DevicePtr::NULL {
+                return Err(check.shape("scratch", "an address", 0));
+            }
             launches.push(launch("cumsum_chunks", SUM_THREADS, SumShared::BYTES, Params::new().with(x)));
         }
         launches.push(launch("cumsum_f32", THREADS, Shared::BYTES, Params::new().with(x).with(y)));
@@ -286,6 +289,7 @@ mod host {
             case(1, 16_384),
             case(1, 16_385),
             case(3, 16_388),
+            case(2, 20_483),
             Case { in_place: true, ..case(2, 20_480) },
             Case { skip: 3, in_place: true, ..case(1, 20_484) },
             // Chunks of two rounds, the last with a part of one.
@@ -328,6 +332,20 @@ mod host {
 
         fn flops(case: &Case) -> u64 {
             (case.n_rows * case.n) as u64
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn long_rows_need_scratch() {
+            let at = DevicePtr(1 << 20);
+            let args = |scratch, n| Args { x: at, y: at, scratch, n_rows: 2, n };
+            assert_eq!(launch(&args(DevicePtr::NULL, MAX_WHOLE)).unwrap().len(), 1);
+            assert_eq!(launch(&args(at, MAX_WHOLE + 1)).unwrap().len(), 2);
+            assert!(launch(&args(DevicePtr::NULL, MAX_WHOLE + 1)).is_err());
         }
     }
 }

@@ -218,7 +218,11 @@ mod host {
     pub fn launch(args: &Args) -> Result<Launch, LaunchError> {
         let kernel = Dequantise::NAME;
         let check = Check(kernel);
-        if info(args.from).elems == 1 {
+        let is_float = |format| matches!(format, FormatId::F32 | FormatId::F16 | FormatId::BF16);
+        if is_float(args.from) && is_float(args.to) {
+            for (what, at) in [("src", args.src), ("dst", args.dst)] {
+                check.aligned(what, at, 16)?;
+            }
             let shape = [1, 1, 1, args.n];
             return copy::launch(&copy::Args {
                 from: args.from,
@@ -309,6 +313,31 @@ mod host {
 
         fn flops(case: &Case) -> u64 {
             2 * case.n as u64
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn only_weights_become_only_floats() {
+            let of = |from, to| {
+                launch(&Args { from, to, src: DevicePtr(1 << 20), dst: DevicePtr(2 << 20), n: 256 })
+            };
+            assert!(of(FormatId::F32, FormatId::F16).is_ok() && of(FormatId::Q4_K, FormatId::F16).is_ok());
+            for (from, to) in [
+                (FormatId::I32, FormatId::F32),
+                (FormatId::F32, FormatId::I32),
+                (FormatId::F64, FormatId::F32),
+                (FormatId::Q4_K, FormatId::Q8_0),
+            ] {
+                let refused = of(from, to);
+                assert!(
+                    matches!(refused, Err(LaunchError::Format { kernel: "dequantise", format }) if format == from),
+                    "{from:?} to {to:?}: {refused:?}"
+                );
+            }
         }
     }
 }

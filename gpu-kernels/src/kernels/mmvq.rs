@@ -38,10 +38,10 @@ const COLS: [usize; 5] = [1, 2, 4, 6, 8];
 /// Most warps of a CTA.
 #[cfg(not(target_arch = "nvptx64"))]
 const MAX_WARPS: u32 = 16;
-/// Shared memory that a CTA may take: what every GPU gives without being asked.
+/// Shared memory that a CTA may take, if not told of more: what every GPU gives without being asked.
 #[cfg(not(target_arch = "nvptx64"))]
 const SMEM_BYTES: u32 = 48 * 1024;
-/// Bytes of a row's span whose words leave registers for several columns to 16 warps.
+/// Most bytes of a row's span with which several columns want 16 warps.
 #[cfg(not(target_arch = "nvptx64"))]
 const SMALL_SPAN: usize = 4 * 48;
 
@@ -681,7 +681,7 @@ macro_rules! entries {
             host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, ..host::Case::of(quant::FormatId::Q4_1) },
             // The same with room for them.
             host::Case { rows: &[3], k: 256 * 40 + 32, n_cols: 8, smem_bytes: 96 << 10, ..host::Case::of(quant::FormatId::Q4_1) },
-            // A codebook leaves room for the sums of six warps, not eight.
+            // A codebook leaves room for the sums of fewer warps than there is work for.
             host::Case { rows: &[40], k: 256 * 20, n_cols: 8, ..host::Case::of(quant::FormatId::IQ2_XS) },
             host::Case { rows: &[40, 8, 33], k: 288, extras: true, ..host::Case::of(quant::FormatId::Q5_0) },
             host::Case { rows: &[70, 10], k: 512, n_cols: 4, extras: true, ..host::Case::of(quant::FormatId::Q4_0) },

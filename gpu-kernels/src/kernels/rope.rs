@@ -484,6 +484,7 @@ mod host {
         pub scaling: Scaling,
         pub factors: bool,
         pub sections: Sections,
+        pub in_place: bool,
     }
 
     const fn case(
@@ -494,7 +495,7 @@ mod host {
         factors: bool,
         sections: Sections,
     ) -> Case {
-        Case { mode, n_tokens, first, n_heads, head_dim, scaling, factors, sections }
+        Case { mode, n_tokens, first, n_heads, head_dim, scaling, factors, sections, in_place: false }
     }
     const fn plain(n_rot: usize) -> Scaling {
         Scaling::plain(n_rot, 10_000.0)
@@ -527,6 +528,11 @@ mod host {
             case(Mode::Norm, [2, 2, 128], 100_001, LINEAR, true, Sections::NONE),
             case(Mode::Neox, [3, 2, 128], 1000, plain(128), false, M),
             case(Mode::Neox, [3, 2, 128], 1000, plain(128), false, INTERLEAVED),
+            // What turns ends within the first of the two float4s' halves, and within the second.
+            case(Mode::Norm, [2, 3, 80], 77, plain(32), false, Sections::NONE),
+            Case { in_place: true, ..case(Mode::Norm, [2, 3, 80], 77, plain(64), false, Sections::NONE) },
+            Case { in_place: true, ..case(Mode::Neox, [2, 3, 80], 77, plain(32), false, Sections::NONE) },
+            Case { in_place: true, ..case(Mode::Norm, [2, 2, 20], 5, plain(12), false, Sections::NONE) },
         ];
         const NMSE_MAX: f64 = 1e-13;
         const BENCH: &'static [Case] = &[
@@ -561,19 +567,23 @@ mod host {
             let tables: Vec<Vec<f64>> = (0..n_tokens).map(table_of).collect();
             let head = |(i, x): (usize, &[f32])| reference(x, &tables[i / n_heads], mode);
             let expected = x.chunks(head_dim).enumerate().flat_map(head).collect();
-            let has_factors = case.factors;
+            let (has_factors, in_place) = (case.factors, case.in_place);
             let problem = Problem {
-                buffers: vec![
+                buffers: [
                     Buffer::Input(bytes_of(&positions)),
                     Buffer::Input(bytes_of(&frequencies(&scaling))),
                     Buffer::Output(Expected::F32(tables.concat())),
-                    Buffer::Input(bytes_of(&x)),
-                    Buffer::Output(Expected::F32(expected)),
                     Buffer::Input(bytes_of(&factors)),
-                ],
+                ]
+                .into_iter()
+                .chain(match in_place {
+                    true => vec![Buffer::Changed(bytes_of(&x), Expected::F32(expected))],
+                    false => vec![Buffer::Input(bytes_of(&x)), Buffer::Output(Expected::F32(expected))],
+                })
+                .collect(),
                 launches: Box::new(move |at| {
                     let (positions, frequencies, out) = (at[0], at[1], at[2]);
-                    let factors = if has_factors { at[5] } else { DevicePtr::NULL };
+                    let factors = if has_factors { at[3] } else { DevicePtr::NULL };
                     Ok(vec![
                         launch_table(&TableArgs {
                             positions,
@@ -586,9 +596,9 @@ mod host {
                             sections,
                         })?,
                         launch(&Args {
-                            x: at[3],
+                            x: at[4],
                             table: out,
-                            y: at[4],
+                            y: at[if in_place { 4 } else { 5 }],
                             n_tokens,
                             n_heads,
                             head_dim,
@@ -598,14 +608,15 @@ mod host {
                     ])
                 }),
             };
-            // The table is a step's, the rotation a layer's.
-            if random.is_timing() { output::last_launch(problem) } else { problem }
+            // The table is a step's, the rotation a layer's; the peer computes its angles anew.
+            let alone = random.is_timing() && Self::peer(case).is_none();
+            if alone { output::last_launch(problem) } else { problem }
         }
 
         fn peer(case: &Case) -> Option<alloc::string::String> {
             let Case { mode, n_tokens, n_heads, head_dim, scaling, .. } = *case;
             let rotated = scaling.n_rot;
-            (mode == Mode::Norm).then(|| {
+            (mode == Mode::Norm && n_tokens == 512).then(|| {
                 alloc::format!("ROPE(type=f32,ne_a=[{head_dim},{n_heads},{n_tokens},1],n_dims={rotated},mode=0,n_ctx=512,fs=1.000000,ef=0.000000,af=1.000000,ff=0,v=0,")
             })
         }

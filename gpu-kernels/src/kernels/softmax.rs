@@ -83,7 +83,8 @@ mod gpu {
         #[inline(always)]
         fn factor(self, sum: f32, base: f32) -> f32 {
             let sum = sum + math::ex2(self.sink - base);
-            if sum > 0.0 { 1.0 / sum } else { 0.0 }
+            // Not of NaN: it spreads over the row.
+            if sum == 0.0 { 0.0 } else { 1.0 / sum }
         }
 
         /// The softmax of `n4` float4s, of which this thread takes `first`, `first + step`, …, at most [`VECTORS`].
@@ -145,7 +146,7 @@ mod gpu {
         n: u32,
         scale: f32,
     ) {
-        let row = thread::index_1d() / thread::WARP;
+        let row = thread::block_idx_x() * (THREADS / thread::WARP) + thread::warp_id();
         // A whole warp leaves.
         if row < n_rows {
             let row = Row::of([x, mask, slopes, sinks, y], row, n_rows, n, scale);
@@ -308,30 +309,38 @@ mod host {
         pub mask: bool,
         pub slopes: bool,
         pub sinks: bool,
+        pub in_place: bool,
+    }
+
+    const fn case(n_heads: usize, n_rows: usize, n: usize, mask: bool, slopes: bool, sinks: bool) -> Case {
+        Case { n_heads, n_rows, n, mask, slopes, sinks, in_place: false }
     }
 
     impl Kernel for Softmax {
         const NAME: &'static str = "softmax";
         type Case = Case;
         const CASES: &'static [Case] = &[
-            Case { n_heads: 1, n_rows: 1, n: 1, mask: false, slopes: false, sinks: false },
-            Case { n_heads: 2, n_rows: 2, n: 255, mask: true, slopes: true, sinks: false },
-            Case { n_heads: 1, n_rows: 2, n: 256, mask: true, slopes: false, sinks: false },
-            Case { n_heads: 3, n_rows: 1, n: 257, mask: false, slopes: false, sinks: false },
-            Case { n_heads: 1, n_rows: 1, n: 2049, mask: false, slopes: false, sinks: false },
-            Case { n_heads: 2, n_rows: 3, n: 130, mask: true, slopes: false, sinks: true },
+            case(1, 1, 1, false, false, false),
+            case(2, 2, 255, true, true, false),
+            case(1, 2, 256, true, false, false),
+            case(3, 1, 257, false, false, false),
+            case(1, 1, 2049, false, false, false),
+            case(2, 3, 130, true, false, true),
             // Rows of whole float4s: a warp's, with some left over, and a CTA's.
-            Case { n_heads: 2, n_rows: 9, n: 132, mask: true, slopes: true, sinks: true },
-            Case { n_heads: 1, n_rows: 8, n: 1024, mask: false, slopes: false, sinks: false },
-            Case { n_heads: 2, n_rows: 2, n: 1028, mask: true, slopes: true, sinks: true },
-            Case { n_heads: 1, n_rows: 1, n: 8192, mask: false, slopes: false, sinks: true },
-            Case { n_heads: 1, n_rows: 1, n: 8196, mask: false, slopes: false, sinks: false },
+            case(2, 9, 132, true, true, true),
+            case(1, 8, 1024, false, false, false),
+            case(2, 2, 1028, true, true, true),
+            case(1, 1, 8192, false, false, true),
+            case(1, 1, 8196, false, false, false),
+            Case { in_place: true, ..case(2, 3, 130, true, false, true) },
+            Case { in_place: true, ..case(1, 9, 64, true, false, false) },
+            Case { in_place: true, ..case(1, 2, 2052, false, false, true) },
         ];
         const NMSE_MAX: f64 = 1e-11;
         const BENCH: &'static [Case] = &[
-            Case { n_heads: 32, n_rows: 512, n: 512, mask: true, slopes: false, sinks: false },
-            Case { n_heads: 10, n_rows: 1024, n: 1024, mask: false, slopes: false, sinks: false },
-            Case { n_heads: 5, n_rows: 4096, n: 4096, mask: false, slopes: false, sinks: false },
+            case(32, 512, 512, true, false, false),
+            case(10, 1024, 1024, false, false, false),
+            case(5, 4096, 4096, false, false, false),
         ];
         #[cfg(feature = "emu")]
         const ENTRIES: &'static [&'static [crate::emu::Entry]] = &[super::gpu::ENTRIES];
@@ -358,6 +367,7 @@ mod host {
                 let slope = if case.slopes { slopes[head] } else { 1.0 };
                 reference(&x[i * n..][..n], mask, slope, case.sinks.then(|| sinks[head]), scale)
             };
+            let in_place = case.in_place;
             let expected = if random.is_timing() {
                 Expected::Unchecked(4 * x.len())
             } else {
@@ -365,18 +375,22 @@ mod host {
             };
             let Case { mask: has_mask, slopes: has_slopes, sinks: has_sinks, .. } = *case;
             Problem {
-                buffers: vec![
-                    Buffer::Input(bytes_of(&x)),
+                buffers: [
                     Buffer::Input(bytes_of(&mask)),
                     Buffer::Input(bytes_of(&slopes)),
                     Buffer::Input(bytes_of(&sinks)),
-                    Buffer::Output(expected),
-                ],
+                ]
+                .into_iter()
+                .chain(match in_place {
+                    true => vec![Buffer::Changed(bytes_of(&x), expected)],
+                    false => vec![Buffer::Input(bytes_of(&x)), Buffer::Output(expected)],
+                })
+                .collect(),
                 launches: Box::new(move |at| {
                     let given = |yes: bool, at: DevicePtr| if yes { at } else { DevicePtr::NULL };
-                    let (mask, slopes) = (given(has_mask, at[1]), given(has_slopes, at[2]));
-                    let (sinks, y) = (given(has_sinks, at[3]), at[4]);
-                    Ok(vec![launch(&Args { x: at[0], mask, slopes, sinks, y, n_heads, n_rows, n, scale })?])
+                    let (mask, slopes) = (given(has_mask, at[0]), given(has_slopes, at[1]));
+                    let (sinks, x, y) = (given(has_sinks, at[2]), at[3], at[if in_place { 3 } else { 4 }]);
+                    Ok(vec![launch(&Args { x, mask, slopes, sinks, y, n_heads, n_rows, n, scale })?])
                 }),
             }
         }

@@ -457,7 +457,6 @@ pub(super) fn problem(case: &Case, random: &mut Random) -> Problem {
     Problem { buffers, launches: Box::new(launches) }
 }
 
-/// K and V once per KV head for each token of a decode, for each sequence of a prefill; queries and output.
 /// ggml's name of a case whose work is the same: one sequence, and nothing that its benchmark has not.
 pub(super) fn peer(case: &Case) -> Option<String> {
     let Case { types: [k, v], dims: [dim_k, dim_v], n_head, n_head_kv, .. } = *case;
@@ -476,6 +475,7 @@ pub(super) fn peer(case: &Case) -> Option<String> {
     ))
 }
 
+/// K and V once per KV head for each token of a decode, for each sequence of a prefill; queries and output.
 pub(super) fn bytes(case: &Case) -> u64 {
     let row: usize = (0..2).map(|p| quant::row::row_bytes(case.types[p], case.dims[p]).unwrap_or(0)).sum();
     let cache: usize = case.sequences.iter().map(|&(len, _)| len * case.n_head_kv * row).sum();
