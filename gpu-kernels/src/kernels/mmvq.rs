@@ -29,6 +29,8 @@
 pub use host::*;
 
 use quant::BlockFormat;
+#[cfg(any(target_arch = "nvptx64", feature = "emu"))]
+use quant::FormatId;
 
 use crate::tile::SPAN_GROUPS;
 
@@ -46,16 +48,17 @@ const SMEM_BYTES: u32 = 48 * 1024;
 const SMALL_SPAN: usize = 4 * 48;
 
 /// Columns for which a group is unpacked once: all that fit the registers. Without dp4a six and eight do not, with it
-/// eight of two kinds of format: short blocks with scales for 16 weights (NVFP4), spans longer than Q8_0's (Q8_1, Q8_K).
+/// eight of spans longer than Q8_0's (Q8_1, Q8_K), six and eight of NVFP4, and six of IQ4_NL before Hopper.
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 const fn columns_at_once<F: BlockFormat + Tiled>(n_cols: usize) -> usize {
     let no_dp4a = cfg!(all(target_arch = "nvptx64", not(sm_ge_61)));
-    let short_of_16 = F::SCALE_ELEMS == 16 && F::ELEMS < crate::tile::SPAN;
+    let hopper = cfg!(any(not(target_arch = "nvptx64"), sm_ge_90));
     let long = F::LAYOUT.span_bytes > crate::tile::SPAN / 32 * 34;
     match n_cols {
         6 if no_dp4a => 3,
         8 if no_dp4a => 2,
-        8 if short_of_16 || long => 4,
+        8 if long || matches!(F::ID, FormatId::NVFP4) => 4,
+        6 if matches!(F::ID, FormatId::NVFP4) || (!hopper && matches!(F::ID, FormatId::IQ4_NL)) => 3,
         _ => n_cols,
     }
 }
