@@ -135,48 +135,87 @@ mod gpu {
         }
     }
 
-    #[inline(always)]
-    fn row_per_warp(
-        x: Glb<f32>,
-        mask: Glb<f32>,
-        slopes: Glb<f32>,
-        sinks: Glb<f32>,
-        y: Glb<f32>,
-        n_rows: u32,
-        n: u32,
-        scale: f32,
-    ) {
-        let row = thread::block_idx_x() * (THREADS / thread::WARP) + thread::warp_id();
-        // A whole warp leaves.
-        if row < n_rows {
-            let row = Row::of([x, mask, slopes, sinks, y], row, n_rows, n, scale);
+    /// Who works on a row.
+    trait Form {
+        /// The row of this thread.
+        fn row() -> u32;
+        fn softmax(row: Row, n: u32);
+    }
+
+    /// A warp.
+    struct Warp;
+    /// A CTA.
+    struct Cta;
+    /// A CTA, on rows of any length, which stay in `y` between the passes.
+    struct Any;
+
+    impl Form for Warp {
+        #[inline(always)]
+        fn row() -> u32 {
+            thread::block_idx_x() * (THREADS / thread::WARP) + thread::warp_id()
+        }
+        #[inline(always)]
+        #[track_caller]
+        fn softmax(row: Row, n: u32) {
             row.in_registers(n / 4, thread::lane_id(), thread::WARP, warp::max_f32, warp::sum_f32);
         }
     }
 
-    #[inline(always)]
-    fn row_per_cta(
-        x: Glb<f32>,
-        mask: Glb<f32>,
-        slopes: Glb<f32>,
-        sinks: Glb<f32>,
-        y: Glb<f32>,
-        n_rows: u32,
-        n: u32,
-        scale: f32,
-    ) {
-        Row::of([x, mask, slopes, sinks, y], thread::block_idx_x(), n_rows, n, scale).in_registers(
-            n / 4,
-            thread::thread_idx_x(),
-            THREADS,
-            |max| reduce::cta_max(max, Shared::maxima()),
-            |sum| reduce::cta_sum(sum, Shared::sums()),
-        );
+    impl Form for Cta {
+        #[inline(always)]
+        fn row() -> u32 {
+            thread::block_idx_x()
+        }
+        #[inline(always)]
+        #[track_caller]
+        fn softmax(row: Row, n: u32) {
+            row.in_registers(
+                n / 4,
+                thread::thread_idx_x(),
+                THREADS,
+                |max| reduce::cta_max(max, Shared::maxima()),
+                |sum| reduce::cta_sum(sum, Shared::sums()),
+            );
+        }
     }
 
-    /// Rows of any length, kept in `y` between the passes.
+    impl Form for Any {
+        #[inline(always)]
+        fn row() -> u32 {
+            thread::block_idx_x()
+        }
+        #[inline(always)]
+        #[track_caller]
+        fn softmax(row: Row, n: u32) {
+            let mut max = f32::NEG_INFINITY;
+            let mut i = thread::thread_idx_x();
+            while i < n {
+                let mask = if row.mask.is_null() { 0.0 } else { row.mask.ld_nc(i) };
+                let v = row.logit(row.x.ld(i), mask);
+                row.y.st(i, v);
+                max = math::fmax(max, v);
+                i += THREADS;
+            }
+            let base = row.base(reduce::cta_max(max, Shared::maxima()));
+            let mut sum = 0.0;
+            let mut i = thread::thread_idx_x();
+            while i < n {
+                let e = math::ex2(row.y.ld(i) - base);
+                row.y.st(i, e);
+                sum += e;
+                i += THREADS;
+            }
+            let factor = row.factor(reduce::cta_sum(sum, Shared::sums()), base);
+            let mut i = thread::thread_idx_x();
+            while i < n {
+                row.y.st(i, row.y.ld(i) * factor);
+                i += THREADS;
+            }
+        }
+    }
+
     #[inline(always)]
-    fn any_row(
+    fn softmax<F: Form>(
         x: Glb<f32>,
         mask: Glb<f32>,
         slopes: Glb<f32>,
@@ -186,30 +225,10 @@ mod gpu {
         n: u32,
         scale: f32,
     ) {
-        let row = Row::of([x, mask, slopes, sinks, y], thread::block_idx_x(), n_rows, n, scale);
-        let mut max = f32::NEG_INFINITY;
-        let mut i = thread::thread_idx_x();
-        while i < n {
-            let mask = if row.mask.is_null() { 0.0 } else { row.mask.ld_nc(i) };
-            let v = row.logit(row.x.ld(i), mask);
-            row.y.st(i, v);
-            max = math::fmax(max, v);
-            i += THREADS;
-        }
-        let base = row.base(reduce::cta_max(max, Shared::maxima()));
-        let mut sum = 0.0;
-        let mut i = thread::thread_idx_x();
-        while i < n {
-            let e = math::ex2(row.y.ld(i) - base);
-            row.y.st(i, e);
-            sum += e;
-            i += THREADS;
-        }
-        let factor = row.factor(reduce::cta_sum(sum, Shared::sums()), base);
-        let mut i = thread::thread_idx_x();
-        while i < n {
-            row.y.st(i, row.y.ld(i) * factor);
-            i += THREADS;
+        let row = F::row();
+        // All that meet at barriers leave together.
+        if row < n_rows {
+            F::softmax(Row::of([x, mask, slopes, sinks, y], row, n_rows, n, scale), n);
         }
     }
 
@@ -217,9 +236,9 @@ mod gpu {
         in "softmax";
         pub(super) ENTRIES: threads(256);
         fn (x: Glb<f32>, mask: Glb<f32>, slopes: Glb<f32>, sinks: Glb<f32>, y: Glb<f32>, n_rows: u32, n: u32, scale: f32);
-        "softmax_warp_f32" => row_per_warp;
-        "softmax_cta_f32" => row_per_cta;
-        "softmax_f32" => any_row;
+        "softmax_warp_f32" => softmax::<Warp>;
+        "softmax_cta_f32" => softmax::<Cta>;
+        "softmax_f32" => softmax::<Any>;
     }
 }
 
