@@ -197,7 +197,7 @@ fn cut(parts: &[Part], n: usize, gated: bool, device: &DeviceInfo) -> Cut {
 
 /// Whether the kernel of this gated product ends groups of 32 rows, so that it can write them quantised.
 pub fn ends_groups(p: &Product, device: &DeviceInfo) -> bool {
-    p.n == 1 || (p.n > MMVQ_MAX_COLS && matches!(cut(&p.parts, p.n, true, device), Cut::Narrow(_)))
+    p.n == 1 || (p.n > MMVQ_MAX_COLS && cut(&p.parts, p.n, true, device).ends_groups())
 }
 
 /// What the kernel of one column asks L2 for.

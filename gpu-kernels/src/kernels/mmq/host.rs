@@ -117,6 +117,11 @@ impl Cut {
         }
     }
 
+    /// Whether its CTAs end whole groups of 32 rows, so that they can write what a gated pair gives quantised.
+    pub const fn ends_groups(self) -> bool {
+        !matches!(self, Cut::Wide)
+    }
+
     /// Columns of a CTA.
     pub fn cols(self) -> usize {
         match self {
@@ -259,8 +264,8 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
     let params = params.with(product.q).with(product.scales).with(order).with(tiles);
     let mark = quantising_mark(check, product, acts)?;
-    if acts.is_some() && !matches!(cut, Cut::Narrow(_)) {
-        return Err(check.shape("columns of quantised results", "those of a narrow cut", product.n_cols));
+    if acts.is_some() && !cut.ends_groups() {
+        return Err(check.shape("columns of quantised results", "those of no wide cut", product.n_cols));
     }
     let params =
         with_quantising_gate(params, product.glu, mark).with(n_groups).with(n_cols).with(pairs_per_x);
@@ -316,7 +321,13 @@ pub(crate) const fn plain(
 }
 
 /// A case of gate and up.
-const fn gated(format: FormatId, cut: Cut, n_rows: &'static [usize], k: usize, n_cols: usize) -> Case {
+pub(crate) const fn gated(
+    format: FormatId,
+    cut: Cut,
+    n_rows: &'static [usize],
+    k: usize,
+    n_cols: usize,
+) -> Case {
     Case { glu: Some(Glu::Silu), ..plain(format, cut, n_rows, k, n_cols) }
 }
 

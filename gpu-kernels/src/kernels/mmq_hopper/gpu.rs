@@ -275,7 +275,15 @@ impl<F: BlockFormat + Tiled, C: Summed> Warpgroup<'_, F, C> {
         let rows = if gated { ROWS } else { TILE_ROWS } as u32;
         let (row, step) = (thread % rows, 128 / rows);
         let output_row = work.cta * rows + row;
-        if output_row < work.part.n_rows {
+        if gated && work.gate.quantises() {
+            // A warp has the 32 rows of a column, a group; all of them exist.
+            let mut column = thread / rows;
+            while column < work.columns.n {
+                let sums = [finished.ld(place(column, row)), finished.ld(place(column, row + ROWS as u32))];
+                work.put_group(work.columns.output(column), work.cta, work.ended(output_row, sums));
+                column += step;
+            }
+        } else if output_row < work.part.n_rows {
             let mut column = thread / rows;
             while column < work.columns.n {
                 // Four loads under way at a time.
