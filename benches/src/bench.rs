@@ -105,6 +105,18 @@ fn describe(info: &DeviceInfo, peaks: &Peaks) -> String {
 }
 
 fn record(info: &DeviceInfo, peaks: &Peaks, rows: &[Row]) -> Value {
+    let mut record = head(info);
+    record["peaks"] = json!({
+        "copy_gbps": (peaks.copy_bytes_per_s / 1e9).round(),
+        "mma_s8_tops": (peaks.s8_per_s / 1e12).round(),
+        "mma_f16_tflops": (peaks.f16_per_s / 1e12).round(),
+    });
+    record["rows"] = rows.iter().map(Row::json).collect();
+    record
+}
+
+/// What every record begins with: where and when.
+pub(crate) fn head(info: &DeviceInfo) -> Value {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     json!({
         "device": info.name,
@@ -113,12 +125,6 @@ fn record(info: &DeviceInfo, peaks: &Peaks, rows: &[Row]) -> Value {
         // Set by xtask, which knows the checkout.
         "commit": option_env!("RUNIK_COMMIT"),
         "unix_time": seconds,
-        "peaks": {
-            "copy_gbps": (peaks.copy_bytes_per_s / 1e9).round(),
-            "mma_s8_tops": (peaks.s8_per_s / 1e12).round(),
-            "mma_f16_tflops": (peaks.f16_per_s / 1e12).round(),
-        },
-        "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
     })
 }
 

@@ -103,7 +103,7 @@ fn mib(bytes: u64) -> String {
 }
 
 /// To a thousandth: what is beyond is noise.
-fn round(value: f64) -> f64 {
+pub(crate) fn round(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 

@@ -3,8 +3,10 @@
 //! The launches are captured many times over into one graph, so that the host's part is not measured; each copy works on
 //! a set of buffers of its own, and there are as many sets as it takes to fill the second-level cache three times. So a
 //! launch finds its data in memory, as it does in a model. The time is the median over launches of the graph, by events.
+//!
+//! Several launches may be timed on the same sets of buffers, one after the other ([`Sets`]).
 
-use gpu_kernels::case::{Buffer, Problem};
+use gpu_kernels::case::{Buffer, Launches, Problem};
 use gpu_kernels::driver::{Driver, DriverError, MemKind, StreamId};
 use gpu_kernels::launch::{DevicePtr, Launch};
 use gpu_kernels::modules::{FindModule, Modules};
@@ -16,11 +18,25 @@ const STREAM: StreamId = StreamId::DEFAULT;
 const CACHE_FILLS: u64 = 3;
 /// Most sets: problems of a few kilobytes fit the cache however many there are.
 const MAX_SETS: u64 = 128;
-/// About what one graph should take: long beside the events' resolution of half a microsecond.
-const GRAPH_NS: f64 = 3e6;
 const MAX_REPEATS: usize = 512;
-/// Graph launches that are timed.
-const SAMPLES: usize = 15;
+
+/// How much is done for one measurement.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// About what one graph should take: long beside the events' resolution of half a microsecond.
+    graph_ns: f64,
+    /// Graph launches that are timed.
+    samples: usize,
+    /// Repeats and samples of the graph by which a launch's time is estimated.
+    first: (usize, usize),
+}
+
+impl Effort {
+    /// For records.
+    pub const FULL: Effort = Effort { graph_ns: 3e6, samples: 15, first: (8, 3) };
+    /// For comparisons of many: to about a hundredth, in some 10 ms.
+    pub const QUICK: Effort = Effort { graph_ns: 1e6, samples: 5, first: (2, 1) };
+}
 
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +72,72 @@ impl Drop for Buffers<'_> {
     }
 }
 
+/// Sets of a problem's buffers.
+pub struct Sets<'a> {
+    buffers: Buffers<'a>,
+    /// Addresses of each.
+    sets: Vec<Vec<DevicePtr>>,
+    cold: bool,
+}
+
+impl Sets<'_> {
+    /// As many sets as fill the cache, or if `warm` one.
+    pub fn new<'a>(driver: &'a dyn Driver, contents: &[Buffer], warm: bool) -> Result<Sets<'a>, BenchError> {
+        let sizes: Vec<u64> = contents.iter().map(bytes).collect();
+        let set_bytes = sizes.iter().sum::<u64>().max(1);
+        let cache = u64::from(driver.info().l2_bytes) * CACHE_FILLS;
+        let n_sets = if warm { 1 } else { cache.div_ceil(set_bytes).clamp(1, MAX_SETS) };
+        let mut buffers = Buffers { driver, at: Vec::new() };
+        let mut sets: Vec<Vec<DevicePtr>> = Vec::new();
+        for _ in 0..n_sets {
+            let mut set = Vec::new();
+            for (i, (buffer, &bytes)) in contents.iter().zip(&sizes).enumerate() {
+                let at = buffers.alloc(bytes)?;
+                match (buffer, sets.first()) {
+                    (_, Some(first)) => driver.copy(at, first[i], bytes, STREAM)?,
+                    (Buffer::Input(data) | Buffer::Changed(data, _), None) => {
+                        driver.write(at, data, STREAM)?
+                    }
+                    (Buffer::Output(_), None) => driver.fill(at, 0, bytes, STREAM)?,
+                }
+                set.push(at);
+            }
+            sets.push(set);
+        }
+        Ok(Sets { buffers, sets, cold: n_sets * set_bytes >= cache })
+    }
+
+    /// Times launches on them.
+    pub fn time(
+        &self,
+        modules: &mut Modules,
+        launches: &Launches,
+        effort: Effort,
+    ) -> Result<Timing, BenchError> {
+        let driver = self.buffers.driver;
+        // Load what is needed, and see that it runs.
+        let mut with_modules = Vec::new();
+        for set in &self.sets {
+            let find = |launch: Launch| Ok((modules.find_module(driver, launch.entry)?, launch));
+            let launches = launches(set)?.into_iter();
+            with_modules.push(launches.map(find).collect::<Result<Vec<_>, DriverError>>()?);
+        }
+        let run = |repeats: usize| -> Result<(), DriverError> {
+            let rounds = with_modules.iter().cycle().take(repeats);
+            rounds.flatten().try_for_each(|(module, launch)| driver.launch(*module, launch, STREAM))
+        };
+        let n_sets = with_modules.len();
+        run(n_sets)?;
+        driver.synchronise(STREAM)?;
+        // Twice, since the first graph's launch also uploads it.
+        let Effort { graph_ns, samples, first: (first_repeats, first_samples) } = effort;
+        let (one_ns, _) = timed_graph(driver, &run, n_sets.max(first_repeats), first_samples)?;
+        let repeats = ((graph_ns / one_ns) as usize).clamp(n_sets.max(2), MAX_REPEATS);
+        let (ns, min_ns) = timed_graph(driver, &run, repeats, samples)?;
+        Ok(Timing { ns, min_ns, cold: self.cold })
+    }
+}
+
 /// Times a problem; `warm` repeats it on one set of buffers.
 pub fn time(
     driver: &dyn Driver,
@@ -63,44 +145,7 @@ pub fn time(
     problem: &Problem,
     warm: bool,
 ) -> Result<Timing, BenchError> {
-    let sizes: Vec<u64> = problem.buffers.iter().map(bytes).collect();
-    let set_bytes = sizes.iter().sum::<u64>().max(1);
-    let cache = u64::from(driver.info().l2_bytes) * CACHE_FILLS;
-    let n_sets = if warm { 1 } else { cache.div_ceil(set_bytes).clamp(1, MAX_SETS) };
-    let mut buffers = Buffers { driver, at: Vec::new() };
-    let mut sets: Vec<Vec<Launch>> = Vec::new();
-    let mut first: Vec<DevicePtr> = Vec::new();
-    for _ in 0..n_sets {
-        let mut set = Vec::new();
-        for (i, (buffer, &bytes)) in problem.buffers.iter().zip(&sizes).enumerate() {
-            let at = buffers.alloc(bytes)?;
-            match (buffer, first.get(i)) {
-                (_, Some(&from)) => driver.copy(at, from, bytes, STREAM)?,
-                (Buffer::Input(data) | Buffer::Changed(data, _), None) => driver.write(at, data, STREAM)?,
-                (Buffer::Output(_), None) => driver.fill(at, 0, bytes, STREAM)?,
-            }
-            set.push(at);
-        }
-        sets.push((problem.launches)(&set)?);
-        first = if first.is_empty() { set } else { first };
-    }
-    // Load what is needed, and see that it runs.
-    let mut with_modules = Vec::new();
-    for set in &sets {
-        let find = |launch: &Launch| Ok((modules.find_module(driver, launch.entry)?, *launch));
-        with_modules.push(set.iter().map(find).collect::<Result<Vec<_>, DriverError>>()?);
-    }
-    let run = |repeats: usize| -> Result<(), DriverError> {
-        let rounds = with_modules.iter().cycle().take(repeats);
-        rounds.flatten().try_for_each(|(module, launch)| driver.launch(*module, launch, STREAM))
-    };
-    run(with_modules.len())?;
-    driver.synchronise(STREAM)?;
-    // Twice, since the first graph's launch also uploads it.
-    let (one_ns, _) = timed_graph(driver, &run, with_modules.len().max(8), 3)?;
-    let repeats = ((GRAPH_NS / one_ns) as usize).clamp(with_modules.len().max(2), MAX_REPEATS);
-    let (ns, min_ns) = timed_graph(driver, &run, repeats, SAMPLES)?;
-    Ok(Timing { ns, min_ns, cold: n_sets * set_bytes >= cache })
+    Sets::new(driver, &problem.buffers, warm)?.time(modules, &problem.launches, Effort::FULL)
 }
 
 fn bytes(buffer: &Buffer) -> u64 {

@@ -15,8 +15,8 @@ use crate::ptx_check;
 use crate::workspace::Workspace;
 
 /// Arguments.
-pub const ARGS: &str =
-    "[--out DIR] [--engine] [--only KERNEL] [--tier T] [--jobs N] [--bench [FILTER]] [--json FILE]";
+pub const ARGS: &str = "[--out DIR] [--engine] [--only KERNEL] [--tier T] [--jobs N] [--bench [FILTER]] \
+    [--tune [FORMATS]] [--json FILE]";
 /// One line of help.
 pub const HELP: &str = "make a folder that tests every kernel on a GPU; run it if there is one";
 const PROGRAM: &str = "gpu-test";

@@ -1,4 +1,5 @@
-//! `gpu-test`: every case of every kernel at every tier on the GPU, then, if asked, the benchmarks.
+//! `gpu-test`: every case of every kernel at every tier on the GPU, then, if asked, the benchmarks;
+//! or the costs by which cuts of products are chosen.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -12,6 +13,7 @@ use engine::backends::cuda::hosted::Hosted;
 const USAGE: &str = "usage: gpu-test [--only KERNEL] [--tier T] [--jobs N] [--device I] [--json FILE]\n\
     \x20      gpu-test --load FORMAT,FORMAT [--tier T] [--jobs N] [--device I]\n\
     \x20      gpu-test --transfer FILE.gguf [--device I]\n\
+    \x20      gpu-test --tune [FORMAT,FORMAT] [--tier T] [--device I] [--json FILE]\n\
     \x20      gpu-test --bench [FILTER] [--only KERNEL] [--tier T] [--device I] [--warm] [--peer TEST_BACKEND_OPS] \
     [--json FILE] [--record DIR]";
 
@@ -23,6 +25,7 @@ fn run() -> Result<(), BenchError> {
         return conform::child(device, &kernel, &mut args);
     }
     let benches = args.flag("--bench");
+    let tune = args.flag("--tune");
     let load = args.value("--load")?;
     if let Some(file) = args.value("--transfer")? {
         args.finish(USAGE)?;
@@ -32,6 +35,11 @@ fn run() -> Result<(), BenchError> {
     if let Some(formats) = load {
         args.finish(USAGE)?;
         return benches::load::run(&Hosted::open(device)?, &formats, options.tier, options.jobs);
+    }
+    if tune {
+        let formats = args.word();
+        args.finish(USAGE)?;
+        return benches::tune::run(&Hosted::open(device)?, formats.as_deref(), &options);
     }
     if benches {
         options.filter = args.word();

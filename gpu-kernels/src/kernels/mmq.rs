@@ -345,7 +345,11 @@ use {
 for_each_weight_format!(entries);
 
 #[cfg(not(target_arch = "nvptx64"))]
+pub mod costs;
+#[cfg(not(target_arch = "nvptx64"))]
 mod host;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod tuning;
 
 #[cfg(all(test, feature = "emu"))]
 mod tests {

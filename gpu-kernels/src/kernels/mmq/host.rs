@@ -4,6 +4,7 @@ use alloc::{boxed::Box, vec, vec::Vec};
 
 use quant::{ActGroup, BlockFormat, FloatFormat, FormatId, Visitor, info, with_format};
 
+use super::costs::Costs;
 use super::{FORMATS, THREADS, entry};
 use crate::case::{Buffer, Expected, Kernel, Problem, Random, bytes_of};
 use crate::driver::DeviceInfo;
@@ -67,18 +68,21 @@ impl Narrow {
 /// SMs that the choice of a cut counts on: an H100's. With another number a choice may be slower, never different in
 /// its result.
 const N_SM: usize = 132;
-/// Cycles per span of a CTA on an H100 with Q4_0, as measured: of the wide cut at m = 4096, k = 14336, n = 512.
-const WIDE_CYCLES: usize = 9000;
-/// The same per row tile of a narrow cut, by its columns, at m = 4096, k = 14336.
-const NARROW_CYCLES: [(usize, usize); 3] = [(16, 830), (32, 1230), (64, 1930)];
-/// The same of a tile of a cut by warpgroups with more than 32 columns; with fewer a narrow cut is faster.
-const HOPPER_CYCLES: [(usize, usize); 2] = [(32, 1670), (64, 2790)];
-/// What a row tile that shares its activations takes of that, in percent.
-const PAIRED_PERCENT: usize = 95;
 /// Most warps of a narrow cut: registers are 128 a thread.
 const MOST_WARPS: u32 = 16;
 /// Shared memory that a CTA takes besides its own.
 const CTA_BYTES: u32 = 1024;
+
+/// A cut that a problem may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The cut.
+    pub cut: Cut,
+    /// Cycles that it is expected to take for each span of k.
+    pub cycles: usize,
+    /// Whether it has half of the warps that it might, so that two CTAs share an SM.
+    pub halved: bool,
+}
 
 impl Cut {
     /// Narrow cuts of one row tile with as many warps as registers allow.
@@ -140,43 +144,66 @@ impl Cut {
         }
     }
 
-    /// The fastest cut for `n_rows` rows, of all parts together or of a gated pair, and `n_cols` columns, on a device.
+    /// The fastest cut for `n_rows` rows, of all parts together or of a gated pair, and `n_cols` columns, on a device: the
+    /// candidate of fewest cycles, of several the first.
     pub fn choose(format: FormatId, n_rows: usize, n_cols: usize, gated: bool, device: &DeviceInfo) -> Cut {
+        let costs = Costs::find(format, device);
+        let all = Cut::candidates(format, n_rows, n_cols, gated, device, costs);
+        all.min_by_key(|one| one.cycles).map_or(Cut::NARROW_16.of_warps(2), |one| one.cut)
+    }
+
+    /// The cuts that such a problem may have, by these costs.
+    pub fn candidates(
+        format: FormatId,
+        n_rows: usize,
+        n_cols: usize,
+        gated: bool,
+        device: &DeviceInfo,
+        costs: Costs,
+    ) -> impl Iterator<Item = Candidate> {
         let bytes = move |cut| entry(format, cut, gated).map_or(u32::MAX, |(_, bytes)| bytes);
         let fits = move |cut| bytes(cut) <= device.smem_per_cta_bytes;
         let ctas = move |rows: usize, cols: usize| n_rows.div_ceil(rows) * n_cols.div_ceil(cols);
-        let wide =
-            Some((ctas(WIDE, WIDE).div_ceil(N_SM) * WIDE_CYCLES, Cut::Wide)).filter(|&(_, cut)| fits(cut));
+        let whole = |cut, cycles| Candidate { cut, cycles, halved: false };
 
-        let narrow = NARROW_CYCLES.iter().flat_map(|&(cols, cycles)| {
+        let wide = Some(Cut::Wide).filter(|&cut| n_cols > 16 && fits(cut));
+        let wide = wide.map(|cut| whole(cut, ctas(WIDE, WIDE).div_ceil(N_SM) * costs.of(cut, gated)));
+
+        let n_sm = if device.n_sm == 0 { N_SM } else { device.n_sm as usize };
+        let hopper = [32, 64].map(|cols| Cut::Hopper(Hopper { cols, ctas: n_sm as u32 })).into_iter();
+        let runs = n_cols >= costs.hopper_from && ptx::runs_hopper(device);
+        let hopper = hopper.filter(move |&cut| runs && fits(cut)).map(move |cut| {
+            let rounds = ctas(mmq_hopper::TILE_ROWS, cut.cols()).div_ceil(n_sm);
+            whole(cut, rounds * costs.of(cut, gated))
+        });
+
+        // More columns at a time pay by sharing what is unpacked: on tensor cores.
+        let narrow = [16, 32, 64].into_iter().filter(|&cols| cols == 16 || device.sm >= 75);
+        let pairings = if gated { &[true][..] } else { &[false, true] };
+        let narrow = narrow.flat_map(move |cols| pairings.iter().map(move |&paired| (cols, paired)));
+        let narrow = narrow.flat_map(move |(cols, paired)| {
             let team = 2 * halves(cols) as u32;
-            let paired = if gated { &[true][..] } else { &[false, true] };
-            paired.iter().filter_map(move |&paired| {
-                let row_tiles = if paired && !gated { 2 } else { 1 };
-                let of_warps = |warps| Cut::Narrow(Narrow { cols, warps, row_tiles });
-                // As many as shared memory allows.
-                let mut of_teams = (1..=MOST_WARPS / team).rev().map(|teams| teams * team);
-                let warps = of_teams.find(|&warps| fits(of_warps(warps)))?;
-                let (tiles, percent) = if paired { (2, PAIRED_PERCENT) } else { (1, 100) };
-                let of_span = tiles * cycles * percent / 100 * MOST_WARPS as usize / warps as usize;
-                let ctas = ctas(tiles * ROWS, cols);
+            let row_tiles = if paired && !gated { 2 } else { 1 };
+            let of_warps = move |warps| Cut::Narrow(Narrow { cols, warps, row_tiles });
+            // As many as shared memory allows.
+            let mut of_teams = (1..=MOST_WARPS / team).rev().map(|teams| teams * team);
+            let most = of_teams.find(|&warps| fits(of_warps(warps)));
+            most.into_iter().flat_map(move |warps| {
+                let cut = of_warps(warps);
+                let ctas = ctas(if paired { 2 * ROWS } else { ROWS }, cols);
+                let of_span = costs.of(cut, gated) * MOST_WARPS as usize / warps as usize;
+                let one = whole(cut, ctas.div_ceil(N_SM) * of_span);
                 // Where there are CTAs for it two on an SM, so that one multiplies while the other begins or ends.
+                let half = of_warps(warps / 2);
                 let two = warps == MOST_WARPS
                     && ctas > N_SM
-                    && 2 * (bytes(of_warps(warps / 2)) + CTA_BYTES) <= device.smem_per_sm_bytes;
-                Some((ctas.div_ceil(N_SM) * of_span, of_warps(if two { warps / 2 } else { warps })))
+                    && 2 * (bytes(half) + CTA_BYTES) <= device.smem_per_sm_bytes;
+                let halved =
+                    Candidate { cut: half, cycles: one.cycles * costs.halved_percent / 100, halved: true };
+                two.then_some(halved).into_iter().chain([one])
             })
         });
-        // More columns at a time pay by sharing what is unpacked: on tensor cores.
-        let narrow = narrow.filter(|(_, cut)| cut.cols() == 16 || device.sm >= 75);
-        let hopper = HOPPER_CYCLES.iter().filter(|_| ptx::runs_hopper(device)).map(|&(cols, cycles)| {
-            let n_sm = if device.n_sm == 0 { N_SM } else { device.n_sm as usize };
-            let cut = Cut::Hopper(Hopper { cols, ctas: n_sm as u32 });
-            (ctas(mmq_hopper::TILE_ROWS, cols).div_ceil(n_sm) * cycles, cut)
-        });
-        let hopper = hopper.filter(|&(_, cut)| n_cols > 32 && fits(cut));
-        let all = wide.into_iter().filter(|_| n_cols > 16).chain(hopper).chain(narrow);
-        all.min_by_key(|&(cycles, _)| cycles).map_or(Cut::NARROW_16.of_warps(2), |(_, cut)| cut)
+        wide.into_iter().chain(hopper).chain(narrow)
     }
 
     /// The same for a mixture of `n_pairs` (token, slot) pairs.
