@@ -56,26 +56,26 @@ macro_rules! for_each_table {
         $callback! { "flash" DECODE "flash_decode_" (128, 3)
             64 "f16" F16 Half 3 [4 2 2] [4 1];
             128 "f16" F16 Half 3 [8 2 4] [4 1];
-            64 "wide" Wide Half 1 [4 2 2] [4 1];
-            128 "wide" Wide Half 1 [8 2 4] [4 1];
+            64 "wide" Wide Unpacked 1 [4 2 2] [4 1];
+            128 "wide" Wide Unpacked 1 [8 2 4] [4 1];
         }
         $callback! { "flash" LARGE_DECODE "flash_decode_" (128, 2)
             256 "f16" F16 Half 3 [16 1 8] [4 1];
             576 "f16" F16 Half 2 [36 1 16] [4 1];
-            256 "wide" Wide Half 1 [16 1 8] [4 1];
+            256 "wide" Wide Unpacked 1 [16 1 8] [4 1];
             576 "wide" Wide Half 1 [36 1 16] [4 1];
         }
         $callback! { "flash" PREFILL "flash_prefill_" (256, 1)
             64 "f16" F16 Half 2 [4 8 8] [1 8];
             128 "f16" F16 Half 2 [8 8 16] [1 8];
             256 "f16" F16 Half 2 [16 2 16] [2 4];
-            64 "wide" Wide Half 1 [4 8 8] [1 8];
-            128 "wide" Wide Half 1 [8 8 16] [1 8];
-            256 "wide" Wide Half 1 [16 2 16] [2 4];
+            64 "wide" Wide Unpacked 1 [4 8 8] [1 8];
+            128 "wide" Wide Unpacked 1 [8 8 16] [1 8];
+            256 "wide" Wide Unpacked 1 [16 2 16] [2 4];
         }
         $callback! { "flash" NARROW_PREFILL "flash_prefill_narrow_" (128, 2)
             256 "f16" F16 Half 2 [16 2 16] [2 2];
-            256 "wide" Wide Half 1 [16 2 16] [2 2];
+            256 "wide" Wide Unpacked 1 [16 2 16] [2 2];
         }
         $callback! { "flash_split" SPLIT_DECODE "flash_decode_" (128, 2)
             64 "split" Split Split 1 [4 1 2] [4 1];
@@ -191,6 +191,37 @@ struct Tile {
     row_groups: usize,
     /// Blocks in shared memory: while one is computed the others are copied.
     stages: usize,
+    /// Blocks in shared memory beside these as the cache has them: their bytes follow the rest.
+    raw: usize,
+}
+
+/// How operands are kept in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// f16.
+    Half,
+    /// f16, unpacked from blocks that are copied ahead as the cache has them.
+    Unpacked,
+    /// bf16, and bf16 of the rest.
+    Split,
+}
+
+impl Kept {
+    const fn planes(self) -> usize {
+        match self {
+            Kept::Half | Kept::Unpacked => 1,
+            Kept::Split => 2,
+        }
+    }
+
+    /// Blocks copied ahead as the cache has them. Two: one under way all the time, a second most of it. A third would cost a
+    /// CTA per SM with heads of 128 in Q8_0.
+    const fn raw(self) -> usize {
+        match self {
+            Kept::Unpacked => 2,
+            Kept::Half | Kept::Split => 0,
+        }
+    }
 }
 
 /// Offsets of a CTA's shared memory in 16-byte units, and the whole.
@@ -212,7 +243,7 @@ struct Layout {
 
 impl Tile {
     const fn new(
-        planes: usize,
+        kept: Kept,
         stages: usize,
         [key_steps, score_columns, out_columns]: [usize; 3],
         [sharers, row_groups]: [usize; 2],
@@ -220,10 +251,11 @@ impl Tile {
         Tile {
             dims: [16 * key_steps, 8 * out_columns * sharers],
             block: 8 * score_columns * sharers,
-            planes,
+            planes: kept.planes(),
             sharers,
             row_groups,
             stages,
+            raw: kept.raw(),
         }
     }
 
@@ -241,9 +273,10 @@ impl Tile {
         self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 150
     }
 
+    /// Of a CTA over a cache whose rows have so many bytes.
     #[cfg(not(target_arch = "nvptx64"))]
-    const fn smem_bytes(&self) -> u32 {
-        16 * self.layout().end as u32
+    const fn smem_bytes(&self, row_bytes: [u32; 2]) -> u32 {
+        16 * self.layout().end as u32 + (self.raw * self.block) as u32 * (row_bytes[0] + row_bytes[1])
     }
 
     const fn layout(&self) -> Layout {

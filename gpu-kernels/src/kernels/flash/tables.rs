@@ -43,7 +43,9 @@ const BENCH: &[Case] = &[
     Case { sequences: &[(32_768, 1)], geometry: split(65_536), ..BENCH_BASE },
     Case { sequences: &[(131_072, 1)], geometry: split(131_072), ..BENCH_BASE },
     Case { types: [FormatId::Q8_0; 2], sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
+    Case { types: [FormatId::Q4_0; 2], sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
     Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { types: [FormatId::Q8_0; 2], sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
     Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
     Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_BASE },
     Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_256 },
@@ -289,6 +291,53 @@ impl Kernel for Flash {
             dims: [576, 512],
             sequences: &[(40, 1)],
             n_head_kv: 1,
+            ..BASE
+        },
+        // Unpacked: a block's and a page's edges, tokens of padding, several shares, few positions to see.
+        Case {
+            types: [FormatId::Q8_0, FormatId::Q4_0],
+            dims: [128, 128],
+            sequences: &[(1, 1), (63, 1), (64, 1), (0, 0), (65, 1), (129, 1)],
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q4_0, FormatId::Q8_0],
+            dims: [128, 128],
+            sequences: &[(700, 1), (0, 0), (256, 1)],
+            n_head: 8,
+            geometry: split(768),
+            ..BASE
+        },
+        Case { types: [FormatId::Q5_0; 2], dims: [128, 128], window: 70, sequences: &[(400, 1)], ..BASE },
+        Case { types: [FormatId::Q5_1; 2], dims: [128, 128], sequences: &[(193, 1)], ..BASE },
+        Case { types: [FormatId::Q4_1; 2], sequences: &[(130, 1)], n_head: 6, ..BASE },
+        Case { types: [FormatId::Q5_0, FormatId::Q4_1], dims: [256, 256], sequences: &[(97, 1)], ..BASE },
+        Case { types: [FormatId::F16, FormatId::Q8_0], sequences: &[(200, 1)], softcap: 5.0, ..BASE },
+        // Heads that do not fill a tile, with rows whose blocks begin between words.
+        Case { types: [FormatId::Q8_0, FormatId::Q5_0], dims: [96, 32], sequences: &[(140, 1)], ..BASE },
+        Case { types: [FormatId::Q5_0, FormatId::Q8_0], dims: [160, 192], sequences: &[(70, 1)], ..BASE },
+        Case { types: [FormatId::Q4_0, FormatId::F16], dims: [96, 72], sequences: &[(70, 1)], ..BASE },
+        // In tiles of many tokens.
+        Case {
+            types: [FormatId::Q4_0, FormatId::Q5_1],
+            dims: [128, 128],
+            sequences: &[(300, 20), (0, 0), (40, 3), (1, 1), (130, 60)],
+            n_head: 6,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q5_0, FormatId::Q4_1],
+            dims: [96, 64],
+            sequences: &[(300, 70)],
+            window: 100,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::F16],
+            sequences: &[(64, 17), (129, 20)],
+            geometry: Geometry::Prefill,
             ..BASE
         },
         Case {
