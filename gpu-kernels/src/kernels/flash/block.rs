@@ -155,8 +155,12 @@ impl<
     /// Unpacks a block of K and V, whose copy has arrived, into the tile of stage `stage`.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    pub(super) fn unpack(x: &Inputs, block: u32, len: u32, nth: u32, stage: u32) {
-        let n_valid = len.saturating_sub(block * Self::BLOCK);
+    pub(super) fn unpack(x: &Inputs, nth: u32, stage: u32) {
+        const {
+            let [k, v] = Self::TILE.dims;
+            let [k, v] = [Raw::pass_threads(k as u32 / 8), Raw::pass_threads(v as u32 / 8)];
+            assert!(!Self::UNPACKS || Self::THREADS.is_multiple_of(k) && Self::THREADS.is_multiple_of(v));
+        };
         let parts = math::opaque(2);
         let mut part = 0;
         while part < parts {
@@ -164,7 +168,7 @@ impl<
             let [raw_k, raw_v] = [Self::raw(x, 0, nth), Self::raw(x, 1, nth)];
             let [k, v] = [Self::store(0, stage), Self::store(1, stage)];
             let (from, to) = if part == 0 { (raw_k, k) } else { (raw_v, v) };
-            from.unpack(of(x.format), to, Self::BLOCK, n_valid, of(x.head_dim), Self::THREADS);
+            from.unpack(of(x.format), to, Self::BLOCK, of(x.head_dim), Self::THREADS);
             part += 1;
         }
     }

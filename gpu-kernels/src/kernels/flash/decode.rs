@@ -327,7 +327,7 @@ impl<
             }
             sync::sync_threads();
             if Self::UNPACKS {
-                Self::unpack(&x, block, len, stage, 0);
+                Self::unpack(&x, stage, 0);
                 sync::sync_threads();
                 Self::copy_next(&x, tile, &mut pages, &mut next, end, len, stage);
             } else {

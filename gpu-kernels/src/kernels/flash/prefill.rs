@@ -126,7 +126,7 @@ impl<
                 let walk = 2 * math::fresh(thread::warp_id());
                 let U32x4([first_page, len, end, _]) = Self::views().ld(walk + 1);
                 if Self::UNPACKS {
-                    Self::unpack(x, block, len, stage, 0);
+                    Self::unpack(x, stage, 0);
                     sync::sync_threads();
                     if block + 2 < end {
                         Self::load(x, thread::block_idx_y(), next_page, block + 2, len, stage);

@@ -282,42 +282,60 @@ pub(super) struct Raw {
 }
 
 impl Raw {
-    /// Starts the copy of `n_rows` rows, of which `n_valid` are there; their bytes are a multiple of 16.
+    /// Starts the copy of `n_rows` rows, whose bytes are a multiple of 16; rows from `n_valid` on become zeros, which are
+    /// zeros in every format.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     pub(super) fn copy(self, from: Glb<u8>, n_rows: u32, n_valid: u32, threads: u32) {
-        let n_there = if n_valid < n_rows { n_valid } else { n_rows };
-        let mut i = thread::thread_idx_x();
-        while i < n_rows * self.row_bytes / 16 {
-            // The last chunk that is there may have bytes of a row that is not.
-            let there = 16 * i < n_there * self.row_bytes;
-            async_copy::copy16_or_zero(self.words.cast(), i, from.cast(), i, there);
-            i += threads;
+        let (to, from) = (self.words.cast(), from.cast());
+        let mut i = math::fresh(thread::thread_idx_x());
+        let n = n_rows * self.row_bytes / 16;
+        if n_valid >= n_rows {
+            while i < n {
+                async_copy::copy16(to, i, from, i);
+                i += threads;
+            }
+        } else {
+            while i < n {
+                let rest = (n_valid * self.row_bytes).saturating_sub(16 * i);
+                async_copy::copy16_first(to, i, from, i, if rest < 16 { rest } else { 16 });
+                i += threads;
+            }
         }
     }
 
-    /// Block `b` of row `r`, which has as many as fill it.
+    /// Rows that lanes take beside each other, so that those that store together store to different banks. With rows of 64
+    /// elements (17 words of Q8_0) 32 rows are loaded from different banks, with rows of 128 only 16.
+    const fn run(units: u32) -> u32 {
+        if units <= 8 { 32 } else { 16 }
+    }
+
+    /// A number of threads that takes whole runs of all groups of a tile's row.
+    pub(super) const fn pass_threads(units: u32) -> u32 {
+        Self::run(units) * units / 4
+    }
+
+    /// The block of format `F` that starts in word `word`: with it, or two bytes after where `between` holds.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn block<F: BlockFormat>(self, r: u32, b: u32) -> F {
-        let (at, cuts_words) = (r * self.row_bytes + b * size_of::<F>() as u32, size_of::<F>() % 4 == 2);
+    fn block<F: BlockFormat>(self, word: u32, between: bool) -> F {
         const { assert!(size_of::<F>().is_multiple_of(2) && size_of::<F>() <= 34) };
         let n_words = size_of::<F>().div_ceil(4);
         let mut words = [0; 9];
         unroll!(I in 0..8 {
             if I < n_words {
-                words[I] = self.words.ld(at / 4 + I as u32);
+                words[I] = self.words.ld(word + I as u32);
             }
         });
         if n_words > 8 {
-            words[8] = self.words.ld(at / 4 + 8);
+            words[8] = self.words.ld(word + 8);
         }
-        if !cuts_words {
+        if size_of::<F>().is_multiple_of(4) {
             return block_at(&words, 0);
         }
         // Such formats have a scale of two bytes, then whole words. These shall be whole in registers, wherever the block starts:
         // after two bytes that are not the block's.
-        let selector = if at.is_multiple_of(4) { 0x5432 } else { 0x7654 };
+        let selector = if between { 0x7654 } else { 0x5432 };
         let mut placed = [0; 9];
         placed[0] = math::prmt(words[0], words[0], selector);
         unroll!(I in 0..8 {
@@ -326,64 +344,57 @@ impl Raw {
         block_at(&placed, 2)
     }
 
-    /// Unpacks rows of blocks; rows from `n_valid` on become zero.
+    /// Unpacks rows of blocks into a tile of at least as many columns.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn unpack_blocks<F: BlockFormat>(
-        self,
-        to: Store,
-        n_rows: u32,
-        n_valid: u32,
-        head_dim: u32,
-        threads: u32,
-    ) {
+    fn unpack_blocks<F: BlockFormat>(self, to: Store, n_rows: u32, head_dim: u32, threads: u32) {
         // Of the tile, known when this is compiled; a head may have fewer.
         let groups = to.units / 4;
-        // Lanes are rows, so that those that store together store to different banks. With rows of 64 elements (17 words of
-        // Q8_0) 32 rows are loaded from different banks, with rows of 128 only 16, and beside them the group after the next.
-        let run = if groups <= 2 { 32 } else { 16 };
-        let mut i = thread::thread_idx_x();
-        while i < n_rows * groups {
-            let (nth, r) = (i / run % groups, i / run / groups * run + i % run);
-            let g =
-                if groups.is_multiple_of(2) && run == 16 { 2 * nth % groups + 2 * nth / groups } else { nth };
-            if g < head_dim / 32 {
-                let mut units = [U32x4([0; 4]); 4];
-                if r < n_valid {
-                    units = in_f16(&self.block::<F>(r, g));
-                }
+        // A thread takes the same group of every so many rows. Where lanes take 16 rows, the others take the group after the next.
+        let run = Self::run(to.units);
+        let thread = math::fresh(thread::thread_idx_x());
+        let nth = thread / run % groups;
+        let g = if groups > 2 { 2 * nth % groups + 2 * nth / groups } else { nth };
+        let (mut r, pass) = (thread / (run * groups) * run + thread % run, threads / groups);
+        if g < head_dim / 32 {
+            let at = r * self.row_bytes + g * size_of::<F>() as u32;
+            // Passes are of whole words.
+            let (mut word, between) = (at / 4, !at.is_multiple_of(4));
+            while r < n_rows {
+                let units = in_f16(&self.block::<F>(word, between));
                 unroll!(U in 0..4 {
                     to.rows.st(to.at(r, 4 * g + U as u32), units[U]);
                 });
+                r += pass;
+                word += pass * self.row_bytes / 4;
+            }
+        }
+    }
+
+    /// Unpacks rows of f16, which are what they shall be.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    fn unpack_f16(self, to: Store, n_rows: u32, head_dim: u32, threads: u32) {
+        let given = head_dim / 8;
+        let mut i = math::fresh(thread::thread_idx_x());
+        while i < n_rows * to.units {
+            let (r, c) = (i / to.units, i % to.units);
+            if c < given {
+                to.rows.st(to.at(r, c), self.words.cast().ld(r * given + c));
             }
             i += threads;
         }
     }
 
-    /// Unpacks rows of block formats or f16; rows from `n_valid` on become zero.
+    /// Unpacks rows of block formats or f16; `threads` is a multiple of [`Raw::pass_threads`].
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    pub(super) fn unpack(
-        self,
-        format: u32,
-        to: Store,
-        n_rows: u32,
-        n_valid: u32,
-        head_dim: u32,
-        threads: u32,
-    ) {
-        with_blocks!(format, |F| self.unpack_blocks::<F>(to, n_rows, n_valid, head_dim, threads), {
-            let given = head_dim / 8;
-            let mut i = thread::thread_idx_x();
-            while i < n_rows * to.units {
-                let (r, c) = (i / to.units, i % to.units);
-                if c < given {
-                    let unit = if r < n_valid { self.words.cast().ld(r * given + c) } else { U32x4([0; 4]) };
-                    to.rows.st(to.at(r, c), unit);
-                }
-                i += threads;
-            }
-        });
+    pub(super) fn unpack(self, format: u32, to: Store, n_rows: u32, head_dim: u32, threads: u32) {
+        with_blocks!(
+            format,
+            |F| self.unpack_blocks::<F>(to, n_rows, head_dim, threads),
+            self.unpack_f16(to, n_rows, head_dim, threads)
+        );
     }
 }
 
