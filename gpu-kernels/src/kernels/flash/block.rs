@@ -168,7 +168,7 @@ impl<
             let [raw_k, raw_v] = [Self::raw(x, 0, nth), Self::raw(x, 1, nth)];
             let [k, v] = [Self::store(0, stage), Self::store(1, stage)];
             let (from, to) = if part == 0 { (raw_k, k) } else { (raw_v, v) };
-            from.unpack(of(x.format), to, Self::BLOCK, of(x.head_dim), Self::THREADS);
+            from.unpack(of(x.format), &to, Self::BLOCK, of(x.head_dim), Self::THREADS);
             part += 1;
         }
     }

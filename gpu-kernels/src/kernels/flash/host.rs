@@ -100,23 +100,27 @@ macro_rules! variants {
 for_each_table!(variants);
 
 macro_rules! hopper_tiles {
-    ($($dim:literal [$kc:literal $s:literal $o:literal $steps:literal] $stages:literal;)*) => {
-        /// Entries for prompts on Hopper and their tiles, smallest first.
-        const HOPPER: &[(&str, HopperTile)] = &[$(
-            (concat!("flash_hopper_", $dim, "_f16"), HopperTile::new([$kc, $s, $o, $steps], $stages)),
-        )*];
+    ($($dim:literal $suffix:literal $class:ident
+        [$kc:literal $s:literal $o:literal $steps:literal] $stages:literal [$piece:literal $pieces:literal];)*) => {
+        /// Classes for prompts on Hopper, entries and their tiles, smallest first.
+        const HOPPER: &[(Class, &str, HopperTile)] = &[$((
+            Class::$class,
+            concat!("flash_hopper_", $dim, "_", $suffix),
+            HopperTile::new([$kc, $s, $o, $steps], $stages, [$piece, $pieces]),
+        )),*];
     };
 }
 for_each_hopper!(hopper_tiles);
 
-/// The entry for prompts on Hopper and its tile; `None` if none holds the head, a CTA has too little memory, the cache is
-/// not F16 or heads have slopes.
-fn hopper(cache: &Cache, has_slopes: bool, smem_per_cta_bytes: u32) -> Option<(&'static str, HopperTile)> {
-    if has_slopes || [cache.type_k, cache.type_v] != [FormatId::F16; 2] {
-        return None;
-    }
-    let holds = |tile: &HopperTile| cache.head_dim_k <= tile.dims[0] && cache.head_dim_v <= tile.dims[1];
-    HOPPER.iter().copied().find(|(_, tile)| holds(tile) && tile.bytes <= smem_per_cta_bytes)
+/// The entry for prompts on Hopper, its tile and its shared memory; `None` if none holds the head, a CTA has too little
+/// memory, the cache has F32 or BF16 or heads have slopes.
+fn hopper(cache: &Cache, has_slopes: bool, smem_per_cta_bytes: u32) -> Option<(&'static str, u32)> {
+    let (class, row_bytes) = (Class::of([cache.type_k, cache.type_v]), row_bytes(cache).ok()?);
+    let mut found = HOPPER.iter().filter(|(of, _, tile)| {
+        let holds = cache.head_dim_k <= tile.dims[0] && cache.head_dim_v <= tile.dims[1];
+        *of == class && holds && !has_slopes && tile.smem_bytes(row_bytes) <= smem_per_cta_bytes
+    });
+    found.next().map(|(_, entry, tile)| (*entry, tile.smem_bytes(row_bytes)))
 }
 
 /// How the work is cut; the result does not depend on it, but for [`Geometry::Plain`] and [`Geometry::Prompt`], each of
@@ -416,20 +420,21 @@ impl<'a> Checked<'a> {
     fn prompt(&self) -> Result<Launch, LaunchError> {
         let (check, args) = (Check(Flash::NAME), self.args);
         let has_slopes = args.slopes != DevicePtr::NULL;
-        let (entry, tile) = hopper(&args.cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
-            let got = args.cache.head_dim_k.max(args.cache.head_dim_v);
-            check.shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", got)
-        })?;
+        let (entry, smem_bytes) =
+            hopper(&args.cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
+                let got = args.cache.head_dim_k.max(args.cache.head_dim_v);
+                check.shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", got)
+            })?;
         let params = Params::new().with(args.q).with(args.cache.k).with(args.cache.v).with(args.out);
         let params = self.addresses[..5].iter().fold(params, |params, &at| params.with(at));
-        let params = self.sizes[..5].iter().fold(params, |params, &size| params.with(size));
+        let params = self.sizes.iter().fold(params, |params, &size| params.with(size));
         let tiles = (args.step.n_tokens * self.group).div_ceil(HOPPER_ROWS as usize);
         Ok(Launch {
             entry,
             grid: [check.size("tiles", tiles)?, self.n_head_kv, 1],
             cta: HOPPER_THREADS,
             cluster: 1,
-            smem_bytes: tile.bytes,
+            smem_bytes,
             params: params.with(self.flags).with(self.window).with(self.scale).with(args.softcap),
         })
     }

@@ -112,7 +112,7 @@ impl Store {
 
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn put<C: Class>(&self, r: u32, c: u32, values: [f32; 8]) {
+    fn put_floats<C: Class>(&self, r: u32, c: u32, values: [f32; 8]) {
         let mut words = [[0; 4]; 2];
         unroll!(I in 0..4 {
             let [first, second] = C::pack(values[2 * I], values[2 * I + 1]);
@@ -156,7 +156,7 @@ fn fill_floats<C: Class, T: Float>(
                 });
             }
         }
-        to.put::<C>(r, c, values);
+        to.put_floats::<C>(r, c, values);
         i += threads;
     }
 }
@@ -216,11 +216,11 @@ fn fill_blocks<C: Class, F: BlockFormat>(
                     let scaled = math::mul(group.scale[0], code as f32);
                     values[I] = if F::HAS_OFFSET { scaled + group.offset[0] } else { scaled };
                 });
-                to.put::<C>(r, c + U as u32, values);
+                to.put_floats::<C>(r, c + U as u32, values);
             });
         } else {
             unroll!(U in 0..4 {
-                to.put::<C>(r, c + U as u32, [0.0; 8]);
+                to.put_floats::<C>(r, c + U as u32, [0.0; 8]);
             });
         }
         i += threads;
@@ -272,6 +272,26 @@ pub(super) fn fill<C: Class>(
             _ => fill_floats::<C, f16>(from, to, n_rows, n_valid, head_dim, threads),
         }
     );
+}
+
+/// Rows of a tile in f16.
+pub(super) trait Rows {
+    /// 16-byte units of one.
+    fn units(&self) -> u32;
+    /// Sets unit `c` of row `r`.
+    fn put(&self, r: u32, c: u32, unit: U32x4);
+}
+
+impl Rows for Store {
+    #[inline(always)]
+    fn units(&self) -> u32 {
+        self.units
+    }
+    #[inline(always)]
+    #[track_caller]
+    fn put(&self, r: u32, c: u32, unit: U32x4) {
+        self.rows.st(self.at(r, c), unit);
+    }
 }
 
 /// Rows as the cache has them in shared memory: those of a block lie one after the other there, too.
@@ -344,14 +364,14 @@ impl Raw {
         block_at(&placed, 2)
     }
 
-    /// Unpacks rows of blocks into a tile of at least as many columns.
+    /// Unpacks rows of blocks.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn unpack_blocks<F: BlockFormat>(self, to: Store, n_rows: u32, head_dim: u32, threads: u32) {
+    fn unpack_blocks<F: BlockFormat>(self, to: &impl Rows, n_rows: u32, head_dim: u32, threads: u32) {
         // Of the tile, known when this is compiled; a head may have fewer.
-        let groups = to.units / 4;
+        let groups = to.units() / 4;
         // A thread takes the same group of every so many rows. Where lanes take 16 rows, the others take the group after the next.
-        let run = Self::run(to.units);
+        let run = Self::run(to.units());
         let thread = math::fresh(thread::thread_idx_x());
         let nth = thread / run % groups;
         let g = if groups > 2 { 2 * nth % groups + 2 * nth / groups } else { nth };
@@ -363,7 +383,7 @@ impl Raw {
             while r < n_rows {
                 let units = in_f16(&self.block::<F>(word, between));
                 unroll!(U in 0..4 {
-                    to.rows.st(to.at(r, 4 * g + U as u32), units[U]);
+                    to.put(r, 4 * g + U as u32, units[U]);
                 });
                 r += pass;
                 word += pass * self.row_bytes / 4;
@@ -374,22 +394,23 @@ impl Raw {
     /// Unpacks rows of f16, which are what they shall be.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    fn unpack_f16(self, to: Store, n_rows: u32, head_dim: u32, threads: u32) {
+    fn unpack_f16(self, to: &impl Rows, n_rows: u32, head_dim: u32, threads: u32) {
         let given = head_dim / 8;
         let mut i = math::fresh(thread::thread_idx_x());
-        while i < n_rows * to.units {
-            let (r, c) = (i / to.units, i % to.units);
+        while i < n_rows * to.units() {
+            let (r, c) = (i / to.units(), i % to.units());
             if c < given {
-                to.rows.st(to.at(r, c), self.words.cast().ld(r * given + c));
+                to.put(r, c, self.words.cast().ld(r * given + c));
             }
             i += threads;
         }
     }
 
-    /// Unpacks rows of block formats or f16; `threads` is a multiple of [`Raw::pass_threads`].
+    /// Unpacks rows of block formats or f16 to rows of a tile that have room for them; `threads` is a multiple of
+    /// [`Raw::pass_threads`].
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
-    pub(super) fn unpack(self, format: u32, to: Store, n_rows: u32, head_dim: u32, threads: u32) {
+    pub(super) fn unpack(self, format: u32, to: &impl Rows, n_rows: u32, head_dim: u32, threads: u32) {
         with_blocks!(
             format,
             |F| self.unpack_blocks::<F>(to, n_rows, head_dim, threads),

@@ -483,22 +483,59 @@ impl Kernel for FlashHopper {
         Case { softcap: 5.0, sequences: &[(190, 20)], ..PROMPT },
         Case { sinks: true, sequences: &[(190, 20)], dims: [128, 128], ..PROMPT },
         Case { softcap: 5.0, causal: false, sequences: &[(150, 20)], dims: [128, 128], ..PROMPT },
+        // Unpacked: each format, mixed; edges of pieces, blocks and rings; heads that do not fill a tile; several sequences.
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(1, 1)], ..PROMPT },
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(700, 70)], dims: [128, 128], ..PROMPT },
+        Case { types: [FormatId::Q4_0, FormatId::Q5_1], sequences: &[(129, 65)], ..PROMPT },
+        Case {
+            types: [FormatId::Q5_0, FormatId::Q4_1],
+            sequences: &[(600, 4), (0, 0), (140, 40), (64, 2)],
+            dims: [128, 128],
+            n_head: 3,
+            n_head_kv: 1,
+            ..PROMPT
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::F16],
+            sequences: &[(300, 20), (40, 3)],
+            dims: [96, 72],
+            ..PROMPT
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::Q4_0],
+            sequences: &[(230, 40), (33, 1)],
+            dims: [256, 256],
+            n_head: 2,
+            n_head_kv: 1,
+            window: 100,
+            ..PROMPT
+        },
     ];
     /// Prompts of an 8B model and of one with heads of 256, by this kernel and by the one for every GPU.
     const BENCH: &'static [Case] = &[
         Case { sequences: &[(512, 512)], ..BENCH_PROMPT },
         Case { sequences: &[(512, 512)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { sequences: &[(4096, 512)], ..BENCH_PROMPT },
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(4096, 512)], ..BENCH_PROMPT },
         Case { sequences: &[(2048, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(2048, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 512)], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(8192, 2048)], ..BENCH_PROMPT },
+        Case { types: [FormatId::Q4_0; 2], sequences: &[(8192, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 8192)], ..BENCH_PROMPT },
         Case { sequences: &[(32_768, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(32_768, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], dims: [64, 64], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], dims: [64, 64], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prompt, ..BENCH_256 },
+        Case {
+            types: [FormatId::Q8_0; 2],
+            sequences: &[(8192, 2048)],
+            geometry: Geometry::Prompt,
+            ..BENCH_256
+        },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_256 },
         Case { causal: false, sequences: &[(8192, 4096)], ..BENCH_PROMPT },
         Case { causal: false, sequences: &[(8192, 4096)], dims: [64, 64], ..BENCH_PROMPT },
