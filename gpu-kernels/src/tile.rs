@@ -134,11 +134,11 @@ macro_rules! tiled {
 quant::for_each_block_format!(tiled![]);
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
-pub use device::{block, load_span, load_span_of};
+pub use device::{block, block_at, load_span, load_span_of};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]
 mod device {
-    use bytemuck::Zeroable;
+    use bytemuck::{Pod, Zeroable};
 
     use super::{ROWS, Tiled};
     use crate::device::{Glb, U32x2, U32x4, Word, thread};
@@ -219,12 +219,15 @@ mod device {
     /// Byte by byte: a copy that cuts words would go through local memory, while bytes become shifts of registers.
     #[inline(always)]
     pub fn block<F: Tiled>(words: &F::Words, b: usize) -> F {
+        block_at(words.as_ref(), b * size_of::<F>())
+    }
+
+    /// The block that starts at this byte of words in registers; `first` must be a constant.
+    #[inline(always)]
+    pub fn block_at<F: Pod>(words: &[u32], first: usize) -> F {
         let mut block = F::zeroed();
         let bytes = bytemuck::bytes_of_mut(&mut block);
-        let byte = |i: usize| {
-            let at = b * size_of::<F>() + i;
-            (words.as_ref()[at / 4] >> (8 * (at % 4))) as u8
-        };
+        let byte = |i: usize| (words[(first + i) / 4] >> (8 * ((first + i) % 4))) as u8;
         // Four at a time: few enough rounds for LLVM to unroll them all.
         let (fours, _) = bytes.as_chunks_mut::<4>();
         let mut i = 0;

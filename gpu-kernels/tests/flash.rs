@@ -50,6 +50,7 @@ fn decode_split_and_prefill_agree() {
         Case { sinks: true, softcap: 4.0, ..case(f16, 128, &[(300, 2)]) },
         case(f16, 256, &[(290, 1), (5, 2)]),
         case([FormatId::Q8_0; 2], 128, &[(270, 2)]),
+        case([FormatId::Q5_1, FormatId::Q4_0], 64, &[(270, 2)]),
         case([FormatId::F32; 2], 64, &[(270, 2)]),
         case([FormatId::F32; 2], 128, &[(270, 1)]),
         case([FormatId::BF16; 2], 256, &[(270, 1)]),
@@ -118,6 +119,7 @@ fn cuts_of_a_prompt_change_nothing() {
         Case { window: 150, sinks: true, ..base },
         Case { n_head: 3, n_head_kv: 1, softcap: 4.0, ..case(f16, 128, &[(300, 40)]) },
         Case { n_head: 3, n_head_kv: 3, ..case(f16, 256, &[(300, 40)]) },
+        case([FormatId::Q8_0, FormatId::Q4_1], 128, &[(300, 40)]),
     ];
     for case in cases.map(|case| Case { geometry: Geometry::Prompt, ..case }) {
         let data = || Data::new(&case, &mut Random::new(7));
@@ -165,15 +167,21 @@ fn prompts_that_have_no_kernel_are_refused() {
     assert_eq!(entry(&base).unwrap(), "flash_hopper_128_f16");
     assert_eq!(entry(&Case { dims: [40, 72], ..base }).unwrap(), "flash_hopper_128_f16");
     assert_eq!(entry(&Case { dims: [64, 64], ..base }).unwrap(), "flash_hopper_64_f16");
-    let refused = [
+    let wide = [
         Case { types: [FormatId::F16, FormatId::Q8_0], ..base },
+        Case { types: [FormatId::Q4_0; 2], dims: [256, 256], ..base },
+    ];
+    assert_eq!(wide.map(|case| entry(&case).unwrap()), ["flash_hopper_128_wide", "flash_hopper_256_wide"]);
+    let refused = [
+        // More than a CTA's shared memory has room for.
+        Case { types: [FormatId::F16, FormatId::Q8_0], dims: [256, 256], ..base },
         Case { types: [FormatId::BF16; 2], ..base },
         Case { dims: [576, 512], ..base },
         Case { slopes: true, ..base },
     ];
     let hopper =
         DeviceInfo { sm: 90, driver_version: 12_040, smem_per_cta_bytes: 227 << 10, ..DeviceInfo::default() };
-    for case in [base].iter().chain(&refused) {
+    for case in [base].iter().chain(&wide).chain(&refused) {
         let args = case.args(&[DevicePtr(256); 11]);
         let geometry = Geometry::of_prompt(&hopper, &args.cache, case.slopes);
         assert_eq!(geometry.is_some(), entry(case).is_ok(), "{case:?}");

@@ -23,24 +23,33 @@ pub fn copy16(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32) {
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
     target.st(i, source.ld_nc(j));
     #[cfg(not(target_arch = "nvptx64"))]
-    lane::async_copy(target.address(i), Some(source.address(j)), 16);
+    lane::async_copy(target.address(i), source.address(j), 16, 16);
 }
 
-/// [`copy16`] where `there` holds, else zeros by the same way: nothing is read then
-/// (`cp.async` with a source size of 0). Without a branch, so that copies mix with other work.
+/// [`copy16`] where `there` holds, else zeros by the same way: nothing is read then. Without a branch, so that copies mix
+/// with other work.
 #[inline(always)]
 #[track_caller]
 pub fn copy16_or_zero(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32, there: bool) {
-    #[cfg(all(target_arch = "nvptx64", sm_ge_80))]
-    // SAFETY: the launch gave arrays that hold both elements, the source's only if it is there.
-    unsafe {
-        let bytes = if there { 16u32 } else { 0 };
-        asm!("cp.async.cg.shared.global.L2::128B [{}],[{}],16,{};", in(reg32) target.address(i), in(reg64) source.address(j), in(reg32) bytes, options(nostack, preserves_flags))
-    }
+    #[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+    copy16_first(target, i, source, j, if there { 16 } else { 0 });
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
     target.st(i, if there { source.ld_nc(j) } else { U32x4([0; 4]) });
+}
+
+/// [`copy16`] of the first `n_bytes` bytes alone, zeros after them; nothing else is read (`cp.async` with a source size).
+/// From sm_80 on.
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
+#[inline(always)]
+#[track_caller]
+pub fn copy16_first(target: Smem<U32x4>, i: u32, source: Glb<U32x4>, j: u32, n_bytes: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the launch gave arrays that hold both elements, of the source's as many bytes as are read.
+    unsafe {
+        asm!("cp.async.cg.shared.global.L2::128B [{}],[{}],16,{};", in(reg32) target.address(i), in(reg64) source.address(j), in(reg32) n_bytes, options(nostack, preserves_flags))
+    }
     #[cfg(not(target_arch = "nvptx64"))]
-    lane::async_copy(target.address(i), there.then(|| source.address(j)), 16);
+    lane::async_copy(target.address(i), source.address(j), n_bytes, 16);
 }
 
 /// [`copy16_or_zero`] of an element of 4 or 8 bytes, through L1, too (`cp.async.ca.shared.global`).
@@ -57,7 +66,10 @@ pub fn copy_or_zero<T: Word>(target: Smem<T>, i: u32, source: Glb<T>, j: u32, th
     #[cfg(all(target_arch = "nvptx64", not(sm_ge_80)))]
     target.st(i, if there { source.ld_nc(j) } else { T::zeroed() });
     #[cfg(not(target_arch = "nvptx64"))]
-    lane::async_copy(target.address(i), there.then(|| source.address(j)), size_of::<T>() as u32);
+    {
+        let size = size_of::<T>() as u32;
+        lane::async_copy(target.address(i), source.address(j), if there { size } else { 0 }, size);
+    }
 }
 
 /// Ends a group of copies (`cp.async.commit_group`).

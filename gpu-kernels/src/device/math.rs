@@ -169,8 +169,17 @@ pub fn pack_f16(low: f32, high: f32) -> u32 {
     }
 }
 
+/// `x` in f32; the last bit is set where that is not exact, so that rounding on to f16 is as if from `x`.
+#[cfg(not(target_arch = "nvptx64"))]
+fn round_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    let beyond = f64::from(nearest).abs() > x.abs();
+    let towards_zero = nearest.to_bits() - u32::from(beyond);
+    f32::from_bits(if f64::from(nearest) == x || x.is_nan() { nearest.to_bits() } else { towards_zero | 1 })
+}
+
 /// Arithmetic on two f16 in a word, each result rounded to nearest even.
-#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
 macro_rules! two_f16 {
     ($($(#[$meta:meta])* $name:ident($($arg:ident),*): $instruction:literal, |$($x:ident),*| $value:expr;)*) => {$(
         $(#[$meta])*
@@ -190,7 +199,7 @@ macro_rules! two_f16 {
                 let half = |shift: u32| {
                     // Products are exact in f64, and sums nearly.
                     $(let $x = half::f16::from_bits(($arg >> shift) as u16).to_f64();)*
-                    u32::from(half::f16::from_f64($value).to_bits()) << shift
+                    u32::from(half::f16::from_f32(round_to_odd($value)).to_bits()) << shift
                 };
                 half(0) | half(16)
             }
@@ -198,7 +207,7 @@ macro_rules! two_f16 {
     )*};
 }
 
-#[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
+#[cfg(any(not(target_arch = "nvptx64"), sm_ge_80))]
 two_f16! {
     /// `a - b`.
     sub_f16(a, b): "sub.rn.f16x2 {},{},{};", |x, y| x - y;

@@ -325,15 +325,15 @@ pub fn atomic_global(address: u64, f: impl Fn(u32) -> u32) -> u32 {
     place.allocation.update(place.offset, f)
 }
 
-/// Starts an asynchronous copy of `size` bytes, at most 16, or of zeros from nowhere.
+/// Starts an asynchronous copy of `size` bytes, at most 16, of which `there` are read; the others become zero.
 #[track_caller]
-pub fn async_copy(to: u32, from: Option<u64>, size: u32) {
+pub fn async_copy(to: u32, from: u64, there: u32, size: u32) {
     let at = Location::caller();
     let (cta, me) = (cta(), me());
     let mut bytes = [0; 16];
-    if let Some(from) = from {
-        let place = checked(touch(from, size.into(), size.into(), Kind::Read), at);
-        place.allocation.load(place.offset, &mut bytes[..size as usize]);
+    if there > 0 {
+        let place = checked(touch(from, there.into(), size.into(), Kind::Read), at);
+        place.allocation.load(place.offset, &mut bytes[..there as usize]);
     }
     let result = cta.smem(|smem| {
         smem.bounds(to, size)?;

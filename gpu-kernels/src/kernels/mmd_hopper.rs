@@ -161,6 +161,7 @@ mod gpu {
     use crate::device::sync::{self, Mbarrier};
     use crate::device::wgmma::{self, F16N64, F16N128, Operand, Registers, Sums};
     use crate::device::{Smem, U32x2, bulk_copy, math, thread, warp};
+    use crate::kernels::group_f16;
     use crate::kernels::lookup::SharedBook;
     use crate::kernels::mmq::units_of;
     use crate::kernels::mmq_wide::load_row;
@@ -338,21 +339,8 @@ mod gpu {
             let offset = UP * math::fma(middle::<F>() as f32, group.scale[h], group.offset[h]);
             math::pack_f16(offset, offset)
         });
-        // 1024 + n, as f16, for n below 1024.
-        const HIGH: u32 = 0x6464_6464;
-        let bias = 0x6400_6400 + (F::BIAS + middle::<F>()) as u32 * 0x0001_0001;
-        let mut out = [U32x4([0; 4]); 4];
-        unroll!(Q in 0..4 { unroll!(I in 0..4 {
-            let selector = if I.is_multiple_of(2) { 0x4140 } else { 0x4342 };
-            let codes = math::prmt(group.codes[2 * Q + I / 2], HIGH, selector);
-            let signed = math::sub_f16(codes, bias);
-            out[Q].0[I] = if F::HAS_OFFSET {
-                math::fma_f16(signed, scales[Q / 2], offsets[Q / 2])
-            } else {
-                math::mul_f16(signed, scales[Q / 2])
-            };
-        }); });
-        out
+        let bias = (F::BIAS + middle::<F>()) as u32;
+        group_f16::of_codes(&group.codes, bias, scales, F::HAS_OFFSET.then_some(offsets))
     }
 
     /// Group `g` of a span in registers; a constant.

@@ -43,6 +43,8 @@ pub mod top_k;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub(crate) mod float_case;
+#[cfg(any(all(target_arch = "nvptx64", sm_ge_80), feature = "emu"))]
+mod group_f16;
 mod int8_tile;
 pub(crate) mod lookup;
 #[cfg(any(target_arch = "nvptx64", feature = "emu"))]

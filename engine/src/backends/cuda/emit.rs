@@ -755,6 +755,9 @@ impl Emit<'_> {
             },
             append: None,
         };
+        // The kernel for prompts does not rotate its results.
+        let rotates_after = rotated && args.geometry == Geometry::Prompt;
+        args.rotated &= !rotates_after;
         let mut launches = Vec::new();
         if let Some(store) = store {
             match store.rope {
@@ -774,6 +777,11 @@ impl Emit<'_> {
             }
         }
         launches.extend(flash::launch(&args)?.iter());
+        if rotates_after {
+            let (x, n) = (args.out, n * p.n_head * p.head_dim_v);
+            let width = flash::ROTATED_WIDTH as usize;
+            launches.push(hadamard::launch(&hadamard::Args { x, y: x, n, width })?);
+        }
         Ok(launches)
     }
 

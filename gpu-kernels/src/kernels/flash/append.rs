@@ -43,7 +43,7 @@ mod gpu {
     > Attention<C, STAGES, KS, NS, NO, SHARERS, GROUPS>
     {
         /// Whether the entry can append.
-        pub(in super::super) const APPENDS: bool = Self::ASYNC && Self::TILE.q_in_registers();
+        pub(in super::super) const APPENDS: bool = STAGES > 1 && Self::TILE.q_in_registers();
         /// Pairs of the appended key and value that a thread has.
         const PAIRS_OF_THREAD: usize =
             ((Self::TILE.dims[0] + Self::TILE.dims[1]) / 2).div_ceil(Self::THREADS as usize);

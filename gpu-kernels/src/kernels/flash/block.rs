@@ -1,7 +1,7 @@
 //! One block of positions against one tile of rows: what `decode` and `prefill` share, so that their bits agree.
 
 use super::results::Results;
-use super::store::{self, Class, Store};
+use super::store::{self, Class, Raw, Store};
 use super::{Layout, PAGE, SPAN, TRANSFORM, Tile, state};
 use crate::device::mma::{self, FragmentA, FragmentB, FragmentF32};
 use crate::device::{F32x2, Glb, Smem, U32x2, U32x4, math, sync, thread, warp};
@@ -111,15 +111,17 @@ impl<
     const GROUPS: usize,
 > Attention<C, STAGES, KS, NS, NO, SHARERS, GROUPS>
 {
-    pub(super) const TILE: Tile = Tile::new(C::PLANES, STAGES, [KS, NS, NO], [SHARERS, GROUPS]);
+    pub(super) const TILE: Tile = Tile::new(C::KEPT, STAGES, [KS, NS, NO], [SHARERS, GROUPS]);
     pub(super) const LAYOUT: Layout = Self::TILE.layout();
+    /// Whether blocks are unpacked from shared memory.
+    pub(super) const UNPACKS: bool = Self::TILE.raw > 0;
     /// Whether blocks are copied ahead.
-    pub(super) const ASYNC: bool = STAGES > 1;
+    pub(super) const ASYNC: bool = STAGES > 1 || Self::UNPACKS;
     pub(super) const BLOCK: u32 = Self::TILE.block as u32;
     pub(super) const THREADS: u32 = 32 * (SHARERS * GROUPS) as u32;
     pub(super) const TILE_ROWS: u32 = Self::TILE.rows() as u32;
     /// Whether copies go by [`store::copy_in_passes`]; a prefill has no registers for it.
-    const IN_PASSES: bool = Self::ASYNC
+    const IN_PASSES: bool = STAGES > 1
         && Self::TILE.per_token()
         && Self::THREADS.is_multiple_of(Self::TILE.dims[0] as u32)
         && Self::THREADS.is_multiple_of(Self::TILE.dims[1] as u32);
@@ -138,6 +140,37 @@ impl<
         let plane = Self::BLOCK * units;
         let start = if part == 0 { Self::LAYOUT.k } else { Self::LAYOUT.v } as u32;
         Store { rows: Self::smem(), start: start + stage * plane * C::PLANES as u32, plane, units }
+    }
+
+    /// A block of K (0) or V (1) as the cache has it.
+    #[inline(always)]
+    #[track_caller]
+    fn raw(x: &Inputs, part: usize, nth: u32) -> Raw {
+        let [k, v] = x.row_bytes.map(|bytes| Self::BLOCK * bytes);
+        let blocks = Smem::dynamic(16 * Self::LAYOUT.end as u32, Self::TILE.raw as u32 * (k + v) / 4);
+        let words = blocks.skip((nth * (k + v) + if part == 0 { 0 } else { k }) / 4);
+        Raw { words, row_bytes: x.row_bytes[part] }
+    }
+
+    /// Unpacks a block of K and V, whose copy has arrived, into the tile of stage `stage`.
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
+    #[track_caller]
+    pub(super) fn unpack(x: &Inputs, nth: u32, stage: u32) {
+        const {
+            let [k, v] = Self::TILE.dims;
+            let [k, v] = [Raw::pass_threads(k as u32 / 8), Raw::pass_threads(v as u32 / 8)];
+            assert!(!Self::UNPACKS || Self::THREADS.is_multiple_of(k) && Self::THREADS.is_multiple_of(v));
+        };
+        let parts = math::opaque(2);
+        let mut part = 0;
+        while part < parts {
+            let of = |pair: [u32; 2]| if part == 0 { pair[0] } else { pair[1] };
+            let [raw_k, raw_v] = [Self::raw(x, 0, nth), Self::raw(x, 1, nth)];
+            let [k, v] = [Self::store(0, stage), Self::store(1, stage)];
+            let (from, to) = if part == 0 { (raw_k, k) } else { (raw_v, v) };
+            from.unpack(of(x.format), &to, Self::BLOCK, of(x.head_dim), Self::THREADS);
+            part += 1;
+        }
     }
 
     /// The queries in shared memory, for good or until they are in registers.
@@ -167,7 +200,7 @@ impl<
         FragmentA(mma::load_x4(queries.rows, plane * queries.plane + at))
     }
 
-    /// Starts (or, if not asynchronous, does) the copy of a block of K and V.
+    /// Starts (or, if not asynchronous, does) the copy of a block of K and V to a stage, of those that are unpacked or not.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
     pub(super) fn load(x: &Inputs, kv_head: u32, page: u32, block: u32, len: u32, stage: u32) {
@@ -180,6 +213,12 @@ impl<
             unroll!(PART in 0..2 {
                 let to = Self::store(PART, stage);
                 store::copy_in_passes(from(PART), to, Self::BLOCK, n_valid, x.head_dim[PART], Self::THREADS);
+            });
+            return;
+        }
+        if Self::UNPACKS {
+            unroll!(PART in 0..2 {
+                Self::raw(x, PART, stage).copy(from(PART), Self::BLOCK, n_valid, Self::THREADS);
             });
             return;
         }

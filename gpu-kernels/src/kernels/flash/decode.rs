@@ -85,6 +85,11 @@ impl<
     const GROUPS: usize,
 > Attention<C, STAGES, KS, NS, NO, SHARERS, GROUPS>
 {
+    /// Blocks that there is room for copies of, and how many are under way when one is waited for. All of those that are
+    /// unpacked: the next copy starts as soon as that is done.
+    const COPIES: u32 = if Self::UNPACKS { Self::TILE.raw as u32 } else { STAGES as u32 };
+    const AHEAD: u32 = if Self::UNPACKS { Self::COPIES } else { STAGES as u32 - 1 };
+
     /// Starts the copy of block `next`, if it comes before `end`, and goes on to the one after.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
@@ -296,7 +301,7 @@ impl<
         }
         let mut next = block;
         let mut stage = 0;
-        while stage + 1 < STAGES as u32 {
+        while stage < Self::AHEAD {
             Self::copy_next(&x, tile, &mut pages, &mut next, end, len, stage);
             stage += 1;
         }
@@ -315,14 +320,20 @@ impl<
         let mut stage = 0;
         while block < end {
             // The block is there, and everyone is done with the one before.
-            if STAGES > 2 {
+            if Self::AHEAD > 1 {
                 async_copy::wait::<1>();
             } else if Self::ASYNC {
                 async_copy::wait::<0>();
             }
             sync::sync_threads();
-            let ahead = if stage == 0 { STAGES as u32 - 1 } else { stage - 1 };
-            Self::copy_next(&x, tile, &mut pages, &mut next, end, len, ahead);
+            if Self::UNPACKS {
+                Self::unpack(&x, stage, 0);
+                sync::sync_threads();
+                Self::copy_next(&x, tile, &mut pages, &mut next, end, len, stage);
+            } else {
+                let ahead = if stage == 0 { STAGES as u32 - 1 } else { stage - 1 };
+                Self::copy_next(&x, tile, &mut pages, &mut next, end, len, ahead);
+            }
             if !Self::ASYNC {
                 sync::sync_threads();
             }
@@ -333,9 +344,10 @@ impl<
             let first = block * Self::BLOCK;
             let masked = first < low || first + Self::BLOCK > high;
             let place = |row| [tile.token, tile.head + if row < tile.n { row } else { 0 }];
-            Self::block(&x, &q, masked, |_| [low, high], place, &mut part, first, stage);
+            let filled = if Self::UNPACKS { 0 } else { stage };
+            Self::block(&x, &q, masked, |_| [low, high], place, &mut part, first, filled);
             block += 1;
-            stage = if stage + 1 < STAGES as u32 { stage + 1 } else { 0 };
+            stage = if stage + 1 < Self::COPIES { stage + 1 } else { 0 };
             if block == end || block.is_multiple_of(Self::N_BLOCKS) {
                 if x.n_spans > 0 {
                     Self::store_rows(&x, tile, &part, Some((block - 1) / Self::N_BLOCKS));

@@ -1,7 +1,7 @@
 //! The entries of `for_each_table`.
 
 use super::block::{Appended, Attention, Inputs};
-use super::store::{Class, Half, Split};
+use super::store::{Class, Half, Split, Unpacked};
 use crate::device::{F32x2, Glb, U32x2};
 
 /// Entry of a tile.

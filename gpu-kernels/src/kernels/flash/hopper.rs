@@ -1,5 +1,5 @@
 //! Prompts on Hopper (sm_90a): 128 rows at a time by `wgmma`, in three warpgroups of their own kinds. Contract and arguments
-//! are `mod.rs`'s, for an F16 cache and without slopes; bits are this kernel's own.
+//! are `mod.rs`'s, for the classes `f16` and `wide` and without slopes; bits are this kernel's own.
 //!
 //! * Order of sums: one online softmax per row over blocks of [`Hopper::BLOCK`] positions, counted from position 0, in
 //!   order; no spans. A block that a row does not see changes no bit of it, so a row depends on shapes and its own
@@ -8,12 +8,15 @@
 //!   first. Runs of rows of one sequence are walked one after the other; to the rows of others nothing is visible.
 //! * Producers, four warps: copies of 16 bytes from the pages of the cache into rings of blocks of K and of V, permuted as
 //!   `wgmma` wants them, which a bulk copy would not do. A block is told of once the next is under way.
+//! * Class `wide`: producers copy pieces of K and V as the cache has them into a ring of their own, and unpack each into its
+//!   place while all but one of the others are under way. One barrier of theirs a piece.
 //! * Consumers, two warpgroups of 64 rows: scores of block j + 1 are begun before the values of block j, so that tensor
 //!   cores work on those while the softmax of j + 1 is computed. The two take turns to begin products, so that one's
 //!   softmax runs beside the other's products.
 //! * Probabilities never leave registers: a warp's scores are the fragments of A. V is read transposed.
 //! * Sums of probabilities are of those in f32, each lane's columns apart until the end.
 
+use super::store::{Raw, Rows};
 use super::{CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, NO_SEQUENCE, PAGE, state};
 use crate::device::mma::FragmentA;
 use crate::device::sync::{self, Mbarrier};
@@ -34,6 +37,8 @@ const ABSENT: u32 = NO_SEQUENCE - 1;
 /// Named barriers: turns of the two consumer warpgroups, and each group by itself.
 const TURN: u32 = 1;
 const GROUP: u32 = 3;
+/// And the producers, where they unpack.
+const PIECE_ARRIVED: u32 = 5;
 
 /// Scores of a block in registers.
 trait Scores: Registers {
@@ -106,6 +111,9 @@ struct Inputs {
     n_head_kv: u32,
     /// Elements of a row of K and of V.
     head_dim: [u32; 2],
+    /// Bytes of one, and its format.
+    row_bytes: [u32; 2],
+    format: [u32; 2],
     flags: u32,
     window: u32,
     /// Factor on q·k, with that from natural to binary logarithms in it where nothing comes between.
@@ -172,17 +180,58 @@ struct Place {
     parity: u32,
 }
 
-/// The kernel: key rows of `KC` times 64 elements; `S` registers of scores and `O` of outputs; `STEPS` steps of 16 in a
-/// block; `STAGES` blocks in either ring.
-struct Hopper<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>;
+/// Where chunk `c` of row `r` lies in a tile of `rows` rows: pieces of 64 elements follow each other.
+#[inline(always)]
+fn place(rows: u32, r: u32, c: u32) -> u32 {
+    c / 8 * rows * 8 + Operand::place(r, c % 8)
+}
 
-impl<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>
-    Hopper<KC, S, O, STEPS, STAGES>
+/// Rows from `first` on of a tile of `rows` rows of `KC` times 64 elements.
+struct Permuted<const KC: usize> {
+    chunks: Smem<U32x4>,
+    start: u32,
+    rows: u32,
+    first: u32,
+}
+
+impl<const KC: usize> Rows for Permuted<KC> {
+    #[inline(always)]
+    fn units(&self) -> u32 {
+        8 * KC as u32
+    }
+    #[inline(always)]
+    #[track_caller]
+    fn put(&self, r: u32, c: u32, unit: U32x4) {
+        self.chunks.st(self.start + place(self.rows, self.first + r, c), unit);
+    }
+}
+
+/// The kernel: key rows of `KC` times 64 elements; `S` registers of scores and `O` of outputs; `STEPS` steps of 16 in a
+/// block; `STAGES` blocks in either ring; `PIECES` times `PIECE` positions as the cache has them, none where it has f16.
+struct Hopper<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const PIECE: usize,
+    const PIECES: usize,
+>;
+
+impl<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const PIECE: usize,
+    const PIECES: usize,
+> Hopper<KC, S, O, STEPS, STAGES, PIECE, PIECES>
 where
     Sums<S>: Scores,
     Sums<O>: Outputs,
 {
-    const TILE: HopperTile = HopperTile::new([KC, S, O, STEPS], STAGES);
+    const TILE: HopperTile = HopperTile::new([KC, S, O, STEPS], STAGES, [PIECE, PIECES]);
     /// Positions of a block.
     const BLOCK: u32 = Self::TILE.block as u32;
     /// 16-byte chunks of a row of K and of V in shared memory.
@@ -243,12 +292,6 @@ where
         }
     }
 
-    /// Where chunk `c` of row `r` lies in a tile of `rows` rows: pieces of 64 elements follow each other.
-    #[inline(always)]
-    fn place(rows: u32, r: u32, c: u32) -> u32 {
-        c / 8 * rows * 8 + Operand::place(r, c % 8)
-    }
-
     /// The rows of the same sequence from `first` on; none of a token that is not there.
     #[inline(always)]
     #[track_caller]
@@ -297,7 +340,7 @@ where
                 let from = from.offset(row(pages[page as usize]) * units as usize + thread as usize);
                 let mut r = 0;
                 while r < PAGE as u32 {
-                    let at = Self::place(Self::BLOCK, PAGE as u32 * page + r + first, c);
+                    let at = place(Self::BLOCK, PAGE as u32 * page + r + first, c);
                     async_copy::copy16(Self::chunks(), to + at, from, r * units);
                     r += pass;
                 }
@@ -308,7 +351,7 @@ where
             while r < math::opaque(Self::BLOCK) {
                 let page = if r < PAGE as u32 { pages[0] } else { pages[1] };
                 let from = from.offset((row(page) + r as usize % PAGE) * given as usize);
-                let at = to + Self::place(Self::BLOCK, r, c);
+                let at = to + place(Self::BLOCK, r, c);
                 async_copy::copy16_or_zero(Self::chunks(), at, from, c, r < n_valid);
                 r += pass;
             }
@@ -324,9 +367,130 @@ where
         let mut i = thread::thread_idx_x();
         while i < STAGES as u32 * Self::BLOCK * pad {
             let (r, c) = (i / pad, given + i % pad);
-            let at = Self::stage(part, r / Self::BLOCK) + Self::place(Self::BLOCK, r % Self::BLOCK, c);
+            let at = Self::stage(part, r / Self::BLOCK) + place(Self::BLOCK, r % Self::BLOCK, c);
             Self::chunks().st(at, U32x4([0; 4]));
             i += 32 * PRODUCERS;
+        }
+    }
+
+    /// Called by a producer warp whose part of K (0) or V (1) of a stage is there.
+    #[inline(always)]
+    #[track_caller]
+    fn tell(part: u32, place: Place) {
+        sync::fence_async_proxy();
+        warp::sync_warp();
+        if thread::lane_id() == 0 {
+            let full = if part == 0 { Self::full(0, place) } else { Self::full(1, place) };
+            full.arrive();
+        }
+    }
+
+    /// The nth of the pieces of a run, in the order in which they are copied and unpacked: K or V, and its first position.
+    #[inline(always)]
+    fn piece(run: &Run, nth: u32) -> (u32, u32) {
+        let per_part = Self::BLOCK / PIECE as u32;
+        let block = run.block + nth / (2 * per_part);
+        (nth / per_part % 2, block * Self::BLOCK + nth % per_part * PIECE as u32)
+    }
+
+    /// The page of a piece; any if it has none.
+    #[inline(always)]
+    #[track_caller]
+    fn page(x: &Inputs, run: &Run, n: u32, nth: u32) -> u32 {
+        let (_, position) = Self::piece(run, nth);
+        if nth < n && position < run.len {
+            x.pages.ld_early(run.first_page + position / PAGE as u32)
+        } else {
+            0
+        }
+    }
+
+    /// The room of a piece of K or V.
+    #[inline(always)]
+    #[track_caller]
+    fn raw(x: &Inputs, part: u32, nth: u32) -> Raw {
+        let bytes = Self::TILE.piece_bytes(x.row_bytes);
+        let pieces = Smem::dynamic(Self::TILE.bytes, PIECES as u32 * bytes / 4);
+        let row_bytes = if part == 0 { x.row_bytes[0] } else { x.row_bytes[1] };
+        Raw { words: pieces.skip(nth % PIECES as u32 * bytes / 4), row_bytes }
+    }
+
+    /// Starts the copy of a piece, if the run has it.
+    #[inline(always)]
+    #[track_caller]
+    fn copy_piece(x: &Inputs, run: &Run, n: u32, nth: u32, page: u32) {
+        let (part, position) = Self::piece(run, nth);
+        if nth < n {
+            let raw = Self::raw(x, part, nth);
+            let row = (page as usize * x.n_head_kv as usize + thread::block_idx_y() as usize) * PAGE;
+            let row = row + position as usize % PAGE;
+            let from = if part == 0 { x.cache[0] } else { x.cache[1] };
+            let from = from.cast::<u8>().offset(row * raw.row_bytes as usize);
+            raw.copy(from, PIECE as u32, run.len.saturating_sub(position), 32 * PRODUCERS);
+        }
+        async_copy::commit();
+    }
+
+    /// What the producers do where the cache has blocks: pieces are copied ahead as they are, and unpacked.
+    #[inline(always)]
+    #[track_caller]
+    fn produce_unpacked(x: &Inputs) {
+        const {
+            assert!(PIECES == 0 || PIECE <= PAGE && Self::UNITS[0] == Self::UNITS[1]);
+            assert!((32 * PRODUCERS).is_multiple_of(Raw::pass_threads(Self::UNITS[0])));
+        }
+        unroll!(PART in 0..2 { Self::pad(x, PART); });
+        let mut place = Self::FIRST;
+        let mut first = 0;
+        while first < x.tile().n {
+            let run = Self::run(x, first);
+            first = run.rows[1];
+            let per_part = Self::BLOCK / PIECE as u32;
+            let n = (run.end - run.block) * 2 * per_part;
+            // Everyone is done with the pieces of the run before.
+            sync::barrier_of(PIECE_ARRIVED, 32 * PRODUCERS);
+            let (mut copied, mut page) = (0, Self::page(x, &run, n, 0));
+            let mut nth = 0;
+            while copied < math::opaque(PIECES as u32 - 1) {
+                Self::copy_piece(x, &run, n, copied, page);
+                copied += 1;
+                page = Self::page(x, &run, n, copied);
+            }
+            while nth < n {
+                // The piece is there, and everyone is done with the one before.
+                if PIECES == 3 {
+                    async_copy::wait::<1>();
+                } else {
+                    async_copy::wait::<2>();
+                }
+                sync::barrier_of(PIECE_ARRIVED, 32 * PRODUCERS);
+                Self::copy_piece(x, &run, n, copied, page);
+                copied += 1;
+                page = Self::page(x, &run, n, copied);
+                let (part, position) = Self::piece(&run, nth);
+                let of_block = position % Self::BLOCK;
+                if of_block == 0 {
+                    let empty = if part == 0 { Self::empty(0, place) } else { Self::empty(1, place) };
+                    empty.wait(place.parity ^ 1);
+                }
+                let of = |pair: [u32; 2]| if part == 0 { pair[0] } else { pair[1] };
+                let stage = of([Self::stage(0, place.slot), Self::stage(1, place.slot)]);
+                let to = Permuted::<KC> {
+                    chunks: Self::chunks(),
+                    start: stage,
+                    rows: Self::BLOCK,
+                    first: of_block,
+                };
+                let raw = Self::raw(x, part, nth);
+                raw.unpack(of(x.format), &to, PIECE as u32, of(x.head_dim), 32 * PRODUCERS);
+                if of_block + PIECE as u32 == Self::BLOCK {
+                    Self::tell(part, place);
+                    if part == 1 {
+                        place = Self::next(place);
+                    }
+                }
+                nth += 1;
+            }
         }
     }
 
@@ -337,14 +501,6 @@ where
         unroll!(PART in 0..2 { Self::pad(x, PART); });
         // What was begun last, which everyone is told of when it has arrived.
         let (mut part, mut begun, mut is_begun) = (0, Self::FIRST, false);
-        let tell = |part: u32, place: Place| {
-            sync::fence_async_proxy();
-            warp::sync_warp();
-            if thread::lane_id() == 0 {
-                let full = if part == 0 { Self::full(0, place) } else { Self::full(1, place) };
-                full.arrive();
-            }
-        };
         let mut place = Self::FIRST;
         let mut first = 0;
         while first < x.tile().n {
@@ -365,7 +521,7 @@ where
                     async_copy::commit();
                     if is_begun {
                         async_copy::wait::<1>();
-                        tell(part, begun);
+                        Self::tell(part, begun);
                     }
                     (part, begun, is_begun) = (PART as u32, place, true);
                 });
@@ -375,7 +531,7 @@ where
         }
         if is_begun {
             async_copy::wait::<0>();
-            tell(part, begun);
+            Self::tell(part, begun);
         }
     }
 
@@ -405,7 +561,7 @@ where
                     math::pack_f16(b[0], b[1]),
                     math::pack_f16(b[2], b[3]),
                 ];
-                chunks.st(Self::place(GROUP_ROWS, r + I as u32 * pass, c), U32x4(words));
+                chunks.st(place(GROUP_ROWS, r + I as u32 * pass, c), U32x4(words));
             });
             r += 4 * pass;
         }
@@ -693,7 +849,11 @@ where
         sync::sync_threads();
         if thread < 32 * PRODUCERS {
             warp::give_registers::<PRODUCER_REGISTERS>();
-            Self::produce(&x);
+            if PIECES > 0 {
+                Self::produce_unpacked(&x);
+            } else {
+                Self::produce(&x);
+            }
         } else {
             warp::take_registers::<CONSUMER_REGISTERS>();
             Self::consume(&x);
@@ -705,7 +865,15 @@ const _: () = assert!(HOPPER_THREADS == 32 * (PRODUCERS + CONSUMERS));
 
 /// Entry of a tile.
 #[inline(always)]
-fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, const STAGES: usize>(
+fn attend<
+    const KC: usize,
+    const S: usize,
+    const O: usize,
+    const STEPS: usize,
+    const STAGES: usize,
+    const PIECE: usize,
+    const PIECES: usize,
+>(
     q: Glb<F32x4>,
     k: Glb<U32x4>,
     v: Glb<U32x4>,
@@ -720,6 +888,10 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
     n_head_kv: u32,
     head_dim_k: u32,
     head_dim_v: u32,
+    row_bytes_k: u32,
+    row_bytes_v: u32,
+    format_k: u32,
+    format_v: u32,
     flags: u32,
     window: u32,
     scale: f32,
@@ -728,7 +900,7 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
     Sums<S>: Scores,
     Sums<O>: Outputs,
 {
-    Hopper::<KC, S, O, STEPS, STAGES>::prompt(Inputs {
+    Hopper::<KC, S, O, STEPS, STAGES, PIECE, PIECES>::prompt(Inputs {
         q,
         cache: [k, v],
         out,
@@ -741,6 +913,8 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
         n_head,
         n_head_kv,
         head_dim: [head_dim_k, head_dim_v],
+        row_bytes: [row_bytes_k, row_bytes_v],
+        format: [format_k, format_v],
         flags,
         window,
         scale,
@@ -750,7 +924,8 @@ fn attend<const KC: usize, const S: usize, const O: usize, const STEPS: usize, c
 
 /// Entries of the table, see `for_each_hopper`.
 macro_rules! entries {
-    ($($dim:literal [$kc:literal $s:literal $o:literal $steps:literal] $stages:literal;)*) => {
+    ($($dim:literal $suffix:literal $class:ident
+        [$kc:literal $s:literal $o:literal $steps:literal] $stages:literal [$piece:literal $pieces:literal];)*) => {
         kernels! {
             in "flash_hopper";
             pub(super) ENTRIES: threads(384, 1), early;
@@ -759,9 +934,11 @@ macro_rules! entries {
                 positions: Glb<u32>, token_sequences: Glb<u32>, sequences: Glb<U32x2>, pages: Glb<u32>,
                 sinks: Glb<f32>,
                 n_tokens: u32, n_head: u32, n_head_kv: u32, head_dim_k: u32, head_dim_v: u32,
+                row_bytes_k: u32, row_bytes_v: u32, format_k: u32, format_v: u32,
                 flags: u32, window: u32, scale: f32, softcap: f32,
             );
-            $(concat!("flash_hopper_", $dim, "_f16") => attend::<$kc, $s, $o, $steps, $stages>;)*
+            $(concat!("flash_hopper_", $dim, "_", $suffix) =>
+                attend::<$kc, $s, $o, $steps, $stages, $piece, $pieces>;)*
         }
     };
 }

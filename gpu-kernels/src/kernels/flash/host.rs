@@ -4,8 +4,8 @@ use crate::kernels::quantise_act::Kind;
 use quant::FormatId;
 
 use super::{
-    Append, CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS, NEOX,
-    OFFSET_VALUES, PLAIN_WARPS, ROTATED, ROTATED_COLUMNS, ROTATED_WIDTH, ROWS, SPAN, TRANSFORM, Tile,
+    Append, CAUSAL, HOPPER_ROWS, HOPPER_THREADS, HopperTile, Kept, MAX_DIM_V, MERGE_COLUMNS, MERGE_THREADS,
+    NEOX, OFFSET_VALUES, PLAIN_WARPS, ROTATED, ROTATED_COLUMNS, ROTATED_WIDTH, ROWS, SPAN, TRANSFORM, Tile,
 };
 use crate::case::Kernel;
 use crate::driver::DeviceInfo;
@@ -77,10 +77,10 @@ struct Variant {
 }
 
 impl Variant {
-    /// CTAs that a multiprocessor runs at a time; a little of its memory goes to each beside what it asks for.
-    fn ctas_per_sm(&self, smem_per_cta_bytes: u32) -> u32 {
+    /// CTAs of so much memory that a multiprocessor runs at a time; a little of its own goes to each beside.
+    fn ctas_per_sm(&self, smem_bytes: u32, smem_per_cta_bytes: u32) -> u32 {
         const RESERVED_BYTES: u32 = 1024;
-        let room = (smem_per_cta_bytes + RESERVED_BYTES) / (self.tile.smem_bytes() + RESERVED_BYTES);
+        let room = (smem_per_cta_bytes + RESERVED_BYTES) / (smem_bytes + RESERVED_BYTES);
         room.clamp(1, self.ctas_per_sm)
     }
 }
@@ -92,12 +92,7 @@ macro_rules! variants {
         const $table: &[Variant] = &[$(Variant {
             class: Class::$class,
             entry: concat!($prefix, $dim, "_", $suffix),
-            tile: Tile::new(
-                if matches!(Class::$class, Class::Split) { 2 } else { 1 },
-                $stages,
-                [$ks, $ns, $no],
-                [$sharers, $groups],
-            ),
+            tile: Tile::new(Kept::$kind, $stages, [$ks, $ns, $no], [$sharers, $groups]),
             ctas_per_sm: $ctas_per_sm,
         }),*];
     };
@@ -105,23 +100,27 @@ macro_rules! variants {
 for_each_table!(variants);
 
 macro_rules! hopper_tiles {
-    ($($dim:literal [$kc:literal $s:literal $o:literal $steps:literal] $stages:literal;)*) => {
-        /// Entries for prompts on Hopper and their tiles, smallest first.
-        const HOPPER: &[(&str, HopperTile)] = &[$(
-            (concat!("flash_hopper_", $dim, "_f16"), HopperTile::new([$kc, $s, $o, $steps], $stages)),
-        )*];
+    ($($dim:literal $suffix:literal $class:ident
+        [$kc:literal $s:literal $o:literal $steps:literal] $stages:literal [$piece:literal $pieces:literal];)*) => {
+        /// Classes for prompts on Hopper, entries and their tiles, smallest first.
+        const HOPPER: &[(Class, &str, HopperTile)] = &[$((
+            Class::$class,
+            concat!("flash_hopper_", $dim, "_", $suffix),
+            HopperTile::new([$kc, $s, $o, $steps], $stages, [$piece, $pieces]),
+        )),*];
     };
 }
 for_each_hopper!(hopper_tiles);
 
-/// The entry for prompts on Hopper and its tile; `None` if none holds the head, a CTA has too little memory, the cache is
-/// not F16 or heads have slopes.
-fn hopper(cache: &Cache, has_slopes: bool, smem_per_cta_bytes: u32) -> Option<(&'static str, HopperTile)> {
-    if has_slopes || [cache.type_k, cache.type_v] != [FormatId::F16; 2] {
-        return None;
-    }
-    let holds = |tile: &HopperTile| cache.head_dim_k <= tile.dims[0] && cache.head_dim_v <= tile.dims[1];
-    HOPPER.iter().copied().find(|(_, tile)| holds(tile) && tile.bytes <= smem_per_cta_bytes)
+/// The entry for prompts on Hopper, its tile and its shared memory; `None` if none holds the head, a CTA has too little
+/// memory, the cache has F32 or BF16 or heads have slopes.
+fn hopper(cache: &Cache, has_slopes: bool, smem_per_cta_bytes: u32) -> Option<(&'static str, u32)> {
+    let (class, row_bytes) = (Class::of([cache.type_k, cache.type_v]), row_bytes(cache).ok()?);
+    let mut found = HOPPER.iter().filter(|(of, _, tile)| {
+        let holds = cache.head_dim_k <= tile.dims[0] && cache.head_dim_v <= tile.dims[1];
+        *of == class && holds && !has_slopes && tile.smem_bytes(row_bytes) <= smem_per_cta_bytes
+    });
+    found.next().map(|(_, entry, tile)| (*entry, tile.smem_bytes(row_bytes)))
 }
 
 /// How the work is cut; the result does not depend on it, but for [`Geometry::Plain`] and [`Geometry::Prompt`], each of
@@ -256,6 +255,7 @@ impl Launches {
 fn variant(args: &Args) -> Option<Variant> {
     let Cache { type_k, type_v, head_dim_k, head_dim_v, .. } = args.cache;
     let class = Class::of([type_k, type_v]);
+    let row_bytes = row_bytes(&args.cache).ok()?;
     let decodes = [DECODE, LARGE_DECODE, SPLIT_DECODE];
     let prefills = match args.geometry {
         Geometry::Prefill => [PREFILL, NARROW_PREFILL, SPLIT_PREFILL, SPLIT_NARROW_PREFILL].as_slice(),
@@ -264,7 +264,7 @@ fn variant(args: &Args) -> Option<Variant> {
     let mut variants = prefills.iter().chain(&decodes).copied().flatten().copied();
     variants.find(|v| {
         let holds = head_dim_k <= v.tile.dims[0] && head_dim_v <= v.tile.dims[1];
-        v.class == class && holds && v.tile.smem_bytes() <= args.smem_per_cta_bytes
+        v.class == class && holds && v.tile.smem_bytes(row_bytes) <= args.smem_per_cta_bytes
     })
 }
 
@@ -420,20 +420,21 @@ impl<'a> Checked<'a> {
     fn prompt(&self) -> Result<Launch, LaunchError> {
         let (check, args) = (Check(Flash::NAME), self.args);
         let has_slopes = args.slopes != DevicePtr::NULL;
-        let (entry, tile) = hopper(&args.cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
-            let got = args.cache.head_dim_k.max(args.cache.head_dim_v);
-            check.shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", got)
-        })?;
+        let (entry, smem_bytes) =
+            hopper(&args.cache, has_slopes, args.smem_per_cta_bytes).ok_or_else(|| {
+                let got = args.cache.head_dim_k.max(args.cache.head_dim_v);
+                check.shape("head_dim of Geometry::Prompt", "what Geometry::of_prompt knows", got)
+            })?;
         let params = Params::new().with(args.q).with(args.cache.k).with(args.cache.v).with(args.out);
         let params = self.addresses[..5].iter().fold(params, |params, &at| params.with(at));
-        let params = self.sizes[..5].iter().fold(params, |params, &size| params.with(size));
+        let params = self.sizes.iter().fold(params, |params, &size| params.with(size));
         let tiles = (args.step.n_tokens * self.group).div_ceil(HOPPER_ROWS as usize);
         Ok(Launch {
             entry,
             grid: [check.size("tiles", tiles)?, self.n_head_kv, 1],
             cta: HOPPER_THREADS,
             cluster: 1,
-            smem_bytes: tile.bytes,
+            smem_bytes,
             params: params.with(self.flags).with(self.window).with(self.scale).with(args.softcap),
         })
     }
@@ -447,12 +448,14 @@ impl<'a> Checked<'a> {
             check.shape("shared memory per CTA", "enough for the head's smallest tile", got)
         })?;
         let tile = variant.tile;
+        let smem_bytes = tile.smem_bytes([self.sizes[5], self.sizes[6]]);
         let tiles = self.group.div_ceil(tile.rows());
         let (mut n_spans, mut shares) = (0, 1);
         if let Geometry::Split { n_spans: room, n_sm } = args.geometry {
             n_spans = check.size("n_spans", room)?;
             // As many CTAs as the device runs at a time, if there are spans for them: all start together and end together.
-            let at_a_time = n_sm.saturating_mul(variant.ctas_per_sm(args.smem_per_cta_bytes)) as usize;
+            let at_a_time =
+                n_sm.saturating_mul(variant.ctas_per_sm(smem_bytes, args.smem_per_cta_bytes)) as usize;
             shares = (at_a_time / (n_tokens * cache.n_head_kv * tiles)).clamp(1, room);
         }
         let grid = if tile.per_token() {
@@ -478,7 +481,7 @@ impl<'a> Checked<'a> {
             grid,
             cta: 32 * (tile.sharers * tile.row_groups) as u32,
             cluster: 1,
-            smem_bytes: tile.smem_bytes(),
+            smem_bytes,
             params: appended.iter().fold(params.with(n_spans), |params, &at| params.with(at)),
         };
         Ok(Launches { attention, merge: (n_spans > 0).then(|| self.merge(n_spans)) })

@@ -11,9 +11,10 @@
 //!   dimensions are multiples of 8, at most (576, 512). Arrays are 16-byte aligned. Nothing overlaps. Everything
 //!   that changes from step to step is in device memory, so a captured launch can be replayed.
 //! * Entries: `flash_{decode,prefill}_{dim}_{class}`. `dim` 64, 128, 256, 576 holds the head (the rest is zeros). Class
-//!   `f16`: F16 cache, copied asynchronously. `wide`: F16 and block formats in any pair, widened to f16 on
-//!   the way into shared memory. `split`: any pair with F32 or BF16 in it; all operands (q, k, v, p) are kept as a sum of two
-//!   bf16, 16 bits of mantissa over f32's range, and multiplied as three products.
+//!   `f16`: F16 cache, copied asynchronously. `wide`: F16 and block formats in any other pair, copied asynchronously as they
+//!   are, too, and unpacked to f16 in shared memory (head 576, whose tile leaves no room for that on every GPU: unpacked on
+//!   the way there). `split`: any pair with F32 or BF16 in it; all operands (q, k, v, p) are kept as a sum of two bf16, 16
+//!   bits of mantissa over f32's range, and multiplied as three products.
 //! * Geometry: rows of a tile are (token, head of a KV head's group), 16 to a fragment. Prefill: 8 warps with 16 rows
 //!   each (head 256: two warps share 16 rows, 4 warps where shared memory is short), grid [tiles, kv heads], long rows
 //!   first. Decode, and prefill of head 576, whose groups fill tiles: 4 warps (class `split` with head 256: 2) share 16
@@ -43,7 +44,9 @@
 //! whole, (4) tiles are swizzled: no bank conflicts for ldmatrix or copies, (5) one barrier per block of a prefill, so
 //! that one warp's softmax runs beside another's products, (6) a decode's copies go on across spans, two blocks ahead:
 //! 128 KiB of the cache are under way per SM, (7) a decode's rows all see the same, so what they see stays in registers,
-//! read from the step's inputs before the wait for earlier launches.
+//! read from the step's inputs before the wait for earlier launches, (8) blocks of 32 become f16 two at a time, Q8_0 by 2.8
+//! instructions a value (SASS of sm_90a). A lane takes a block out of nine words; with heads of 64 and 128 neither these loads
+//! nor the stores of a warp meet in a bank.
 
 /// Calls a macro with each table of entries: the kernel's name, its own, the entries' first part, threads and CTAs per
 /// SM, then per row head dimension, class, how operands are kept, blocks in shared memory (1: copied when they are
@@ -56,26 +59,26 @@ macro_rules! for_each_table {
         $callback! { "flash" DECODE "flash_decode_" (128, 3)
             64 "f16" F16 Half 3 [4 2 2] [4 1];
             128 "f16" F16 Half 3 [8 2 4] [4 1];
-            64 "wide" Wide Half 1 [4 2 2] [4 1];
-            128 "wide" Wide Half 1 [8 2 4] [4 1];
+            64 "wide" Wide Unpacked 1 [4 2 2] [4 1];
+            128 "wide" Wide Unpacked 1 [8 2 4] [4 1];
         }
         $callback! { "flash" LARGE_DECODE "flash_decode_" (128, 2)
             256 "f16" F16 Half 3 [16 1 8] [4 1];
             576 "f16" F16 Half 2 [36 1 16] [4 1];
-            256 "wide" Wide Half 1 [16 1 8] [4 1];
+            256 "wide" Wide Unpacked 1 [16 1 8] [4 1];
             576 "wide" Wide Half 1 [36 1 16] [4 1];
         }
         $callback! { "flash" PREFILL "flash_prefill_" (256, 1)
             64 "f16" F16 Half 2 [4 8 8] [1 8];
             128 "f16" F16 Half 2 [8 8 16] [1 8];
             256 "f16" F16 Half 2 [16 2 16] [2 4];
-            64 "wide" Wide Half 1 [4 8 8] [1 8];
-            128 "wide" Wide Half 1 [8 8 16] [1 8];
-            256 "wide" Wide Half 1 [16 2 16] [2 4];
+            64 "wide" Wide Unpacked 1 [4 8 8] [1 8];
+            128 "wide" Wide Unpacked 1 [8 8 16] [1 8];
+            256 "wide" Wide Unpacked 1 [16 2 16] [2 4];
         }
         $callback! { "flash" NARROW_PREFILL "flash_prefill_narrow_" (128, 2)
             256 "f16" F16 Half 2 [16 2 16] [2 2];
-            256 "wide" Wide Half 1 [16 2 16] [2 2];
+            256 "wide" Wide Unpacked 1 [16 2 16] [2 2];
         }
         $callback! { "flash_split" SPLIT_DECODE "flash_decode_" (128, 2)
             64 "split" Split Split 1 [4 1 2] [4 1];
@@ -94,14 +97,18 @@ macro_rules! for_each_table {
     };
 }
 
-/// Calls a macro with the tiles of `hopper.rs`: the head dimension that a tile holds, [pieces of 64 elements of a key row,
-/// registers of scores and of outputs, steps of 16 positions], blocks in either ring.
+/// Calls a macro with the tiles of `hopper.rs`: the head dimension that a tile holds, class, [pieces of 64 elements of a key
+/// row, registers of scores and of outputs, steps of 16 positions], blocks in either ring, [positions that are copied
+/// together as the cache has them, how many of those have room].
 macro_rules! for_each_hopper {
     ($callback:ident) => {
         $callback! {
-            64 [1 64 32 8] 3;
-            128 [2 64 64 8] 3;
-            256 [4 32 128 4] 2;
+            64 "f16" F16 [1 64 32 8] 3 [0 0];
+            128 "f16" F16 [2 64 64 8] 3 [0 0];
+            256 "f16" F16 [4 32 128 4] 2 [0 0];
+            64 "wide" Wide [1 64 32 8] 3 [64 4];
+            128 "wide" Wide [2 64 64 8] 2 [64 4];
+            256 "wide" Wide [4 32 128 4] 2 [32 3];
         }
     };
 }
@@ -191,6 +198,37 @@ struct Tile {
     row_groups: usize,
     /// Blocks in shared memory: while one is computed the others are copied.
     stages: usize,
+    /// Blocks in shared memory beside these as the cache has them: their bytes follow the rest.
+    raw: usize,
+}
+
+/// How operands are kept in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// f16.
+    Half,
+    /// f16, unpacked from blocks that are copied ahead as the cache has them.
+    Unpacked,
+    /// bf16, and bf16 of the rest.
+    Split,
+}
+
+impl Kept {
+    const fn planes(self) -> usize {
+        match self {
+            Kept::Half | Kept::Unpacked => 1,
+            Kept::Split => 2,
+        }
+    }
+
+    /// Blocks copied ahead as the cache has them. Two: one under way all the time, a second most of it. A third would cost a
+    /// CTA per SM with heads of 128 in Q8_0.
+    const fn raw(self) -> usize {
+        match self {
+            Kept::Unpacked => 2,
+            Kept::Half | Kept::Split => 0,
+        }
+    }
 }
 
 /// Offsets of a CTA's shared memory in 16-byte units, and the whole.
@@ -212,7 +250,7 @@ struct Layout {
 
 impl Tile {
     const fn new(
-        planes: usize,
+        kept: Kept,
         stages: usize,
         [key_steps, score_columns, out_columns]: [usize; 3],
         [sharers, row_groups]: [usize; 2],
@@ -220,10 +258,11 @@ impl Tile {
         Tile {
             dims: [16 * key_steps, 8 * out_columns * sharers],
             block: 8 * score_columns * sharers,
-            planes,
+            planes: kept.planes(),
             sharers,
             row_groups,
             stages,
+            raw: kept.raw(),
         }
     }
 
@@ -241,9 +280,10 @@ impl Tile {
         self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 150
     }
 
+    /// Of a CTA over a cache whose rows have so many bytes.
     #[cfg(not(target_arch = "nvptx64"))]
-    const fn smem_bytes(&self) -> u32 {
-        16 * self.layout().end as u32
+    const fn smem_bytes(&self, row_bytes: [u32; 2]) -> u32 {
+        16 * self.layout().end as u32 + (self.raw * self.block) as u32 * (row_bytes[0] + row_bytes[1])
     }
 
     const fn layout(&self) -> Layout {
@@ -288,20 +328,33 @@ struct HopperTile {
     parts: [usize; 2],
     /// What each row sees; barriers follow.
     rows: usize,
-    /// The whole, in bytes.
+    /// Positions that are copied together as the cache has them, and how many of those have room, behind the rest.
+    raw: [usize; 2],
+    /// All but that, in bytes.
     bytes: u32,
 }
 
 #[cfg(any(not(target_arch = "nvptx64"), sm_90a))]
 impl HopperTile {
-    const fn new([pieces, scores, outputs, steps]: [usize; 4], stages: usize) -> HopperTile {
+    const fn new([pieces, scores, outputs, steps]: [usize; 4], stages: usize, raw: [usize; 2]) -> HopperTile {
         let (dims, block) = ([64 * pieces, 2 * outputs], 2 * scores);
         assert!(block == 16 * steps && block.is_multiple_of(PAGE));
         let k = HOPPER_ROWS as usize * dims[0] / 8;
         let v = k + stages * block * dims[0] / 8;
         let rows = v + stages * block * dims[1] / 8;
         let barriers = rows + HOPPER_ROWS as usize;
-        HopperTile { dims, block, parts: [k, v], rows, bytes: (16 * barriers + 8 * 4 * stages) as u32 }
+        HopperTile { dims, block, parts: [k, v], rows, raw, bytes: (16 * barriers + 8 * 4 * stages) as u32 }
+    }
+
+    /// Bytes of a piece of either part of a cache whose rows have so many.
+    const fn piece_bytes(&self, [k, v]: [u32; 2]) -> u32 {
+        self.raw[0] as u32 * if k > v { k } else { v }
+    }
+
+    /// Of a CTA over such a cache.
+    #[cfg(not(target_arch = "nvptx64"))]
+    const fn smem_bytes(&self, row_bytes: [u32; 2]) -> u32 {
+        self.bytes + self.raw[1] as u32 * self.piece_bytes(row_bytes)
     }
 }
 

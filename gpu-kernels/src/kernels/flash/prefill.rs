@@ -102,19 +102,40 @@ impl<
                     next_page = page(first_page, block + 1);
                 }
             }
+            if Self::UNPACKS {
+                if block + 1 < end {
+                    Self::load(x, thread::block_idx_y(), next_page, block + 1, len, 1);
+                }
+                async_copy::commit();
+                if block + 2 < end {
+                    next_page = page(first_page, block + 2);
+                }
+            }
         }
         while block < end {
             let mut part = Part::<NO>::EMPTY;
             let next = (block / Self::N_BLOCKS + 1) * Self::N_BLOCKS;
             let span_end = if next < end { next } else { end };
             while block < span_end {
-                if Self::ASYNC {
+                if Self::UNPACKS {
+                    async_copy::wait::<1>();
+                } else if Self::ASYNC {
                     async_copy::wait::<0>();
                 }
                 sync::sync_threads();
                 let walk = 2 * math::fresh(thread::warp_id());
                 let U32x4([first_page, len, end, _]) = Self::views().ld(walk + 1);
-                if Self::ASYNC {
+                if Self::UNPACKS {
+                    Self::unpack(x, stage, 0);
+                    sync::sync_threads();
+                    if block + 2 < end {
+                        Self::load(x, thread::block_idx_y(), next_page, block + 2, len, stage);
+                        if block + 3 < end {
+                            next_page = page(first_page, block + 3);
+                        }
+                    }
+                    async_copy::commit();
+                } else if Self::ASYNC {
                     if block + 1 < end {
                         Self::load(x, thread::block_idx_y(), next_page, block + 1, len, stage ^ 1);
                         async_copy::commit();
@@ -139,7 +160,8 @@ impl<
                         let flat = tile.first + if row < tile.n { row } else { 0 };
                         [flat / group, thread::block_idx_y() * group + flat % group]
                     };
-                    Self::block(x, q, masked, limits, place, &mut part, first, stage);
+                    let filled = if Self::UNPACKS { 0 } else { stage };
+                    Self::block(x, q, masked, limits, place, &mut part, first, filled);
                 }
                 block += 1;
                 if Self::ASYNC {

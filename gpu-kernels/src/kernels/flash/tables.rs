@@ -43,7 +43,9 @@ const BENCH: &[Case] = &[
     Case { sequences: &[(32_768, 1)], geometry: split(65_536), ..BENCH_BASE },
     Case { sequences: &[(131_072, 1)], geometry: split(131_072), ..BENCH_BASE },
     Case { types: [FormatId::Q8_0; 2], sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
+    Case { types: [FormatId::Q4_0; 2], sequences: &[(32_768, 1)], geometry: split(32_768), ..BENCH_BASE },
     Case { sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
+    Case { types: [FormatId::Q8_0; 2], sequences: &[(4096, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
     Case { sequences: &[(16_384, 512)], geometry: Geometry::Prefill, ..BENCH_BASE },
     Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_BASE },
     Case { sequences: &[(16_384, 1)], geometry: split(16_384), ..BENCH_256 },
@@ -291,6 +293,53 @@ impl Kernel for Flash {
             n_head_kv: 1,
             ..BASE
         },
+        // Unpacked: a block's and a page's edges, tokens of padding, several shares, few positions to see.
+        Case {
+            types: [FormatId::Q8_0, FormatId::Q4_0],
+            dims: [128, 128],
+            sequences: &[(1, 1), (63, 1), (64, 1), (0, 0), (65, 1), (129, 1)],
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q4_0, FormatId::Q8_0],
+            dims: [128, 128],
+            sequences: &[(700, 1), (0, 0), (256, 1)],
+            n_head: 8,
+            geometry: split(768),
+            ..BASE
+        },
+        Case { types: [FormatId::Q5_0; 2], dims: [128, 128], window: 70, sequences: &[(400, 1)], ..BASE },
+        Case { types: [FormatId::Q5_1; 2], dims: [128, 128], sequences: &[(193, 1)], ..BASE },
+        Case { types: [FormatId::Q4_1; 2], sequences: &[(130, 1)], n_head: 6, ..BASE },
+        Case { types: [FormatId::Q5_0, FormatId::Q4_1], dims: [256, 256], sequences: &[(97, 1)], ..BASE },
+        Case { types: [FormatId::F16, FormatId::Q8_0], sequences: &[(200, 1)], softcap: 5.0, ..BASE },
+        // Heads that do not fill a tile, with rows whose blocks begin between words.
+        Case { types: [FormatId::Q8_0, FormatId::Q5_0], dims: [96, 32], sequences: &[(140, 1)], ..BASE },
+        Case { types: [FormatId::Q5_0, FormatId::Q8_0], dims: [160, 192], sequences: &[(70, 1)], ..BASE },
+        Case { types: [FormatId::Q4_0, FormatId::F16], dims: [96, 72], sequences: &[(70, 1)], ..BASE },
+        // In tiles of many tokens.
+        Case {
+            types: [FormatId::Q4_0, FormatId::Q5_1],
+            dims: [128, 128],
+            sequences: &[(300, 20), (0, 0), (40, 3), (1, 1), (130, 60)],
+            n_head: 6,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q5_0, FormatId::Q4_1],
+            dims: [96, 64],
+            sequences: &[(300, 70)],
+            window: 100,
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::F16],
+            sequences: &[(64, 17), (129, 20)],
+            geometry: Geometry::Prefill,
+            ..BASE
+        },
         Case {
             types: [FormatId::Q8_0; 2],
             dims: [256, 256],
@@ -434,22 +483,59 @@ impl Kernel for FlashHopper {
         Case { softcap: 5.0, sequences: &[(190, 20)], ..PROMPT },
         Case { sinks: true, sequences: &[(190, 20)], dims: [128, 128], ..PROMPT },
         Case { softcap: 5.0, causal: false, sequences: &[(150, 20)], dims: [128, 128], ..PROMPT },
+        // Unpacked: each format, mixed; edges of pieces, blocks and rings; heads that do not fill a tile; several sequences.
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(1, 1)], ..PROMPT },
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(700, 70)], dims: [128, 128], ..PROMPT },
+        Case { types: [FormatId::Q4_0, FormatId::Q5_1], sequences: &[(129, 65)], ..PROMPT },
+        Case {
+            types: [FormatId::Q5_0, FormatId::Q4_1],
+            sequences: &[(600, 4), (0, 0), (140, 40), (64, 2)],
+            dims: [128, 128],
+            n_head: 3,
+            n_head_kv: 1,
+            ..PROMPT
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::F16],
+            sequences: &[(300, 20), (40, 3)],
+            dims: [96, 72],
+            ..PROMPT
+        },
+        Case {
+            types: [FormatId::Q8_0, FormatId::Q4_0],
+            sequences: &[(230, 40), (33, 1)],
+            dims: [256, 256],
+            n_head: 2,
+            n_head_kv: 1,
+            window: 100,
+            ..PROMPT
+        },
     ];
     /// Prompts of an 8B model and of one with heads of 256, by this kernel and by the one for every GPU.
     const BENCH: &'static [Case] = &[
         Case { sequences: &[(512, 512)], ..BENCH_PROMPT },
         Case { sequences: &[(512, 512)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { sequences: &[(4096, 512)], ..BENCH_PROMPT },
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(4096, 512)], ..BENCH_PROMPT },
         Case { sequences: &[(2048, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(2048, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 512)], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
+        Case { types: [FormatId::Q8_0; 2], sequences: &[(8192, 2048)], ..BENCH_PROMPT },
+        Case { types: [FormatId::Q4_0; 2], sequences: &[(8192, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 8192)], ..BENCH_PROMPT },
         Case { sequences: &[(32_768, 2048)], ..BENCH_PROMPT },
         Case { sequences: &[(32_768, 2048)], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], dims: [64, 64], ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], dims: [64, 64], geometry: Geometry::Prefill, ..BENCH_PROMPT },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prompt, ..BENCH_256 },
+        Case {
+            types: [FormatId::Q8_0; 2],
+            sequences: &[(8192, 2048)],
+            geometry: Geometry::Prompt,
+            ..BENCH_256
+        },
         Case { sequences: &[(8192, 2048)], geometry: Geometry::Prefill, ..BENCH_256 },
         Case { causal: false, sequences: &[(8192, 4096)], ..BENCH_PROMPT },
         Case { causal: false, sequences: &[(8192, 4096)], dims: [64, 64], ..BENCH_PROMPT },
