@@ -36,8 +36,9 @@
 //!   are merged in order. A block or span that a row does not see changes no bit of it. So a row depends on shapes, formats
 //!   and its own positions alone: decode and prefill agree bit for bit.
 //! * Bytes: decode reads the cache once per KV head. FLOPs: 4 · head_dim per row and position.
-//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. Class `split`
-//!   is good to 1e-9, which its own cases demand.
+//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. So are values of
+//!   block formats, once, from what they stand for, which is the definition's. Class `split` is good to 1e-9, which its own
+//!   cases demand.
 //!
 //! Done for speed: (1) the row sum l is a product with a column of ones, so it needs neither unpacking nor shuffles,
 //! (2) rescaling is skipped where no row's maximum moved, (3) masks are applied only in blocks that some row does not see
