@@ -114,7 +114,7 @@ impl<
     pub(super) const TILE: Tile = Tile::new(C::KEPT, STAGES, [KS, NS, NO], [SHARERS, GROUPS]);
     pub(super) const LAYOUT: Layout = Self::TILE.layout();
     /// Whether blocks are unpacked from shared memory.
-    pub(super) const UNPACKS: bool = Self::TILE.raw > 0;
+    pub(super) const UNPACKS: bool = Self::TILE.unpacks;
     /// Whether blocks are copied ahead.
     pub(super) const ASYNC: bool = STAGES > 1 || Self::UNPACKS;
     pub(super) const BLOCK: u32 = Self::TILE.block as u32;
@@ -147,7 +147,8 @@ impl<
     #[track_caller]
     fn raw(x: &Inputs, part: usize, nth: u32) -> Raw {
         let [k, v] = x.row_bytes.map(|bytes| Self::BLOCK * bytes);
-        let blocks = Smem::dynamic(16 * Self::LAYOUT.end as u32, Self::TILE.raw as u32 * (k + v) / 4);
+        let blocks =
+            Smem::dynamic(16 * Self::LAYOUT.end as u32, Self::TILE.raw_blocks(x.row_bytes) * (k + v) / 4);
         let words = blocks.skip((nth * (k + v) + if part == 0 { 0 } else { k }) / 4);
         Raw { words, row_bytes: x.row_bytes[part] }
     }

@@ -85,11 +85,6 @@ impl<
     const GROUPS: usize,
 > Attention<C, STAGES, KS, NS, NO, SHARERS, GROUPS>
 {
-    /// Blocks that there is room for copies of, and how many are under way when one is waited for. All of those that are
-    /// unpacked: the next copy starts as soon as that is done.
-    const COPIES: u32 = if Self::UNPACKS { Self::TILE.raw as u32 } else { STAGES as u32 };
-    const AHEAD: u32 = if Self::UNPACKS { Self::COPIES } else { STAGES as u32 - 1 };
-
     /// Starts the copy of block `next`, if it comes before `end`, and goes on to the one after.
     #[cfg_attr(target_arch = "nvptx64", inline(always))]
     #[track_caller]
@@ -301,7 +296,11 @@ impl<
         }
         let mut next = block;
         let mut stage = 0;
-        while stage < Self::AHEAD {
+        // Blocks that there is room for copies of; with those that are unpacked all of it is used, since the next copy
+        // starts as soon as that is done.
+        let copies = if Self::UNPACKS { Self::TILE.raw_blocks(x.row_bytes) } else { STAGES as u32 };
+        let ahead = if Self::UNPACKS { copies } else { copies - 1 };
+        while stage < ahead {
             Self::copy_next(&x, tile, &mut pages, &mut next, end, len, stage);
             stage += 1;
         }
@@ -320,7 +319,13 @@ impl<
         let mut stage = 0;
         while block < end {
             // The block is there, and everyone is done with the one before.
-            if Self::AHEAD > 1 {
+            if Self::UNPACKS {
+                match copies {
+                    2 => async_copy::wait::<1>(),
+                    3 => async_copy::wait::<2>(),
+                    _ => async_copy::wait::<3>(),
+                }
+            } else if STAGES > 2 {
                 async_copy::wait::<1>();
             } else if Self::ASYNC {
                 async_copy::wait::<0>();
@@ -347,7 +352,7 @@ impl<
             let filled = if Self::UNPACKS { 0 } else { stage };
             Self::block(&x, &q, masked, |_| [low, high], place, &mut part, first, filled);
             block += 1;
-            stage = if stage + 1 < Self::COPIES { stage + 1 } else { 0 };
+            stage = if stage + 1 < copies { stage + 1 } else { 0 };
             if block == end || block.is_multiple_of(Self::N_BLOCKS) {
                 if x.n_spans > 0 {
                     Self::store_rows(&x, tile, &part, Some((block - 1) / Self::N_BLOCKS));

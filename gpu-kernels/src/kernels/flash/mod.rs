@@ -36,8 +36,9 @@
 //!   are merged in order. A block or span that a row does not see changes no bit of it. So a row depends on shapes, formats
 //!   and its own positions alone: decode and prefill agree bit for bit.
 //! * Bytes: decode reads the cache once per KV head. FLOPs: 4 · head_dim per row and position.
-//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. Class `split`
-//!   is good to 1e-9, which its own cases demand.
+//! * Tolerance: NMSE 2e-6: q and p are rounded to f16 (2^-12 relative each), so a score of 20 is off by 0.005. So are values of
+//!   block formats, once, from what they stand for, which is the definition's. Class `split` is good to 1e-9, which its own
+//!   cases demand.
 //!
 //! Done for speed: (1) the row sum l is a product with a column of ones, so it needs neither unpacking nor shuffles,
 //! (2) rescaling is skipped where no row's maximum moved, (3) masks are applied only in blocks that some row does not see
@@ -198,8 +199,8 @@ struct Tile {
     row_groups: usize,
     /// Blocks in shared memory: while one is computed the others are copied.
     stages: usize,
-    /// Blocks in shared memory beside these as the cache has them: their bytes follow the rest.
-    raw: usize,
+    /// Whether these are unpacked from blocks as the cache has them, which lie behind the rest.
+    unpacks: bool,
 }
 
 /// How operands are kept in shared memory.
@@ -218,15 +219,6 @@ impl Kept {
         match self {
             Kept::Half | Kept::Unpacked => 1,
             Kept::Split => 2,
-        }
-    }
-
-    /// Blocks copied ahead as the cache has them. Two: one under way all the time, a second most of it. A third would cost a
-    /// CTA per SM with heads of 128 in Q8_0.
-    const fn raw(self) -> usize {
-        match self {
-            Kept::Unpacked => 2,
-            Kept::Half | Kept::Split => 0,
         }
     }
 }
@@ -262,7 +254,7 @@ impl Tile {
             sharers,
             row_groups,
             stages,
-            raw: kept.raw(),
+            unpacks: matches!(kept, Kept::Unpacked),
         }
     }
 
@@ -280,10 +272,28 @@ impl Tile {
         self.planes == 1 && self.dims[0] / 4 + self.dims[1] / self.sharers <= 150
     }
 
-    /// Of a CTA over a cache whose rows have so many bytes.
+    /// Blocks that have room as the cache has them, whose rows have so many bytes. All are under way until the oldest is
+    /// unpacked. Of heads of 128 in Q8_0 a third would cost a CTA per SM, so two of those bound what narrower rows take.
+    const fn raw_blocks(&self, [k, v]: [u32; 2]) -> u32 {
+        const ROOM: u32 = 2 * 64 * (136 + 136);
+        let bytes = self.block as u32 * (k + v);
+        if !self.unpacks {
+            0
+        } else if !self.per_token() || 3 * bytes > ROOM {
+            // A prefill has no use for more.
+            2
+        } else if 4 * bytes > ROOM {
+            3
+        } else {
+            4
+        }
+    }
+
+    /// Of a CTA over such a cache.
     #[cfg(not(target_arch = "nvptx64"))]
     const fn smem_bytes(&self, row_bytes: [u32; 2]) -> u32 {
-        16 * self.layout().end as u32 + (self.raw * self.block) as u32 * (row_bytes[0] + row_bytes[1])
+        let raw = self.raw_blocks(row_bytes) * self.block as u32 * (row_bytes[0] + row_bytes[1]);
+        16 * self.layout().end as u32 + raw
     }
 
     const fn layout(&self) -> Layout {

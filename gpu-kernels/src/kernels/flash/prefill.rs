@@ -96,15 +96,17 @@ impl<
         if block < end {
             next_page = page(first_page, block);
             if Self::ASYNC {
-                Self::load(x, thread::block_idx_y(), next_page, block, len, 0);
+                let stage = if Self::UNPACKS { block % 2 } else { 0 };
+                Self::load(x, thread::block_idx_y(), next_page, block, len, stage);
                 async_copy::commit();
                 if block + 1 < end {
                     next_page = page(first_page, block + 1);
                 }
             }
+            // Two of those that are unpacked are under way, in places by their numbers.
             if Self::UNPACKS {
                 if block + 1 < end {
-                    Self::load(x, thread::block_idx_y(), next_page, block + 1, len, 1);
+                    Self::load(x, thread::block_idx_y(), next_page, block + 1, len, (block + 1) % 2);
                 }
                 async_copy::commit();
                 if block + 2 < end {
@@ -126,10 +128,10 @@ impl<
                 let walk = 2 * math::fresh(thread::warp_id());
                 let U32x4([first_page, len, end, _]) = Self::views().ld(walk + 1);
                 if Self::UNPACKS {
-                    Self::unpack(x, stage, 0);
+                    Self::unpack(x, block % 2, 0);
                     sync::sync_threads();
                     if block + 2 < end {
-                        Self::load(x, thread::block_idx_y(), next_page, block + 2, len, stage);
+                        Self::load(x, thread::block_idx_y(), next_page, block + 2, len, block % 2);
                         if block + 3 < end {
                             next_page = page(first_page, block + 3);
                         }
@@ -160,11 +162,10 @@ impl<
                         let flat = tile.first + if row < tile.n { row } else { 0 };
                         [flat / group, thread::block_idx_y() * group + flat % group]
                     };
-                    let filled = if Self::UNPACKS { 0 } else { stage };
-                    Self::block(x, q, masked, limits, place, &mut part, first, filled);
+                    Self::block(x, q, masked, limits, place, &mut part, first, stage);
                 }
                 block += 1;
-                if Self::ASYNC {
+                if STAGES > 1 {
                     stage ^= 1;
                 }
             }

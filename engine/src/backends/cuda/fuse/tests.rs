@@ -163,19 +163,38 @@ fn merged_step(n: usize, n_layers: usize) -> Vec<&'static str> {
     program.actions.iter().map(Action::name).collect()
 }
 
-/// Kernels that a step of one token launches on an H100: this many layers, over a cache of so many spans.
-fn launched_step(n_layers: usize, cache: FormatId, rotated: bool, max_spans: usize) -> Vec<&'static str> {
+/// Kernels that a step launches on an H100, of [`step`]'s layers over a cache of so many spans.
+fn launched(graph: &Graph, cache: FormatId, class: SizeClass) -> Vec<&'static str> {
     let device = DeviceInfo {
         sm: 90,
         n_sm: 132,
+        driver_version: 12_040,
         smem_per_cta_bytes: 227 << 10,
         smem_per_sm_bytes: 228 << 10,
         ..DeviceInfo::default()
     };
     let layer = KvLayer { n_head_kv: 2, head_dim_k: 64, head_dim_v: 64 };
-    let kv = KvLayout { n_pages: 1, type_k: cache, type_v: cache, layers: alloc::vec![layer; n_layers] };
+    let kv = KvLayout { n_pages: 1, type_k: cache, type_v: cache, layers: alloc::vec![layer; 2] };
+    entries_of(graph, RuleSet::ALL, class, &device, &kv).unwrap()
+}
+
+/// [`launched`] by a step of one token, with one or two layers.
+fn launched_step(n_layers: usize, cache: FormatId, rotated: bool, max_spans: usize) -> Vec<&'static str> {
     let class = SizeClass { max_spans, most_tokens: MostTokens::One };
-    entries_of(&step(1, n_layers, rotated), RuleSet::ALL, class, &device, &kv).unwrap()
+    launched(&step(1, n_layers, rotated), cache, class)
+}
+
+/// The kernel for prompts does not rotate its results: a launch after it does.
+#[test]
+fn results_of_a_prompt_over_a_rotated_cache_are_rotated_apart() {
+    let class = SizeClass { max_spans: 1, most_tokens: MostTokens::Tile };
+    for rotated in [false, true] {
+        let graph = Graph { prompt: true, ..step(20, 1, rotated) };
+        let entries = launched(&graph, FormatId::Q4_0, class);
+        let at =
+            entries.iter().position(|entry| *entry == "flash_hopper_64_wide").expect("a prompt's kernel");
+        assert_eq!(entries[at + 1] == "hadamard_f32", rotated, "{entries:?}");
+    }
 }
 
 /// Each launch of a decode step costs a microsecond or more that no other hides.
