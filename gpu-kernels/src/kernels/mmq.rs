@@ -23,7 +23,7 @@
 //!   teams of one to four of up to sixteen warps multiply a span of their own, with no barrier of the CTA but one pair for
 //!   every round of spans, when their partial sums are added in order (`mmq_narrow.rs`). Where there are CTAs enough, two
 //!   of half the warps share an SM.
-//! * *Hopper*, 64 rows × 32 or 64 columns a CTA, for 33 columns and more on sm_90a: warpgroups multiply a span of their own
+//! * *Hopper*, 64 rows × 32 or 64 columns a CTA, from 17 columns on on sm_90a: warpgroups multiply a span of their own
 //!   with `wgmma` (`mmq_hopper.rs`).
 //!
 //! Prompts on Hopper have a kernel of their own, with bits of its own: `mmd_hopper.rs`.
