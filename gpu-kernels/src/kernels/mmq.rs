@@ -13,7 +13,7 @@
 //! * Tolerance: NMSE 1e-11 against `dot_group` summed in f64, group by group.
 //! * Bytes: the weights once, plus n_cols · (k · 1.25 + 4 · n_rows). FLOPs: 2 · n_rows · n_cols · k.
 //!
-//! Three ways to cut the work, chosen by shape and by the device's shared memory ([`Cut`]):
+//! Three ways to cut the work, chosen by shape, by the device's shared memory and by what each costs (`costs.rs`) ([`Cut`]):
 //!
 //! * *Wide*, 128 rows × 128 columns a CTA, for full machines. Spans pass through a pipeline in shared memory: raw tiles and
 //!   activations arrive by asynchronous copies one span ahead; half of the warps unpack the next span before they multiply
@@ -23,8 +23,8 @@
 //!   teams of one to four of up to sixteen warps multiply a span of their own, with no barrier of the CTA but one pair for
 //!   every round of spans, when their partial sums are added in order (`mmq_narrow.rs`). Where there are CTAs enough, two
 //!   of half the warps share an SM.
-//! * *Hopper*, 64 rows × 32 or 64 columns a CTA, from 17 columns on on sm_90a: warpgroups multiply a span of their own
-//!   with `wgmma` (`mmq_hopper.rs`).
+//! * *Hopper*, 64 rows × 32 or 64 columns a CTA, on sm_90a from 17 columns on where there are tiles enough: warpgroups
+//!   multiply a span of their own with `wgmma` (`mmq_hopper.rs`).
 //!
 //! Prompts on Hopper have a kernel of their own, with bits of its own: `mmd_hopper.rs`.
 
