@@ -195,9 +195,9 @@ fn cut(parts: &[Part], n: usize, gated: bool, device: &DeviceInfo) -> Cut {
     Cut::choose(parts[0].w.format, rows, n, gated, device)
 }
 
-/// Whether the kernel of this gated product ends groups of 32 rows, so that it can write them quantised.
+/// Whether the kernel of this gated product can write its results quantised.
 pub fn ends_groups(p: &Product, device: &DeviceInfo) -> bool {
-    p.n == 1 || (p.n > MMVQ_MAX_COLS && cut(&p.parts, p.n, true, device).ends_groups())
+    p.n == 1 || (p.n > MMVQ_MAX_COLS && cut(&p.parts, p.n, true, device).quantises())
 }
 
 /// What the kernel of one column asks L2 for.

@@ -121,9 +121,9 @@ impl Cut {
         }
     }
 
-    /// Whether its CTAs end whole groups of 32 rows, so that they can write what a gated pair gives quantised.
-    pub const fn ends_groups(self) -> bool {
-        !matches!(self, Cut::Wide)
+    /// Whether it can write what a gated pair gives quantised. (Warpgroups could, but are slower at it than a launch more.)
+    pub const fn quantises(self) -> bool {
+        matches!(self, Cut::Narrow(_))
     }
 
     /// Columns of a CTA.
@@ -291,8 +291,8 @@ pub fn launch(args: &Args<'_>) -> Result<Launch, LaunchError> {
     let (params, n_ctas) = with_parts(kernel, Params::new(), product.parts, product.glu, ctas)?;
     let params = params.with(product.q).with(product.scales).with(order).with(tiles);
     let mark = quantising_mark(check, product, acts)?;
-    if acts.is_some() && !cut.ends_groups() {
-        return Err(check.shape("columns of quantised results", "those of no wide cut", product.n_cols));
+    if acts.is_some() && !cut.quantises() {
+        return Err(check.shape("columns of quantised results", "those of a narrow cut", product.n_cols));
     }
     let params =
         with_quantising_gate(params, product.glu, mark).with(n_groups).with(n_cols).with(pairs_per_x);

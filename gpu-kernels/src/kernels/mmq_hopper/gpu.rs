@@ -275,26 +275,7 @@ impl<F: BlockFormat + Tiled, C: Summed> Warpgroup<'_, F, C> {
         let rows = if gated { ROWS } else { TILE_ROWS } as u32;
         let (row, step) = (thread % rows, 128 / rows);
         let output_row = work.cta * rows + row;
-        if gated && work.gate.quantises() {
-            // A warp has the 32 rows of a column, a group; all of them exist.
-            let ended = |column: u32| {
-                let up = finished.ld(place(column, row + ROWS as u32));
-                work.ended(output_row, [finished.ld(place(column, row)), up])
-            };
-            let put = |column: u32, v: f32| work.put_group(work.columns.output(column), work.cta, v);
-            let mut column = thread / rows;
-            // Four side by side: each is a chain.
-            while column + 3 * step < work.columns.n {
-                let mut v = [0.0; 4];
-                unroll!(I in 0..4 { v[I] = ended(column + I as u32 * step); });
-                unroll!(I in 0..4 { put(column + I as u32 * step, v[I]); });
-                column += 4 * step;
-            }
-            while column < work.columns.n {
-                put(column, ended(column));
-                column += step;
-            }
-        } else if output_row < work.part.n_rows {
+        if output_row < work.part.n_rows {
             let mut column = thread / rows;
             while column < work.columns.n {
                 // Four loads under way at a time.

@@ -5,7 +5,6 @@ use quant::FormatId;
 use crate::case::{Kernel, Problem, Random, Tiers};
 use crate::kernels::mmq::{Case, Cut, Mmq, gated, plain};
 use crate::kernels::product::Glu;
-use crate::kernels::quantise_act::Kind;
 
 /// The row in the registry.
 #[derive(Debug)]
@@ -35,9 +34,6 @@ const CASES: &[Case] = &[
     Case { added: true, ..plain(FormatId::Q4_K, FEW, &[40, 3, 64], 256, 40) },
     Case { added: true, glu: Some(Glu::Silu), ..plain(FormatId::Q4_0, MANY, &[70; 2], 1312, 50) },
     Case { added: true, glu: Some(Glu::Gelu), ..plain(FormatId::Q8_0, FEW, &[70; 2], 544, 20) },
-    Case { acts: Some(Kind::Q8_0), ..gated(FormatId::Q4_0, MANY, &[96; 2], 2368, 70) },
-    Case { acts: Some(Kind::Q8_1), ..gated(FormatId::Q4_1, FEW, &[64; 2], 1312, 34) },
-    Case { acts: Some(Kind::Q8_0), ..gated(FormatId::Q4_K, MANY, &[32; 2], 256, 50) },
     Case { added: true, mixture: Some((3, 2, true)), ..plain(FormatId::Q5_0, MANY, &[50], 64, 90) },
     Case {
         added: true,
@@ -58,7 +54,6 @@ const BENCH: &[Case] = &[
     plain(FormatId::Q4_0, Cut::HOPPER_64, &[4096, 1024, 1024], 4096, 64),
     plain(FormatId::Q4_0, Cut::HOPPER_32, &[4096, 1024, 1024], 4096, 64),
     gated(FormatId::Q4_0, Cut::HOPPER_64, &[14336; 2], 4096, 64),
-    Case { acts: Some(Kind::Q8_0), ..gated(FormatId::Q4_0, Cut::HOPPER_64, &[14336; 2], 4096, 64) },
     gated(FormatId::Q4_0, Cut::HOPPER_32, &[14336; 2], 4096, 64),
     gated(FormatId::Q4_0, Cut::HOPPER_32, &[14336; 2], 4096, 32),
     gated(FormatId::Q4_0, Cut::HOPPER_32, &[14336; 2], 4096, 16),
