@@ -42,6 +42,9 @@ const FORMATS: [FormatId; 15] = [
     FormatId::MXFP4,
 ];
 
+/// The format whose row is the family's.
+const FAMILY_FORMAT: FormatId = FormatId::Q4_0;
+
 /// Cuts expected to take this many times as long as the best are not timed: estimates are not that wrong.
 const HOPELESS: f64 = 2.5;
 
@@ -92,8 +95,8 @@ pub fn run(driver: &dyn Driver, formats: Option<&str>, options: &Options) -> Res
         "\nrows for {} (sm_{}) in mmq/costs.rs, those that are not justified as comments:",
         info.name, info.sm
     );
-    for one in &tuned {
-        println!("{}", row(one));
+    for row in rows(&tuned, &info) {
+        println!("{row}");
     }
     if let Some(path) = &options.json {
         write(path, &record(&info, &tuned))?;
@@ -217,11 +220,18 @@ fn summary(tuned: &Tuned) -> String {
     format!("{:<8} {now}; with the fitted row {then}", tuned.format.name())
 }
 
-/// A row of the table; as a comment where it is not justified.
-fn row(tuned: &Tuned) -> String {
-    let Tuned { format, now, fitted, then, .. } = tuned;
-    let justified = now.n_over > 0 && then.total < now.total;
-    format!("{}(FormatId::{format:?}, {fitted:?}),", if justified { "" } else { "// " })
+/// The table: the family's row, which is that of Q4_0 if it was timed, and the others, as comments where the family's loses
+/// nowhere too much.
+fn rows(tuned: &[Tuned], device: &DeviceInfo) -> Vec<String> {
+    let of_family = tuned.iter().find(|one| one.format == FAMILY_FORMAT);
+    let family = of_family.map_or(Costs::find_family(device), |one| one.fitted);
+    let mut rows = vec![format!("default: {family:?},")];
+    for Tuned { format, problems, fitted, .. } in tuned.iter().filter(|one| one.format != FAMILY_FORMAT) {
+        let lost = Measured { format: *format, device, problems }.losses(family);
+        let mark = if lost.n_over > 0 { "" } else { "// " };
+        rows.push(format!("{mark}(FormatId::{format:?}, {fitted:?}),"));
+    }
+    rows
 }
 
 fn record(info: &DeviceInfo, tuned: &[Tuned]) -> Value {
@@ -243,7 +253,7 @@ fn record(info: &DeviceInfo, tuned: &[Tuned]) -> Value {
     let timed = tuned.iter().flat_map(|one| one.problems.iter().map(move |timed| (one.format, timed)));
     let mut record = bench::head(info);
     record["rows"] = timed.map(|(format, timed)| of_problem(format, timed)).collect();
-    record["costs"] = tuned.iter().map(row).collect();
+    record["costs"] = json!(rows(tuned, info));
     record
 }
 
@@ -258,18 +268,32 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_source_and_marked_where_they_gain_nothing() {
-        let timed = Timed { shape: SHAPES[0], n_cols: 9, cuts: vec![(Cut::NARROW_16, 1e4)] };
+    fn a_row_is_justified_where_the_familys_loses() {
+        let device = DeviceInfo { sm: 80, smem_per_cta_bytes: 160 << 10, ..DeviceInfo::default() };
+        let costs = Costs::find_family(&device);
         let losses = |n_over, total| Losses { n_over, worst: (total, 0), total };
-        let fitted = Costs::find(FormatId::Q4_0, &DeviceInfo::default());
-        let problems = vec![timed];
-        let (now, then) = (losses(1, 0.1), losses(0, 0.01));
-        let format = FormatId::Q4_0;
-        let mut tuned = Tuned { format, problems, now, medians: fitted, fitted, then };
-        assert!(row(&tuned).starts_with("(FormatId::Q4_0, Costs { alone: [830, 1230, 1930], paired: ["));
-        assert!(summary(&tuned).contains("1 of 1 lose over 5 %, worst 10.0 % (4096×14336, 9)"));
-        tuned.now = losses(0, 0.04);
-        assert!(row(&tuned).starts_with("// "));
-        assert!(line(FormatId::Q4_0, &tuned.problems[0], Cut::NARROW_16).ends_with(" 0.0"));
+        // At this shape the family chooses a narrow cut of 16 columns.
+        let tuned = |format, narrow_16| Tuned {
+            format,
+            problems: vec![Timed {
+                shape: SHAPES[0],
+                n_cols: 9,
+                cuts: vec![(Cut::NARROW_16, narrow_16), (Cut::NARROW_32, 1e4)],
+            }],
+            now: losses(1, 0.1),
+            medians: costs,
+            fitted: Costs { wide: 1, ..costs },
+            then: losses(0, 0.01),
+        };
+        let all = [tuned(FormatId::Q4_0, 1e4), tuned(FormatId::Q8_0, 1.04e4), tuned(FormatId::Q6_K, 1.06e4)];
+        let [family, own, justified] = &rows(&all, &device)[..] else { panic!("a row each") };
+        assert!(family.starts_with("default: Costs { alone: [830, 1230, 1930], paired: ["), "{family}");
+        assert!(own.starts_with("// (FormatId::Q8_0, Costs {"), "{own}");
+        assert!(justified.starts_with("(FormatId::Q6_K, Costs {"), "{justified}");
+        // Without Q4_0 the present row of the family decides.
+        let [family, _] = &rows(&all[2..], &device)[..] else { panic!("a row each") };
+        assert_eq!(*family, format!("default: {costs:?},"));
+        assert!(summary(&all[0]).contains("1 of 1 lose over 5 %, worst 10.0 % (4096×14336, 9)"));
+        assert!(line(FormatId::Q4_0, &all[0].problems[0], Cut::NARROW_16).ends_with(" 0.0"));
     }
 }

@@ -332,3 +332,19 @@ pub fn erfc(x: f32) -> f32 {
     let series = terms.iter().rev().fold(0.0, |sum, &term| fma(sum, t, term));
     series * t * ex2(-x * x * LOG2_E)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arithmetic_in_f16_rounds_once() {
+        // 2^-5 (1 + 2^-10) · 2^-6 (1 - 2^-10) is just below 2^-11, half of the last place of 1 + 2^-10. In f32 the sum would
+        // be the middle, and from there go up.
+        assert_eq!(fma_f16(0x2801, 0x23fe, 0x3c01), 0x3c01);
+        // Above the middle it goes up, though the middle itself would go down.
+        assert_eq!(fma_f16(0x2801 << 16, 0x2401 << 16, 0x3c02 << 16), 0x3c03 << 16);
+        // A subtraction of the middle itself: to even.
+        assert_eq!(sub_f16(0x3c01, 0x9000), 0x3c02);
+    }
+}

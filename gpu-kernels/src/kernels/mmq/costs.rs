@@ -6,10 +6,10 @@
 //! [`tuning`](super::tuning) lists.
 //!
 //! `gpu-test --tune` makes the rows, on a device of the family: it times every cut that might win, fits the costs and prints
-//! what the rule loses with the present costs and with the fitted ones, then the rows as they stand here, those that are
-//! not justified as comments. A cost is the median, over all problems, of what was measured for each span and round of
-//! CTAs; then costs are moved, one at a time, while the choices lose less. So costs are compared within their row only, and
-//! a row is replaced as a whole. A new family's row for all formats is that of Q4_0.
+//! what the rule loses with the present costs and with the fitted ones, then the rows as they stand here, as comments those
+//! of formats with which the family's row does not lose so much. A cost is the median, over all problems, of what was
+//! measured for each span and round of CTAs; then costs are moved, one at a time, while the choices lose less. So costs are
+//! compared within their row only, and a row is replaced as a whole. A family's row for all formats is that of Q4_0.
 
 use quant::FormatId;
 
@@ -85,11 +85,18 @@ pub const FAMILIES: &[Family] = &[HOPPER];
 impl Costs {
     /// The row of a format on a device.
     pub fn find(format: FormatId, device: &DeviceInfo) -> Costs {
-        let Some(family) = FAMILIES.iter().find(|family| family.sms.contains(&device.sm)) else {
-            return DEFAULT;
-        };
-        let row = family.formats.iter().find(|(of, _)| *of == format);
-        row.map_or(family.default, |&(_, costs)| costs)
+        let formats = Costs::family(device).map_or(&[][..], |family| family.formats);
+        let row = formats.iter().find(|(of, _)| *of == format);
+        row.map_or(Costs::find_family(device), |&(_, costs)| costs)
+    }
+
+    /// The row of all formats on a device that have none of their own.
+    pub fn find_family(device: &DeviceInfo) -> Costs {
+        Costs::family(device).map_or(DEFAULT, |family| family.default)
+    }
+
+    fn family(device: &DeviceInfo) -> Option<&'static Family> {
+        FAMILIES.iter().find(|family| family.sms.contains(&device.sm))
     }
 
     /// What a cut costs, a narrow one with all warps.
